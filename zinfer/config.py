@@ -1,0 +1,424 @@
+"""RunConfig and its parts, and the only door from YAML to code.
+
+Hydra composes plain YAML (conf/); `parse_config` checks the composed tree once and reports every problem at once; nothing behind it
+sees a DictConfig. This module imports neither torch nor transformers nor deepspeed, so a bad configuration is refused within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+METHOD_VERSION = 1
+"""Raised whenever what is timed, or what a metric's name means, changes. Runs of different versions are never compared silently."""
+
+STRICT = ConfigDict(extra="forbid")
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+QUANTISED_BITS = {"int8": 8, "int4": 4}
+ITEMSIZE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+OffloadDevice = Literal["none", "cpu", "nvme"]
+FloatDtype = Literal["float32", "float16", "bfloat16"]
+
+
+class ConfigError(ValueError):
+    """What the user typed cannot run. Carries every problem, each with what to type instead; the command ends with exit code 2."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """Which model, pinned so that planning and dummy weights need no network."""
+
+    name: str
+    hub_id: str | None = None
+    tokenizer_id: str | None = None
+    source: str | None = None
+    """A hub id or a local folder, for model=custom; wins over the pinned architecture."""
+    model_type: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Arguments of AutoConfig.for_model(model_type, ...)."""
+    checkpoint_dtype: str | None = None
+    config_source: str | None = None
+    trust_remote_code: bool = False
+    gguf_file: str | None = None
+    allow_pickle: bool = False
+    """Pickle checkpoints (pytorch_model.bin) can run code when they are read; only safetensors unless this is true."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OffloadConfig:
+    """Where ZeRO-3 keeps the weights between uses."""
+
+    device: OffloadDevice
+    nvme_path: str | None = None
+    """Directory on a local disk; each job works in a folder of its own under it and deletes that folder in every ending."""
+    pin_memory: bool = False
+    use_gds: bool = False
+    """NVIDIA GPUDirect Storage: NVMe to GPU without the bounce buffer in host memory."""
+    buffer_numel: int | None = None
+    """Elements per NVMe staging buffer (DeepSpeed's `buffer_size` counts elements too). None: derived from the largest parameter."""
+    buffer_count: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DtypeConfig:
+    """How weights are stored, and in which type the model computes."""
+
+    weights: Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"]
+    compute: Literal["auto", "float32", "float16", "bfloat16"]
+    """auto: the checkpoint's own type (float16 where its config names none), bfloat16 instead of float16 on a device without it."""
+    group_size: int = 64
+    """Elements that share one scale and offset; only for int8 and int4."""
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a quantised weight, None when weights are stored as computed."""
+        return QUANTISED_BITS.get(self.weights)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BatchConfig:
+    """What is generated and how often it is timed. Every row has exactly these lengths; end-of-sequence is ignored."""
+
+    batch_size: int
+    """Rows over all ranks."""
+    prompt_tokens: int
+    new_tokens: int
+    warmup: int
+    """Generations before timing starts: logged apart, never in the medians."""
+    repeats: int
+    prompt: Literal["synthetic", "text", "file"] = "synthetic"
+    prompt_text: str = "Paris is the capital city of"
+    prompt_file: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class KvCacheConfig:
+    """Where keys and values live."""
+
+    placement: Literal["device"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ZeroConfig:
+    """How the DeepSpeed JSON is derived from the model. Numbers left None are derived; a number given wins (derivation=tuned only)."""
+
+    derivation: Literal["paper", "tuned"]
+    prefetch_bucket_numel: int | None = None
+    max_live_numel: int | None = None
+    persistence_threshold_numel: int | None = None
+    aio_block_size_bytes: int | None = None
+    aio_queue_depth: int | None = None
+    aio_intra_op_parallelism: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EngineConfig:
+    """What runs the model."""
+
+    name: Literal["zero", "resident"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HardwareConfig:
+    """detect: this machine. Otherwise a published box, every number with its source; None where nobody published it."""
+
+    name: str
+    source: str | None = None
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    profile: str | None = None
+    """Path of a calibration profile; None: the newest one of this machine."""
+    device_name: str | None = None
+    device_count: int | None = None
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    host_cores: int | None = None
+    disk_bytes: int | None = None
+    device_memory_bytes_per_s: float | None = None
+    device_flops_per_s: dict[str, float] = field(default_factory=dict)
+    """Published dense peak per dtype name."""
+    host_memory_bytes_per_s: float | None = None
+    host_to_device_bytes_per_s: float | None = None
+    nvme_read_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrackingConfig:
+    """Where runs are logged."""
+
+    store: Literal["sqlite", "server", "none"]
+    uri: str | None = None
+    experiment: str = "zinfer"
+    run_name: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LauncherConfig:
+    """How the worker of one job is started (Hydra's own launcher decides where jobs run: hydra/launcher=...)."""
+
+    ranks: int = 1
+    """Processes on this host, data-parallel: each generates its share of the batch."""
+    timeout_s: float | None = None
+    """The worker is ended, and the run closed as `timeout`, after this many seconds."""
+    omp_threads: int | None = None
+    """Threads per rank; None: the machine's cores divided by the ranks."""
+    master_port: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PlanConfig:
+    """What the memory plan may do."""
+
+    enforce: bool = True
+    """A plan that does not fit refuses the run. false: it warns, so that plans for other hardware can be made anywhere."""
+    headroom: float = 0.05
+    """Share of each tier that is left free."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SweepConfig:
+    """How a multirun behaves."""
+
+    parent_run_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Everything one run depends on, checked."""
+
+    task: Literal["run", "plan", "calibrate"]
+    format: Literal["text", "json"]
+    weights: Literal["dummy", "pretrained"]
+    model: ModelConfig
+    offload: OffloadConfig
+    dtype: DtypeConfig
+    batch: BatchConfig
+    kv_cache: KvCacheConfig
+    zero: ZeroConfig
+    engine: EngineConfig
+    hardware: HardwareConfig
+    tracking: TrackingConfig
+    launcher: LauncherConfig
+    plan: PlanConfig
+    sweep: SweepConfig
+
+
+RUN_CONFIG = TypeAdapter(RunConfig)
+
+
+def parse_config(composed: DictConfig) -> RunConfig:
+    """Check Hydra's composed tree once.
+
+    Raises:
+        ConfigError: with every problem found, not only the first.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError([f"{key} has no value. Type {key}=VALUE{_hint(key)}" for key in missing])
+    try:
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([str(error).splitlines()[0]]) from None
+    assert isinstance(tree, dict)
+    return config_from_tree(tree)
+
+
+def config_from_tree(tree: Mapping[Any, Any]) -> RunConfig:
+    """The same from plain mappings (a job's stored configuration). Raises ConfigError."""
+    try:
+        config = RUN_CONFIG.validate_python(dict(tree))
+    except ValidationError as error:
+        raise ConfigError([_validation_problem(detail) for detail in error.errors()]) from None
+    problems = config_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def config_to_tree(config: RunConfig) -> dict[str, Any]:
+    """Plain JSON-able mapping; `config_from_tree` reads it back."""
+    tree = RUN_CONFIG.dump_python(config, mode="json")
+    assert isinstance(tree, dict)
+    return tree
+
+
+def config_key(config: RunConfig) -> str:
+    """Hash of everything that decides what a run measures; paths, tracking and the terminal do not. 16 hexadecimal digits."""
+    tree = config_to_tree(config)
+    for group in ("tracking", "sweep", "format", "plan"):
+        tree.pop(group)
+    tree["offload"].pop("nvme_path")
+    tree["launcher"].pop("timeout_s")
+    tree["launcher"].pop("master_port")
+    tree["hardware"].pop("profile")
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def config_problems(config: RunConfig) -> list[str]:
+    """Combinations that cannot run on any machine; each sentence ends with what to type."""
+    return [*_positive_numbers(config), *_batch_problems(config), *_offload_problems(config), *_weight_problems(config), *_tracking(config)]
+
+
+def _positive_numbers(config: RunConfig) -> list[str]:
+    at_least = {
+        "batch.batch_size": (config.batch.batch_size, 1),
+        "batch.prompt_tokens": (config.batch.prompt_tokens, 1),
+        "batch.new_tokens": (config.batch.new_tokens, 2),
+        "batch.warmup": (config.batch.warmup, 0),
+        "batch.repeats": (config.batch.repeats, 1),
+        "dtype.group_size": (config.dtype.group_size, 1),
+        "launcher.ranks": (config.launcher.ranks, 1),
+        "launcher.omp_threads": (config.launcher.omp_threads, 1),
+        "offload.buffer_numel": (config.offload.buffer_numel, 1),
+        "offload.buffer_count": (config.offload.buffer_count, 2),
+        "zero.prefetch_bucket_numel": (config.zero.prefetch_bucket_numel, 0),
+        "zero.max_live_numel": (config.zero.max_live_numel, 0),
+        "zero.persistence_threshold_numel": (config.zero.persistence_threshold_numel, 0),
+        "zero.aio_queue_depth": (config.zero.aio_queue_depth, 1),
+        "zero.aio_intra_op_parallelism": (config.zero.aio_intra_op_parallelism, 1),
+    }
+    problems = [
+        f"{name}={value} is too small: at least {least}. Type {name}={max(least, 1)}"
+        for name, (value, least) in at_least.items()
+        if value is not None and value < least
+    ]
+    if config.launcher.timeout_s is not None and config.launcher.timeout_s <= 0:
+        problems.append(f"launcher.timeout_s={config.launcher.timeout_s} is no time at all. Type launcher.timeout_s=3600, or null for none")
+    if not 0 <= config.plan.headroom < 1:
+        problems.append(f"plan.headroom={config.plan.headroom} is no share of memory. Type plan.headroom=0.05")
+    return problems
+
+
+def _batch_problems(config: RunConfig) -> list[str]:
+    problems = []
+    batch, ranks = config.batch, config.launcher.ranks
+    if ranks >= 1 and batch.batch_size >= 1 and batch.batch_size % ranks:
+        fitting = -(-batch.batch_size // ranks) * ranks
+        problems.append(
+            f"batch.batch_size={batch.batch_size} cannot be split over launcher.ranks={ranks}: each rank generates the same number of rows. "
+            f"Type batch.batch_size={fitting}"
+        )
+    if batch.prompt == "file":
+        if batch.prompt_file is None:
+            problems.append("batch.prompt=file has no batch.prompt_file. Type batch.prompt_file=/path/to/text.txt")
+        elif not Path(batch.prompt_file).is_file():
+            problems.append(f"batch.prompt_file={batch.prompt_file} is not a file. Type batch.prompt_file=/path/to/text.txt")
+    if batch.prompt == "text" and not batch.prompt_text.strip():
+        problems.append("batch.prompt=text has an empty batch.prompt_text. Type batch.prompt_text='Paris is the capital city of'")
+    return problems
+
+
+def _offload_problems(config: RunConfig) -> list[str]:
+    problems = []
+    offload, block = config.offload, config.zero.aio_block_size_bytes
+    if offload.device == "nvme" and not offload.nvme_path:
+        problems.append(
+            "offload=nvme has no offload.nvme_path. Type offload.nvme_path=/local_nvme, a directory on a local disk "
+            "(the default of conf/offload/nvme.yaml is a folder of the job)"
+        )
+    if offload.use_gds and offload.device != "nvme":
+        problems.append(f"offload.use_gds=true reads from NVMe, but offload is {offload.device}. Type offload=nvme or offload.use_gds=false")
+    if config.engine.name != "zero" and offload.device != "none":
+        problems.append(f"engine={config.engine.name} keeps all weights on the device, offload is {offload.device}. Type offload=none or engine=zero")
+    if block is not None and (block < 4096 or block & (block - 1)):
+        problems.append(
+            f"zero.aio_block_size_bytes={block} is not a power of two of at least 4096: DeepSpeed aborts the process on it. "
+            "Type zero.aio_block_size_bytes=1048576"
+        )
+    if config.zero.derivation == "paper":
+        knobs = {
+            "zero.prefetch_bucket_numel": config.zero.prefetch_bucket_numel,
+            "zero.max_live_numel": config.zero.max_live_numel,
+            "zero.persistence_threshold_numel": config.zero.persistence_threshold_numel,
+            "zero.aio_block_size_bytes": block,
+            "zero.aio_queue_depth": config.zero.aio_queue_depth,
+            "zero.aio_intra_op_parallelism": config.zero.aio_intra_op_parallelism,
+            "offload.buffer_numel": offload.buffer_numel,
+            "offload.buffer_count": offload.buffer_count,
+        }
+        problems += [
+            f"{name}={value} is set, but zero=paper emits exactly the published values. Type zero=tuned, or drop {name}"
+            for name, value in knobs.items()
+            if value is not None
+        ]
+    return problems
+
+
+def _weight_problems(config: RunConfig) -> list[str]:
+    problems = []
+    dtype, model = config.dtype, config.model
+    if dtype.bits is None and dtype.weights != dtype.compute:
+        problems.append(
+            f"dtype.weights={dtype.weights} and dtype.compute={dtype.compute} differ: only int8 and int4 weights are stored in another type "
+            f"than they compute in. Type dtype={dtype.weights}"
+        )
+    if dtype.bits is not None and dtype.compute == "float32":
+        problems.append(f"dtype.weights={dtype.weights} computes in 16 bits in DeepSpeed. Type dtype.compute=bfloat16")
+    if dtype.bits is not None and config.engine.name != "zero":
+        problems.append(f"dtype={dtype.weights} is DeepSpeed's quantisation, engine={config.engine.name} has none. Type engine=zero or dtype=bfloat16")
+    if dtype.bits is not None and config.weights == "pretrained":
+        problems.append(
+            f"dtype={dtype.weights} with weights=pretrained: DeepSpeed cannot load a checkpoint into weights that it quantises at creation "
+            "(shape mismatch in transformers 5). Type weights=dummy to measure speed and memory, or dtype=bfloat16 for real weights"
+        )
+    if model.model_type is None and model.source is None:
+        problems.append("model.source is not set. Type model.source=/path/to/a/folder or model.source=HUB/ID, or choose model=opt-125m")
+    if config.weights == "pretrained" and model.source is None and model.hub_id is None:
+        problems.append(
+            f"model={model.name} has no published checkpoint. Type weights=dummy, or model=custom model.source=/path/to/a/folder"
+        )
+    return problems
+
+
+def _tracking(config: RunConfig) -> list[str]:
+    if config.tracking.store == "server" and not config.tracking.uri:
+        return ["tracking=server has no tracking.uri. Type tracking.uri=http://127.0.0.1:5000"]
+    return []
+
+
+def _validation_problem(detail: Any) -> str:
+    """One of pydantic's findings as a sentence that names the override to type."""
+    name = ".".join(str(part) for part in detail["loc"])
+    given = detail.get("input")
+    match detail["type"]:
+        case "literal_error":
+            choices = str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
+            return f"{name}={given} is not one of {', '.join(choices)}. Type {name}={choices[0]}"
+        case "unexpected_keyword_argument":
+            return f"{name} is not a setting of zinfer. Drop it; `zinfer --cfg job` shows all settings"
+        case "missing" | "missing_keyword_only_argument" | "missing_argument":
+            return f"{name} has no value. Type {name}=VALUE{_hint(name)}"
+        case _:
+            return f"{name}={given} is wrong: {detail['msg'][:1].lower()}{detail['msg'][1:]}. Type {name}=VALUE"
+
+
+def _hint(name: str) -> str:
+    """An example value for settings that people forget."""
+    examples = {
+        "model.source": "model.source=/path/to/a/folder or model.source=HUB/ID",
+        "offload.nvme_path": "offload.nvme_path=/local_nvme",
+        "tracking.uri": "tracking.uri=http://127.0.0.1:5000",
+    }
+    return f", e.g. {examples[name]}" if name in examples else ""

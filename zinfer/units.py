@@ -1,0 +1,34 @@
+"""Binary byte units and how numbers are shown to people."""
+
+from __future__ import annotations
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+TIB = 1 << 40
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes for people, in binary units: '1.5 GiB'; unknown is '-'."""
+    if count is None:
+        return "-"
+    for size, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {name}"
+    return f"{count:.0f} B"
+
+
+def format_rate(bytes_per_s: float | None) -> str:
+    """Bytes per second in decimal units, as data sheets give them: '13.0 GB/s'; unknown is '-'."""
+    return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.2f} GB/s"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """'1.23 s', '45.6 ms', '2 min 05 s'; unknown is '-'."""
+    if seconds is None:
+        return "-"
+    if seconds >= 100:
+        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms"
