@@ -1,0 +1,1 @@
+"""Where weights come from: dummy, pretrained, quantised, and the demo model."""
