@@ -251,7 +251,8 @@ def parse_nvidia_smi(text: str) -> list[Gpu]:
 def visible_gpus(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:
     """Those that CUDA_VISIBLE_DEVICES leaves, in its order: indices or (abbreviated) UUIDs, up to the first entry that names none.
 
-    Source: CUDA C++ Programming Guide, "CUDA Environment Variables". A MIG entry names a slice of some GPU: the first one with slices stands for it.
+    Source: CUDA C++ Programming Guide, "CUDA Environment Variables".
+    A MIG entry names a slice of some GPU: the first one with slices stands for it.
     """
     if cuda_visible_devices is None:
         return gpus
