@@ -101,7 +101,7 @@ class GitState:
 
     commit: str | None = None
     dirty: bool | None = None
-    """Tracked files differ from the commit, or .py and .yaml files exist that git does not know: the commit alone does not reproduce the run."""
+    """Tracked files differ from the commit, or .py and .yaml files exist that git does not know: the commit does not reproduce the run."""
 
 
 def git_states(checkout: Path, working_directory: Path) -> tuple[GitState, GitState]:
