@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help setup demo demo-model test check format bench clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED)  ## the virtual environment .venv, libaio and a compiler where they lack, DeepSpeed's compiled ops
 	@$(BIN)/python -m zinfer.native_ops build

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from pathlib import Path
 def install_command(package: str) -> str:
     """What to type for a Debian package, or for its namesake on Fedora and Arch."""
     sudo = "" if os.geteuid() == 0 else "sudo "
-    fedora, arch = {"libaio-dev": ("libaio-devel", "libaio"), "g++": ("gcc-c++", "gcc")}[package]
+    others = {"libaio-dev": ("libaio-devel", "libaio"), "g++": ("gcc-c++", "gcc"), "python3-dev": ("python3-devel", "python")}
+    fedora, arch = others[package]
     if not shutil.which("apt-get") and shutil.which("dnf"):
         return f"{sudo}dnf install -y {fedora}"
     if not shutil.which("apt-get") and shutil.which("pacman"):
@@ -33,6 +35,11 @@ def compiler() -> str | None:
 def ninja() -> str | None:
     """On the PATH, or among the scripts of this Python environment, which a worker has on its PATH."""
     return shutil.which("ninja") or shutil.which("ninja", path=scripts_folder())
+
+
+def has_python_headers() -> bool:
+    """Whether Python.h of this interpreter is there; Debian keeps it in a package of its own."""
+    return os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 
 def scripts_folder() -> str:

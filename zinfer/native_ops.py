@@ -38,6 +38,7 @@ from zinfer.build_requirements import (
     compiler,
     cuda_home,
     has_libaio_runtime,
+    has_python_headers,
     install_command,
     libaio_elsewhere,
     missing_of_libaio,
@@ -164,6 +165,8 @@ def missing_requirements(offload_device: str, *, quantised_float16: bool = False
     problems = []
     if compiler() is None:
         problems.append(f"{what} no C++ compiler was found on the PATH. Install it: {install_command('g++')}")
+    if not has_python_headers():
+        problems.append(f"{what} Python.h was not found. Install it: {install_command('python3-dev')}")
     if ninja() is None:
         problems.append(f"{what} ninja was not found. Install it: {shlex.quote(sys.executable)} -m pip install ninja")
     if accelerator_name() == "cuda" and cuda_home() is None:
