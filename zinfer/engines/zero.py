@@ -1,0 +1,50 @@
+"""DeepSpeed ZeRO stage 3. The only module that imports deepspeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from zinfer import native_ops
+from zinfer.config import RunConfig
+from zinfer.engines import Engine, tokenizer_for
+from zinfer.events import EventLog
+from zinfer.model_spec import ModelSpec
+from zinfer.weights.dummy import dummy_model_partitioned
+from zinfer.weights.pretrained import pretrained_model
+
+
+def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
+    """Build the model partitioned and offloaded as ds_json says."""
+    accelerator = get_accelerator()
+    native_ops.adopt(native_ops.ops_needed(config.offload.device, use_gds=config.offload.use_gds))
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    alive = HfDeepSpeedConfig(ds_json)  # while this lives, transformers builds models under zero.Init
+    dtype = getattr(torch, spec.dtype)
+    with torch.no_grad():
+        if config.weights == "dummy":
+            model = dummy_model_partitioned(config.model, spec, ds_json, dtype, events)
+        else:
+            model = pretrained_model(config.model, dtype, events)
+    model.eval()
+    engine, *_ = deepspeed.initialize(model=model, config=ds_json)
+    module = engine.module.eval()
+    module._zinfer_keeps_alive = (engine, alive)
+    return Engine(
+        model=module,
+        tokenizer=tokenizer_for(config, events),
+        device=torch.device(accelerator.current_device_name()),
+        rank=comm.get_rank(),
+        ranks=comm.get_world_size(),
+        weight_bytes=partition_bytes(module),
+    )
+
+
+def partition_bytes(model: torch.nn.Module) -> int:
+    """Bytes of this rank's partitions, on whichever tier they are."""
+    return sum(parameter.ds_tensor.ds_numel * parameter.ds_tensor.element_size() for parameter in model.parameters())

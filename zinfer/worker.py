@@ -1,0 +1,259 @@
+"""The story of one run, top to bottom. `python -m zinfer.worker JOB_DIR`, once per rank; started and watched by zinfer.driver.
+
+It reads JOB_DIR/config.json, appends to JOB_DIR/events.jsonl and never talks to MLflow. Its last event is `result` or `failed`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zinfer.config import ConfigError, RunConfig, config_from_tree
+from zinfer.deepspeed_json import derivation_warnings
+from zinfer.events import EventLog
+from zinfer.hardware import Hardware, detect_hardware
+from zinfer.job import DRIVER_READY_FILE, read_job_config
+from zinfer.memory_plan import DoesNotFit, derive, memory_plan, require_fit, shortfall
+from zinfer.model_spec import ModelSpec, hidden_bytes, kv_bytes_per_token, kv_cache_bytes, kv_cache_bytes_paper, model_spec
+from zinfer.outcome import Status
+from zinfer.swap import is_alive, remove_swap_folder, swap_folder
+
+if TYPE_CHECKING:
+    from zinfer.engines import Engine
+    from zinfer.generate import Generation
+    from zinfer.metrics import MemoryUse, Metrics
+
+DRIVER_READY_WAIT_S = 30.0
+
+
+def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
+    """One benchmark run, in the order it happens. None for task=plan.
+
+    Raises:
+        ConfigError, DoesNotFit: nothing was loaded.
+    """
+    events.phase("plan")
+    if config.offload.device == "nvme":
+        assert config.offload.nvme_path is not None, "config.py refuses nvme without a path"
+        swap = swap_folder(config.offload.nvme_path, job_dir)
+        config = replace(config, offload=replace(config.offload, nvme_path=str(swap)))
+    hardware = detect_hardware(config.hardware, Path(config.offload.nvme_path) if config.offload.nvme_path else None)
+    spec = resolved_spec(config, hardware, events)  # architecture only, no weights
+    plan = memory_plan(spec, config, hardware)  # bytes per tier, before any is allocated
+    ds_json = derive(config, spec, hardware)
+    if events.rank == 0:
+        events.write("planned", model=describe(spec, config), plan=plan.document(), deepspeed=ds_json)
+        for warning in derivation_warnings(config, spec):
+            events.warning(warning)
+    if config.task == "plan":
+        if not plan.fits:
+            events.warning(shortfall(plan, spec, config, hardware))
+        return None
+    if config.plan.enforce:
+        require_fit(plan, spec, config, hardware)
+    elif not plan.fits:
+        events.warning(shortfall(plan, spec, config, hardware))
+
+    events.phase("import")
+    started_s = time.perf_counter()
+    from zinfer.generate import generate_timed
+    from zinfer.metrics import summarise
+    from zinfer.workload import prompt_ids
+
+    load = _engine_loader(config)
+    import_s = time.perf_counter() - started_s
+
+    events.phase("load", weight_bytes=plan.weight_bytes)
+    started_s = time.perf_counter()
+    engine = load(config, spec, ds_json, events)
+    load_s = time.perf_counter() - started_s
+
+    prompts = prompt_ids(config.batch, spec.vocab_size, engine.tokenizer)
+    _wait_for_quiet_driver(job_dir, events)
+    read_before = _block_read_bytes()
+    generation = generate_timed(engine, prompts, config.batch, events)
+    memory, kv_bytes, weight_bytes = _gather_over_ranks(engine, generation, _memory_use(engine, read_before))
+    metrics = summarise(
+        generation.samples,
+        config.batch,
+        load_s=load_s,
+        import_s=import_s,
+        memory=memory,
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=kv_bytes,
+    )
+    if events.rank == 0:
+        events.write("generated", **_what_was_said(engine, prompts, generation))
+        events.write("result", status="ok", metrics=metrics.known())
+    return metrics
+
+
+def resolved_spec(config: RunConfig, hardware: Hardware, events: EventLog) -> ModelSpec:
+    """The model in the dtype that this run computes in."""
+    spec = model_spec(config.model, compute_dtype=None if config.dtype.compute == "auto" else config.dtype.compute)
+    if config.dtype.compute == "auto" and hardware.name == "detect" and spec.dtype not in hardware.device_dtypes:
+        events.warning(f"dtype=auto: {hardware.device_name} has no {spec.dtype}, so {config.model.name} runs in bfloat16")
+        return replace(spec, dtype="bfloat16")
+    return spec
+
+
+def describe(spec: ModelSpec, config: RunConfig) -> dict[str, Any]:
+    """What the architecture alone says, for people and scripts. Unknown is None."""
+    rows, tokens = config.batch.batch_size, config.batch.prompt_tokens + config.batch.new_tokens
+    return {
+        "name": spec.name,
+        "model_type": spec.model_type,
+        "architecture": spec.architecture,
+        "dtype": spec.dtype,
+        "parameters": spec.num_parameters,
+        "active_parameters": spec.num_active_parameters,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "attention_heads": spec.num_attention_heads,
+        "kv_heads": spec.num_kv_heads,
+        "vocab_size": spec.vocab_size,
+        "weight_bytes": spec.weight_bytes,
+        "kv_cache_bytes_per_token": kv_bytes_per_token(spec),
+        "kv_cache_bytes": kv_cache_bytes(spec, rows, tokens),
+        "kv_cache_bytes_paper": kv_cache_bytes_paper(spec, rows, tokens),
+        "kv_cache_unknown_reason": spec.kv_unknown_reason,
+        "hidden_bytes": hidden_bytes(spec, rows, tokens),
+    }
+
+
+def _engine_loader(config: RunConfig) -> Any:
+    """The engine's load function; importing it imports torch and, for zero, deepspeed."""
+    if config.engine.name == "resident":
+        from zinfer.engines import resident
+
+        return resident.load
+    from zinfer.engines import zero
+
+    return zero.load
+
+
+def _wait_for_quiet_driver(job_dir: Path, events: EventLog) -> None:
+    """The driver imports MLflow beside our loading; timing starts when it is done, so that it never shares a core with a sample."""
+    ready = job_dir / DRIVER_READY_FILE
+    deadline_s = time.monotonic() + DRIVER_READY_WAIT_S
+    while not ready.exists():
+        if time.monotonic() > deadline_s:
+            events.warning(f"the driver was still busy after {DRIVER_READY_WAIT_S:.0f} s: the first samples may share a core with it")
+            return
+        time.sleep(0.02)
+
+
+def _memory_use(engine: Engine, read_before: int | None) -> MemoryUse:
+    """This process, now."""
+    import torch
+
+    from zinfer.metrics import MemoryUse
+
+    read_now = _block_read_bytes()
+    on_gpu = engine.device.type != "cpu"
+    return MemoryUse(
+        peak_host_rss_bytes=_status_bytes("VmHWM"),
+        mlocked_bytes=_status_bytes("VmLck"),
+        nvme_read_bytes=None if read_now is None or read_before is None else read_now - read_before,
+        peak_device_allocated_bytes=torch.cuda.max_memory_allocated(engine.device) if on_gpu else None,
+        peak_device_reserved_bytes=torch.cuda.max_memory_reserved(engine.device) if on_gpu else None,
+    )
+
+
+def _status_bytes(field: str) -> int:
+    """A size of /proc/self/status in bytes. Source: proc(5), given there in kB of 1024 bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _block_read_bytes() -> int | None:
+    """Bytes that this process caused to be read from block devices; None where the kernel does not say. Source: proc(5), io."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
+
+
+def _gather_over_ranks(engine: Engine, generation: Generation, memory: MemoryUse) -> tuple[list[MemoryUse], int | None, int]:
+    """Memory of every rank, and KV-cache and weight bytes of all of them."""
+    mine = (memory, generation.kv_cache_bytes, engine.weight_bytes)
+    if engine.ranks == 1:
+        everyone: list[Any] = [mine]
+    else:
+        import torch.distributed
+
+        everyone = [None] * engine.ranks
+        torch.distributed.all_gather_object(everyone, mine)
+    kv = [entry[1] for entry in everyone]
+    return [entry[0] for entry in everyone], None if None in kv else sum(kv), sum(entry[2] for entry in everyone)
+
+
+def _what_was_said(engine: Engine, prompts: Any, generation: Generation) -> dict[str, Any]:
+    """The first rows, so that a person can see that the model speaks."""
+    rows = [list(ids) for ids in generation.token_ids]
+    decode = engine.tokenizer.decode if engine.tokenizer is not None else None
+    return {
+        "prompt_text": decode(prompts[0].tolist()) if decode else None,
+        "text": [decode(ids) for ids in rows[:4]] if decode else None,
+        "token_ids": rows,
+    }
+
+
+def failure(error: BaseException) -> tuple[Status, str]:
+    """Status and one-line reason of what ended a run."""
+    import torch
+
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, DoesNotFit):
+        return "does_not_fit", str(error)
+    if isinstance(error, ConfigError):
+        return "refused", str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "oom_device", message
+    host_memory_signs = ("can't allocate memory", "cannot allocate memory", "not enough memory", "mlock", "bad_alloc", "std::bad_alloc")
+    if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in host_memory_signs):
+        return "oom_host", f"host memory ran out: {message}"
+    return "error", f"{type(error).__name__}: {message}"
+
+
+def _end_with_driver(driver_pid: int, start_ticks: int | None, config: RunConfig, job_dir: Path) -> None:
+    """In a thread: a driver that was killed cannot clean up, so the worker removes its swap folder and ends."""
+    while is_alive(driver_pid, start_ticks):
+        time.sleep(0.5)
+    if config.offload.nvme_path:
+        remove_swap_folder(swap_folder(config.offload.nvme_path, job_dir))
+    os._exit(1)
+
+
+def main(job_dir: Path) -> int:
+    """Run the job of this folder. Exit code 0 when its last event is a result."""
+    rank = int(os.environ.get("RANK", "0"))
+    events = EventLog(job_dir, rank)
+    tree, driver_pid, driver_start_ticks = read_job_config(job_dir)
+    config = config_from_tree(tree)
+    threading.Thread(target=_end_with_driver, args=(driver_pid, driver_start_ticks, config, job_dir), daemon=True).start()
+    try:
+        if work(config, job_dir, events) is None and rank == 0:
+            events.write("result", status="planned", metrics={})
+    except BaseException as error:  # whatever it was, the driver must learn the reason
+        status, reason = failure(error)
+        problems = error.problems if isinstance(error, ConfigError) else []
+        events.write("failed", status=status, reason=reason, problems=problems, traceback=traceback.format_exc())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # tearing down torch, gloo and aio threads takes seconds and can crash after a good result
