@@ -5,6 +5,7 @@ transformers is imported inside the functions: importing this module costs nothi
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import socket
@@ -12,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def load_tokenizer(model: ModelConfig, folder: str | Path | None = None) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The tokenizer (padding token = end-of-sequence token, padding on the left), or None and the reason why there is none.
 
-    Looked for in `folder`, else in `model.source`, else on the hub (or in its local cache) under `model.tokenizer_id`.
+    Looked for in `folder`, else under `model.tokenizer_id` on the hub or in its local cache, else in `model.source`.
     """
     source = str(folder) if folder else model.tokenizer_id or model.source
     if source is None:
@@ -97,6 +97,7 @@ def load_tokenizer(model: ModelConfig, folder: str | Path | None = None) -> tupl
 
 def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
     """config.json of a local folder or a hub repository, changed by the overrides of model=custom (elsewhere they are pinned values)."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     overrides = model.overrides if source == model.source and model.model_type is None else {}
@@ -107,11 +108,11 @@ def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
         raise ValueError(f"there is no folder {source}. Give an existing one, or a hub id: model.source=facebook/opt-125m")
     try:
         config = AutoConfig.from_pretrained(_expand(source), **_from_pretrained_kwargs(source, model))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(_why_no_config(source, is_folder, error)) from error
     _refuse_misspelt(overrides, config, model)
     text = config.get_text_config(decoder=True)
-    for key, value in overrides.items():
+    for key, value in copy.deepcopy(overrides).items():
         setattr(text, key, value)
     return config
 
@@ -127,11 +128,13 @@ def _pinned_config(model: ModelConfig) -> PretrainedConfig:
         close = difflib.get_close_matches(model.model_type, CONFIG_MAPPING_NAMES, n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else CATALOGUE_HINT
         raise ValueError(f"transformers {__version__} knows no model_type={model.model_type}. {hint}")
-    _refuse_misspelt(model.overrides, AutoConfig.for_model(model.model_type), model)
     try:
-        return AutoConfig.for_model(model.model_type, **model.overrides)
+        default = AutoConfig.for_model(model.model_type)
+        config = AutoConfig.for_model(model.model_type, **copy.deepcopy(model.overrides))  # transformers adds to nested values
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"model={model.name}: {' '.join(str(error).split())}. Correct model.overrides") from error
+    _refuse_misspelt(model.overrides, default, model)
+    return config
 
 
 def _refuse_misspelt(overrides: dict[str, Any], config: PretrainedConfig, model: ModelConfig) -> None:
@@ -200,6 +203,8 @@ def hub_reachable() -> bool:
     """One connection, at most 3 s: the hub's client would try for 23 s before it gives up. True behind a proxy, where this cannot tell."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
+    from urllib.request import getproxies  # here: it imports the whole of http.client
+
     if getproxies():
         return True
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
