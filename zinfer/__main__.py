@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 import hydra
 from hydra.errors import HydraException
 
-from zinfer.outcome import Outcome
+from zinfer.outcome import INTERRUPTED, Outcome
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,6 +49,8 @@ def task(composed: DictConfig) -> None:
     sweep = context.mode == RunMode.MULTIRUN
     outcome = run_composed(composed, Path(context.runtime.output_dir), sweep=sweep)
     Ended.outcomes.append(outcome)
+    if sweep and outcome.exit_code == INTERRUPTED:
+        raise KeyboardInterrupt
     if sweep and outcome.exit_code:
         raise JobFailed(f"job {context.job.num} ({' '.join(context.overrides.task)}): {outcome.status}: {outcome.reason}")
 
@@ -79,9 +82,12 @@ def main() -> None:
     sys.argv[1:] = multirun_first(sys.argv[1:])
     said = io.StringIO()
     compose_and_run = hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(task)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a job in order, as Ctrl-C does
     try:
         with contextlib.redirect_stderr(Tee(sys.stderr, said)):
             compose_and_run()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except SystemExit as exit_:
         if exit_.code and not Ended.composed:  # Hydra could not compose what was typed
             if wants_json:

@@ -29,6 +29,7 @@ from zinfer.job import DRIVER_READY_FILE, RESULT_FILE, WORKER_LOG, write_job
 from zinfer.outcome import Outcome
 from zinfer.swap import claim_swap_folder, remove_orphaned_swap_folders, remove_swap_folder
 from zinfer.terminal import Terminal
+from zinfer.tracking import TrackingUnavailable, open_run
 
 if TYPE_CHECKING:
     from zinfer.tracking import TrackedRun
@@ -37,10 +38,6 @@ POLL_S = 0.1
 END_GRACE_S = 3.0
 """Between SIGTERM and SIGKILL for a worker that is told to end."""
 TRACEBACK_LINES = 40
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: end the worker, close the run, stop the sweep."""
 
 
 def run_job(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
@@ -164,7 +161,7 @@ def run_worker(config: RunConfig, job_dir: Path, terminal: Terminal, tracked: Tr
             tracked.start()  # beside the worker's imports, not after the run
             ended = watch(worker, config, reader, watched, terminal)
         returncode = worker.returncode
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         ended = "interrupted"
     except (OSError, RuntimeError) as error:
         return Outcome(status="error", reason=f"{type(error).__name__}: {error}")
@@ -379,8 +376,6 @@ class TrackingThread:
         self._thread.start()
 
     def _open(self) -> None:
-        from zinfer.tracking import TrackingUnavailable, open_run
-
         try:
             self.environment = environment(self._config, _nvme_path(self._config))
             self._run = open_run(self._config, job_dir=self._job_dir, environment=self.environment)
@@ -396,8 +391,6 @@ class TrackingThread:
 
     def finish(self, outcome: Outcome, terminal: Terminal) -> Outcome:
         """Log the outcome and end the MLflow run; what cannot be logged stays in the job folder and is said."""
-        from zinfer.tracking import TrackingUnavailable
-
         if self._run is not None:
             outcome = replace(outcome, run_id=self._run.run_id)
             try:

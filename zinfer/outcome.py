@@ -12,6 +12,9 @@ EXIT_CODES: dict[Status, int] = {"ok": 0, "planned": 0, "refused": 2, "does_not_
 """0: done; 2: the configuration or the machine does not allow it, nothing was run; 1: it was run and failed; 130: interrupted."""
 
 
+INTERRUPTED = 130
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """The end of one job, whatever end it was; what a job did not reach is None or empty."""
@@ -44,7 +47,7 @@ class Outcome:
     def exit_code(self) -> int:
         """The command's exit code for this job alone."""
         if self.status == "killed" and self.reason and self.reason.startswith("interrupted"):
-            return 130
+            return INTERRUPTED
         return EXIT_CODES.get(self.status, 1)
 
     def document(self) -> Json:

@@ -78,7 +78,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     _wait_for_quiet_driver(job_dir, events)
     read_before = _block_read_bytes()
     generation = generate_timed(engine, prompts, config.batch, events)
-    memory, kv_bytes, weight_bytes = _gather_over_ranks(engine, generation, _memory_use(engine, read_before))
+    memory, kv_bytes, weight_bytes, token_ids = _gather_over_ranks(engine, generation, _memory_use(engine, read_before))
     metrics = summarise(
         generation.samples,
         config.batch,
@@ -89,7 +89,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
         kv_cache_bytes=kv_bytes,
     )
     if events.rank == 0:
-        events.write("generated", **_what_was_said(engine, prompts, generation))
+        events.write("generated", **_what_was_said(engine, prompts, token_ids))
         events.write("result", status="ok", metrics=metrics.known())
     return metrics
 
@@ -183,9 +183,12 @@ def _block_read_bytes() -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
 
 
-def _gather_over_ranks(engine: Engine, generation: Generation, memory: MemoryUse) -> tuple[list[MemoryUse], int | None, int]:
-    """Memory of every rank, and KV-cache and weight bytes of all of them."""
-    mine = (memory, generation.kv_cache_bytes, engine.weight_bytes)
+TokenIds = list[tuple[int, ...]]
+
+
+def _gather_over_ranks(engine: Engine, generation: Generation, memory: MemoryUse) -> tuple[list[MemoryUse], int | None, int, TokenIds]:
+    """Memory of every rank; KV-cache bytes, weight bytes and the new tokens of all of them, rows in the order of the prompts."""
+    mine = (memory, generation.kv_cache_bytes, engine.weight_bytes, generation.token_ids)
     if engine.ranks == 1:
         everyone: list[Any] = [mine]
     else:
@@ -194,12 +197,12 @@ def _gather_over_ranks(engine: Engine, generation: Generation, memory: MemoryUse
         everyone = [None] * engine.ranks
         torch.distributed.all_gather_object(everyone, mine)
     kv = [entry[1] for entry in everyone]
-    return [entry[0] for entry in everyone], None if None in kv else sum(kv), sum(entry[2] for entry in everyone)
+    rows = [row for entry in everyone for row in entry[3]]
+    return [entry[0] for entry in everyone], None if None in kv else sum(kv), sum(entry[2] for entry in everyone), rows
 
 
-def _what_was_said(engine: Engine, prompts: Any, generation: Generation) -> dict[str, Any]:
-    """The first rows, so that a person can see that the model speaks."""
-    rows = [list(ids) for ids in generation.token_ids]
+def _what_was_said(engine: Engine, prompts: Any, rows: TokenIds) -> dict[str, Any]:
+    """The first rows as text, so that a person can see that the model speaks; the token ids of all."""
     decode = engine.tokenizer.decode if engine.tokenizer is not None else None
     return {
         "prompt_text": decode(prompts[0].tolist()) if decode else None,
