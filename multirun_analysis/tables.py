@@ -1,0 +1,540 @@
+"""Comparisons -> tables, each as CSV, Markdown, LaTeX and rows of the report. A cell has its text for people and its value for machines."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from multirun_analysis.compare import (
+    LABELS,
+    RATE,
+    Baseline,
+    Best,
+    Configuration,
+    Ratio,
+    Spread,
+    format_number,
+    format_spread,
+    implied_bytes_per_s,
+    scaled,
+    shown_choices,
+)
+from multirun_analysis.published import Comparison, box_of, ceiling_bytes_per_s, explanation
+from multirun_analysis.read import Json, Run
+from zinfer.units import GIB
+
+STATUS_WORDS = {
+    "ok": "measured",
+    "planned": "planned only",
+    "refused": "refused",
+    "does_not_fit": "does not fit",
+    "oom_device": "out of device memory",
+    "oom_host": "out of host memory",
+    "killed": "killed",
+    "timeout": "timed out",
+    "error": "failed",
+    "running": "not ended",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column; `key` is its name in CSV, with the unit, `head` what people read."""
+
+    key: str
+    head: str
+    number: bool = False
+    csv_only: bool = False
+    help: str | None = None
+    """What the number is, shown when the head is pointed at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One value: as text, and as it sorts and goes into CSV (None: unknown)."""
+
+    text: str
+    value: float | str | None = None
+    url: str | None = None
+    kind: str | None = None
+    """For the report's style: a status or a standing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table with its caption."""
+
+    name: str
+    """File name without suffix."""
+    title: str
+    note: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """Indices of the columns that people see."""
+        return tuple(index for index, column in enumerate(self.columns) if not column.csv_only)
+
+
+def text_cell(text: object, kind: str | None = None, url: str | None = None) -> Cell:
+    """Text that sorts as itself; '-' for None."""
+    return Cell(text="-" if text is None else str(text), value=None if text is None else str(text), kind=kind, url=url)
+
+
+def number_cell(value: float | None, scale: float = 1.0, digits: int = 3) -> Cell:
+    """A number in the column's unit: `scale` divides what people see, CSV keeps the metric's own unit."""
+    return Cell(text=format_number(None if value is None else value / scale, digits), value=value)
+
+
+def whole_cell(value: int | None) -> Cell:
+    """A count."""
+    return Cell(text="-" if value is None else str(value), value=value)
+
+
+def spread_cells(spread: Spread | None, scale: float = 1.0) -> tuple[Cell, Cell, Cell]:
+    """Median ± standard deviation for people; median, standard deviation and count for CSV."""
+    shown = None if spread is None else scaled(spread, 1 / scale)
+    median = Cell(text=format_spread(shown), value=spread.median if spread else None)
+    return (
+        median,
+        Cell(text="", value=spread.stddev if spread else None),
+        Cell(text=str(spread.count) if spread else "-", value=spread.count if spread else None),
+    )
+
+
+def spread_columns(key: str, head: str, help_: str) -> tuple[Column, Column, Column]:
+    return (
+        Column(key=key, head=head, number=True, help=help_),
+        Column(key=f"{key}_stddev", head="", number=True, csv_only=True),
+        Column(key=f"{key}_values", head="n", number=True, help="Timed generations behind the number, over all reruns"),
+    )
+
+
+def choice_cell(item: Configuration, choice: str) -> Cell:
+    """A choice as it sorts: numbers as numbers."""
+    value = item.dtype if choice == "dtype.weights" else item.choices.get(choice)
+    number = item.number(choice)
+    return Cell(text=value if value is not None else "-", value=number if number is not None else value)
+
+
+def choice_columns(choices: Sequence[str]) -> tuple[Column, ...]:
+    numbers = {"batch.batch_size", "batch.prompt_tokens", "batch.new_tokens", "launcher.ranks"}
+    return tuple(Column(key=choice, head=LABELS.get(choice, choice), number=choice in numbers) for choice in choices)
+
+
+# The tables
+
+Measure = tuple[Column, Callable[[Configuration], Cell]]
+
+
+def _metric(key: str, head: str, scale: float, help_: str, digits: int = 3) -> Measure:
+    return Column(key=key, head=head, number=True, help=help_), lambda item: number_cell(item.value(key), scale, digits)
+
+
+RUN_MEASURES: tuple[Measure, ...] = (
+    _metric("decode_step_s", "step ms", 1e-3, "Median time of one decode step of the whole batch"),
+    _metric("time_to_first_token_s", "TTFT s", 1, "Time to the first new token of every row: the prefill"),
+    (
+        Column(
+            key="implied_bytes_per_s",
+            head="GB/s",
+            number=True,
+            help="Weight bytes over the time of a decode step, for weights off the device",
+        ),
+        lambda item: number_cell(implied_bytes_per_s(item), 1e9),
+    ),
+    _metric("ceiling_fraction", "% of ceiling", 0.01, "Time that the binding resource needs over the time measured", 2),
+    (Column(key="binding_resource", head="bound by"), lambda item: text_cell(item.tag("zinfer.binding_resource"))),
+    _metric("peak_device_reserved_bytes", "device GiB", GIB, "Most device memory that torch's allocator held"),
+    _metric("peak_host_rss_bytes", "host GiB", GIB, "Most host memory that the process held (VmHWM)"),
+    _metric("load_s", "load s", 1, "From the start of building the model to an engine that can generate"),
+)
+CONTEXT_COLUMNS = (("weights", "weights"), ("device", "machine"), ("method_version", "method"))
+
+
+def runs_table(found: Sequence[Configuration]) -> Table:
+    """Every configuration, whatever became of it."""
+    choices = tuple(choice for choice in shown_choices(found) if choice != "weights")
+    contexts = [(name, head) for name, head in CONTEXT_COLUMNS if len({getattr(item.context, name) for item in found}) > 1]
+    measures = [measure for measure in RUN_MEASURES if any(measure[1](item).value is not None for item in found)]
+    columns = (
+        Column(key="status", head="status"),
+        *choice_columns(choices),
+        *spread_columns(RATE, "tokens/s", "New tokens of all rows over prefill and decode time; median ± standard deviation"),
+        *(column for column, _ in measures),
+        *(Column(key=name, head=head) for name, head in contexts),
+        Column(key="commit", head="commit", help="Of zinfer; * for a changed working tree"),
+        Column(key="run_ids", head="runs", help="Newest run in MLflow, and how many there are"),
+        Column(key="reason", head="reason", csv_only=True),
+    )
+    rows = tuple(
+        (
+            text_cell(STATUS_WORDS.get(item.status, item.status), kind=item.status),
+            *(choice_cell(item, choice) for choice in choices),
+            *spread_cells(item.spread(RATE)),
+            *(cell(item) for _, cell in measures),
+            *(text_cell(getattr(item.context, name)) for name, _ in contexts),
+            text_cell(item.context.commit_label),
+            _runs_cell(item),
+            text_cell(item.reason),
+        )
+        for item in found
+    )
+    return Table(
+        name="runs",
+        title="All configurations",
+        note="One row for each configuration; reruns are merged (median of medians, variances within and between runs added).",
+        columns=columns,
+        rows=rows,
+    )
+
+
+def _runs_cell(item: Configuration) -> Cell:
+    failed = f", {len(item.failed_runs)} failed" if item.failed_runs and item.ok_runs else ""
+    count = f" ({len(item.runs)}{failed})" if len(item.runs) > 1 else ""
+    return Cell(text=item.newest.run_id[:8] + count, value=" ".join(run.run_id for run in item.runs), url=item.newest.url)
+
+
+def best_table(best: Sequence[Best]) -> Table:
+    """The first thing that a reader wants."""
+    columns = (
+        Column(key="model", head="model"),
+        Column(key="configuration", head="fastest with"),
+        *spread_columns(RATE, "tokens/s", "Median ± standard deviation"),
+        Column(key="why", head="why"),
+        Column(key="limit", head="what limits it"),
+        Column(key="lowest_latency", head="shortest step"),
+        Column(key="weights", head="weights"),
+        Column(key="machine", head="machine"),
+        Column(key="commit", head="commit"),
+    )
+    rows = tuple(
+        (
+            text_cell(item.configuration.model),
+            text_cell(item.label),
+            *spread_cells(item.rate),
+            text_cell(item.reason),
+            text_cell(item.limit),
+            text_cell(item.low_latency or "the same"),
+            text_cell(item.configuration.context.weights),
+            text_cell(item.configuration.context.device),
+            text_cell(item.configuration.context.commit_label),
+        )
+        for item in best
+    )
+    return Table(name="best", title="Best configuration per model", note="Ranked by generated tokens/s.", columns=columns, rows=rows)
+
+
+def failures_table(found: Sequence[Configuration]) -> Table:
+    """Every run that did not end well, with its reason; the same end of the same configuration in one row."""
+    choices = shown_choices(found)
+    ends: dict[tuple[int, str, str], list[Run]] = {}
+    for number, item in enumerate(found):
+        for run in item.failed_runs:
+            ends.setdefault((number, run.status, run.reason or "no reason was logged"), []).append(run)
+    columns = (
+        Column(key="status", head="what happened"),
+        *choice_columns(choices),
+        Column(key="reason", head="reason"),
+        Column(key="times", head="times", number=True),
+        Column(key="run_ids", head="newest run"),
+    )
+    rows = tuple(
+        (
+            text_cell(STATUS_WORDS.get(status, status), kind=status),
+            *(choice_cell(found[number], choice) for choice in choices),
+            text_cell(reason),
+            whole_cell(len(runs)),
+            Cell(text=_short_id(runs[-1]), value=" ".join(run.run_id for run in runs), url=runs[-1].url),
+        )
+        for (number, status, reason), runs in ends.items()
+    )
+    note = "Runs that did not end well stay in every count."
+    return Table(name="failures", title="What failed, and why", note=note, columns=columns, rows=rows)
+
+
+def _short_id(run: Run) -> str:
+    return run.run_id[:8] if run.url else run.name
+
+
+def speedup_table(ratios: Sequence[Ratio], baseline: Baseline) -> Table:
+    """A matrix: one row for each configuration without the baseline's choice, one column for each of its values."""
+    others = [choice for choice in shown_choices([item.candidate for item in ratios]) if choice != baseline.name]
+    values = sorted(
+        {_chosen(item.candidate, baseline.name) for item in ratios}, key=lambda value: (value != baseline.value, _sortable(value))
+    )
+    rows: dict[tuple[object, ...], dict[str, Ratio]] = {}
+    for item in ratios:
+        key = (item.candidate.context, *(choice_cell(item.candidate, choice).value for choice in others))
+        kept = rows.setdefault(key, {})
+        value = _chosen(item.candidate, baseline.name)
+        if value not in kept or _median(item.ratio) > _median(kept[value].ratio):
+            kept[value] = item
+    columns = (
+        *choice_columns(others),
+        *(
+            column
+            for value in values
+            for column in (
+                Column(key=f"{baseline.name}={value}", head=f"{LABELS.get(baseline.name, baseline.name)} {value}", number=True),
+                Column(key=f"{baseline.name}={value}_stddev", head="", number=True, csv_only=True),
+            )
+        ),
+    )
+    filled = []
+    for kept in rows.values():
+        any_item = next(iter(kept.values())).candidate
+        cells = [choice_cell(any_item, choice) for choice in others]
+        for value in values:
+            cells += _ratio_cells(kept.get(value))
+        filled.append(tuple(cells))
+    return Table(
+        name="speedup",
+        title=f"Speed-up over {baseline}",
+        note="Ratio of generated tokens/s ± first-order error, all else equal; a dash has no baseline that was measured.",
+        columns=columns,
+        rows=tuple(filled),
+    )
+
+
+def _ratio_cells(item: Ratio | None) -> tuple[Cell, Cell]:
+    if item is None or item.ratio is None:
+        return Cell(text="-" if item is None else f"- ({item.missing})"), Cell(text="")
+    return Cell(text=format_spread(item.ratio), value=item.ratio.median), Cell(text="", value=item.ratio.stddev)
+
+
+def _chosen(item: Configuration, choice: str) -> str:
+    return item.dtype if choice == "dtype.weights" else item.choices.get(choice, "-")
+
+
+def _sortable(value: str) -> tuple[float, str]:
+    return (float(value) if value.isdecimal() else float("inf"), value)
+
+
+def _median(spread: Spread | None) -> float:
+    return spread.median if spread else -1.0
+
+
+def memory_table(found: Sequence[Configuration]) -> Table:
+    """Planned beside measured, for every configuration that has both."""
+    pairs = (
+        ("device", "plan_device_needed_bytes", "peak_device_reserved_bytes"),
+        ("host", "plan_host_needed_bytes", "peak_host_rss_bytes"),
+        ("pinned", "plan_pinned_needed_bytes", "mlocked_bytes"),
+    )
+    measured = [item for item in found if item.ok_runs and any(item.value(plan) is not None for _, plan, _ in pairs)]
+    choices = shown_choices(found)
+    columns = (
+        *choice_columns(choices),
+        *(
+            column
+            for tier, plan, peak in pairs
+            for column in (
+                Column(key=plan, head=f"{tier} planned GiB", number=True),
+                Column(key=peak, head=f"{tier} measured GiB", number=True),
+            )
+        ),
+        Column(key="plan_disk_needed_bytes", head="disk planned GiB", number=True),
+    )
+    rows = tuple(
+        (
+            *(choice_cell(item, choice) for choice in choices),
+            *(number_cell(item.value(name), GIB) for _, plan, peak in pairs for name in (plan, peak)),
+            number_cell(item.value("plan_disk_needed_bytes"), GIB),
+        )
+        for item in measured
+    )
+    note = "Planned before anything was allocated; measured at its highest. On a machine without a GPU the device is host memory."
+    return Table(name="memory", title="Memory per tier, planned and measured", note=note, columns=columns, rows=rows)
+
+
+def published_comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Published rows, and what was measured of the same thing, both normalised by what their own hardware streams."""
+    heads = (
+        ("model", "model", False), ("weights_bits", "bits", True), ("weights_on", "weights on", False), ("kv_on", "KV on", False),
+        ("batch_size", "batch", True), ("lengths", "prompt + new", False), ("framework", "framework", False),
+        ("published_hardware", "on", False), ("published", "published", True), ("published_unit", "unit", False),
+        ("published_bytes_per_s", "GB/s implied", True), ("published_ceiling_fraction", "% of its ceiling", True),
+        ("measured", "measured here", True),
+    )  # fmt: skip
+    tail = (
+        ("measured_bytes_per_s", "GB/s implied here", True), ("measured_ceiling_fraction", "% of ceiling here", True),
+        ("measured_hardware", "here on", False), ("remark", "remark", False), ("standing", "standing", False), ("source", "source", False),
+    )  # fmt: skip
+    columns = (
+        *(Column(key=key, head=head, number=number) for key, head, number in heads),
+        Column(key="measured_stddev", head="", number=True, csv_only=True),
+        *(Column(key=key, head=head, number=number) for key, head, number in tail),
+        Column(key="where", head="", csv_only=True),
+    )
+    note = (
+        "Hardware differs, so compare the shares of the ceiling, not tokens/s. Implied: bytes of the weights times tokens/s over the "
+        "batch, which is what one pass over the weights streams in its time. Ceiling: the slowest part of their path."
+    )
+    return Table(
+        name="published",
+        title="Beside published results",
+        note=note,
+        columns=columns,
+        rows=tuple(_published_row(item) for item in comparisons),
+    )
+
+
+def _published_row(item: Comparison) -> tuple[Cell, ...]:
+    row, measured = item.published, item.measured
+    implied, limit = row.implied_bytes_per_s, ceiling_bytes_per_s(row)
+    lengths = None if row.prompt_tokens is None or row.new_tokens is None else f"{row.prompt_tokens} + {row.new_tokens}"
+    rate = Cell(text=item.missing, kind="missing") if item.missing else spread_cells(item.rate)[0]
+    box = box_of(row.hardware)
+    return (
+        text_cell(row.model or None),
+        whole_cell(row.weights_bits),
+        text_cell(row.weights_location or None),
+        text_cell(row.kv_location or None),
+        whole_cell(row.batch_size),
+        text_cell(lengths),
+        text_cell(row.framework),
+        Cell(text=row.hardware or "-", value=box.name if box else row.hardware),
+        Cell(text=row.text, value=row.value if row.value is not None else row.text),
+        text_cell(row.unit),
+        number_cell(implied, 1e9),
+        number_cell(None if implied is None or limit is None else implied / limit, 0.01, 2),
+        rate,
+        Cell(text="", value=item.rate.stddev if item.rate else None),
+        number_cell(item.measured_bytes_per_s, 1e9),
+        number_cell(measured.value("ceiling_fraction") if measured else None, 0.01, 2),
+        text_cell(measured.context.device if measured else None),
+        text_cell("; ".join(filter(None, (item.differs, explanation(row)))) or None),
+        text_cell(row.standing, kind=row.standing.replace(" ", "-")),
+        text_cell(f"{row.source}, {row.table}"),
+        text_cell(row.where),
+    )
+
+
+ENVIRONMENT_ROWS = (
+    ("processor", ("cpu", "model")),
+    ("usable cores", ("cpu", "usable_cores")),
+    ("frequency governor", ("cpu", "governor")),
+    ("operating system", ("os",)),
+    ("kernel", ("kernel",)),
+    ("Python", ("python",)),
+    ("zinfer", ("zinfer", "version")),
+    ("commit", ("zinfer", "commit")),
+)
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "mlflow", "hydra-core")
+
+
+def environment_table(environments: Sequence[tuple[str, Json]]) -> Table:
+    """What the numbers depend on besides the configuration: one column for each machine and commit."""
+    names = [(name, _lookup(path)) for name, path in ENVIRONMENT_ROWS]
+    names += [(package, _lookup(("packages", package))) for package in PACKAGES]
+    names.insert(0, ("GPUs", _gpus))
+    names.insert(3, ("host memory GiB", lambda found: _gib(_lookup(("memory", "total_bytes"))(found))))
+    columns = (Column(key="what", head=""), *(Column(key=name, head=name) for name, _ in environments))
+    rows = [(text_cell(name), *(text_cell(look(found)) for _, found in environments)) for name, look in names]
+    known = tuple(row for row in rows if any(cell.value is not None for cell in row[1:]))
+    return Table(
+        name="environment",
+        title="Where this was measured",
+        note="From environment.json of the newest run of each machine and commit.",
+        columns=columns,
+        rows=known,
+    )
+
+
+def _lookup(path: Sequence[str]) -> Callable[[Json], object]:
+    def look(found: Json) -> object:
+        value: object = found
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    return look
+
+
+def _gib(count: object) -> str | None:
+    return format_number(count / GIB) if isinstance(count, int | float) else None
+
+
+def _gpus(found: Json) -> str | None:
+    """'NVIDIA H100 80GB HBM3 (80 GiB, driver 550.54, power limit 700 W)'."""
+    gpus = found.get("gpus") or []
+    lines = []
+    for gpu in gpus:
+        facts = [
+            f"{_gib(gpu.get('total_bytes'))} GiB" if gpu.get("total_bytes") else None,
+            f"driver {gpu['driver_version']}" if gpu.get("driver_version") else None,
+            f"power limit {gpu['power_limit_watts']:g} W" if gpu.get("power_limit_watts") else "power limit not known",
+        ]
+        lines.append(f"{gpu.get('name')} ({', '.join(filter(None, facts))})")
+    return "; ".join(lines) or None
+
+
+# Formats
+
+
+def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """Each as .csv, .md and .tex."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for table in tables:
+        for suffix, text in ((".csv", to_csv(table)), (".md", to_markdown(table)), (".tex", to_latex(table))):
+            path = folder / f"{table.name}{suffix}"
+            path.write_text(text)
+            written.append(path)
+    return written
+
+
+def to_csv(table: Table) -> str:
+    """Plain values in the metrics' own units; unknown is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(column.key for column in table.columns)
+    for row in table.rows:
+        writer.writerow(cell.value if cell.value is not None else "" for cell in row)
+    return out.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """A GitHub table, numbers to the right."""
+    heads = [table.columns[index] for index in table.shown]
+    lines = [
+        "| " + " | ".join(_markdown(column.head) for column in heads) + " |",
+        "| " + " | ".join("---:" if column.number else "---" for column in heads) + " |",
+    ]
+    for row in table.rows:
+        cells = (row[index] for index in table.shown)
+        lines.append(
+            "| " + " | ".join(f"[{_markdown(cell.text)}]({cell.url})" if cell.url else _markdown(cell.text) for cell in cells) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("*", "\\*")
+
+
+LATEX_ESCAPES = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}",
+    "\n": " ",
+})  # fmt: skip
+
+
+def to_latex(table: Table) -> str:
+    """A table that needs only \\usepackage{booktabs}; more rows than a page holds use longtable."""
+    heads = [table.columns[index] for index in table.shown]
+    layout = "".join("r" if column.number else "l" for column in heads)
+    head = " & ".join(column.head.translate(LATEX_ESCAPES) for column in heads) + r" \\"
+    body = [" & ".join(row[index].text.translate(LATEX_ESCAPES) for index in table.shown) + r" \\" for row in table.rows]
+    caption = rf"\caption{{{table.title.translate(LATEX_ESCAPES)}. {table.note.translate(LATEX_ESCAPES)}}}"
+    label = rf"\label{{tab:zinfer-{table.name}}}"
+    if len(body) > 50:
+        start = [r"% \usepackage{booktabs,longtable}", rf"\begin{{longtable}}{{{layout}}}", caption + label + r"\\"]
+        return "\n".join([*start, r"\toprule", head, r"\midrule", r"\endhead", *body, r"\bottomrule", r"\end{longtable}", ""])
+    start = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", caption, label, rf"\begin{{tabular}}{{{layout}}}"]
+    return "\n".join([*start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
