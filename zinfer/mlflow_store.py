@@ -102,12 +102,16 @@ def create_database(path: Path) -> None:
 
 
 def _migrate(path: Path) -> None:
-    """MLflow's own migrations, on a file beside `path` that takes its place when they are done."""
+    """MLflow's own migrations, on a file beside `path` that takes its place when they are done.
+
+    The order in which they write two constraints of the table `runs` follows Python's hash seed: a fixed one makes the same file each time.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder) / path.name
         done = subprocess.run(
             [sys.executable, "-m", "mlflow", "db", "upgrade", f"{SQLITE}{fresh}"],
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONHASHSEED": "0"},
+            capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         if done.returncode != 0:
             said = done.stderr.strip().splitlines()
