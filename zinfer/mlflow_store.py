@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from zinfer.config import TrackingConfig
 from zinfer.redact import redact
@@ -102,16 +102,12 @@ def create_database(path: Path) -> None:
 
 
 def _migrate(path: Path) -> None:
-    """MLflow's own migrations, on a file beside `path` that takes its place when they are done.
-
-    The order in which they write two constraints of the table `runs` follows Python's hash seed: a fixed one makes the same file each time.
-    """
+    """MLflow's own migrations, on a file beside `path` that takes its place when they are done."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder) / path.name
         done = subprocess.run(
             [sys.executable, "-m", "mlflow", "db", "upgrade", f"{SQLITE}{fresh}"],
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONHASHSEED": "0"},
-            capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         if done.returncode != 0:
             said = done.stderr.strip().splitlines()
@@ -178,7 +174,9 @@ def first_connection_lock(uri: str) -> Iterator[None]:
 def _ensure_server(uri: str) -> None:
     """A server that does not answer is said at once; MLflow would retry for minutes."""
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_TIMEOUT_S).close()
+        parts = urlsplit(uri)
+        without_user = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/") + "/health")
+        urllib.request.urlopen(without_user.geturl(), timeout=SERVER_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return  # it answers; whether it lets us in shows later
     except (OSError, ValueError) as error:
