@@ -41,10 +41,13 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         device=torch.device(accelerator.current_device_name()),
         rank=comm.get_rank(),
         ranks=comm.get_world_size(),
-        weight_bytes=partition_bytes(module),
+        weight_bytes=partition_bytes(module, dtype.itemsize),
     )
 
 
-def partition_bytes(model: torch.nn.Module) -> int:
-    """Bytes of this rank's partitions, on whichever tier they are."""
-    return sum(parameter.ds_tensor.ds_numel * parameter.ds_tensor.element_size() for parameter in model.parameters())
+def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
+    """Bytes of this rank's partitions, on whichever tier they are.
+
+    A partition that lies on NVMe has a placeholder of two bytes for its data, so the size of an element is given.
+    """
+    return sum(parameter.ds_tensor.ds_numel for parameter in model.parameters()) * itemsize_bytes
