@@ -1,4 +1,4 @@
-"""Runs -> configurations with median and spread -> ratios with their error. Pure: the same runs give the same comparison."""
+"""Runs -> configurations, each with median and spread. Pure: the same runs give the same comparison."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import hypot, sqrt
 
 from multirun_analysis.read import Run
+from multirun_analysis.spread import Spread, merge
 
 RATE = "generated_tokens_per_s"
 """The metric that configurations are ranked by."""
@@ -28,40 +28,11 @@ LABELS = {
     "launcher.ranks": "ranks",
 }
 """Parameter -> what a table calls it, in the order of the columns. Other parameters go by their own name."""
-ALWAYS_SHOWN = ("model.name", "offload.device", "dtype.weights", "batch.batch_size", "batch.prompt_tokens", "batch.new_tokens")
+ALWAYS_SHOWN = ("model.name", "offload.device", "dtype.weights", "batch.batch_size")
 NOT_CHOICES = frozenset({"task", "batch.seed", "plan.enforce", "plan.headroom", "hardware.name", "sweep.parent_run_id"})
 """Parameters that do not tell configurations apart in a table. The memory plan's knobs decide whether a run starts, not how fast it is."""
 CIRCUMSTANCES = {"weights": "kinds of weights", "hardware": "machines", "commit": "commits", "method_version": "method versions"}
 """Field of Context -> what several of it are called."""
-OUT_OF_MEMORY = ("does_not_fit", "oom_device", "oom_host")
-BASELINES = (
-    ("offload.device", ("none", "cpu", "nvme")),
-    ("dtype.weights", ("float32", "bfloat16", "float16", "auto", "int8", "int4")),
-    ("kv_cache.placement", ("device", "host")),
-    ("zero.derivation", ("paper", "tuned")),
-    ("engine.name", ("resident", "zero")),
-    ("offload.use_gds", ("false", "true")),
-    ("batch.batch_size", ()),
-)
-"""What a speed-up is usually asked against, first what varies first; () means the smallest value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A number with how far it moved."""
-
-    median: float
-    stddev: float | None
-    """None: measured once."""
-    minimum: float
-    maximum: float
-    count: int
-    """Timed values behind it."""
-
-    @property
-    def relative(self) -> float | None:
-        """Standard deviation over median."""
-        return None if self.stddev is None or self.median == 0 else self.stddev / abs(self.median)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -111,9 +82,19 @@ class Configuration:
         """Why the newest failed run failed."""
         return next((run.reason for run in reversed(self.failed_runs) if run.reason), None)
 
+    @cached_property
+    def rate_spread(self) -> Spread | None:
+        """Generated tokens/s; None where no run measured them."""
+        return self.spread(RATE)
+
     @property
     def measured(self) -> bool:
-        return self.spread(RATE) is not None
+        return self.rate_spread is not None
+
+    @property
+    def rate(self) -> float:
+        """Median of the generated tokens/s, 0 for sorting where none were measured."""
+        return self.rate_spread.median if self.rate_spread else 0.0
 
     @property
     def newest(self) -> Run:
@@ -146,6 +127,10 @@ class Configuration:
     @property
     def batch_size(self) -> int | None:
         return self.number("batch.batch_size")
+
+    def chosen(self, choice: str) -> str:
+        """The value of a choice; of dtype.weights what `auto` came to."""
+        return self.dtype if choice == "dtype.weights" else self.choices.get(choice, "-")
 
     def number(self, choice: str) -> int | None:
         """A choice that is a whole number."""
@@ -197,48 +182,7 @@ def run_spread(run: Run, metric: str) -> Spread | None:
     )
 
 
-def merge(spreads: Sequence[Spread]) -> Spread | None:
-    """Reruns as one number: the median of the medians; variance within runs and between them add up (law of total variance)."""
-    if not spreads:
-        return None
-    medians = [spread.median for spread in spreads]
-    within = [spread.stddev**2 for spread in spreads if spread.stddev is not None]
-    parts = [*([statistics.fmean(within)] if within else []), *([statistics.variance(medians)] if len(medians) > 1 else [])]
-    return Spread(
-        median=statistics.median(medians),
-        stddev=sqrt(sum(parts)) if parts else None,
-        minimum=min(spread.minimum for spread in spreads),
-        maximum=max(spread.maximum for spread in spreads),
-        count=sum(spread.count for spread in spreads),
-    )
-
-
-def scaled(spread: Spread, factor: float) -> Spread:
-    """In another unit."""
-    stddev = None if spread.stddev is None else spread.stddev * factor
-    return Spread(
-        median=spread.median * factor, stddev=stddev, minimum=spread.minimum * factor, maximum=spread.maximum * factor, count=spread.count
-    )
-
-
-def speedup(candidate: Spread, reference: Spread) -> Spread:
-    """Ratio of two rates, with the first-order error of a quotient of independents.
-
-    Source: Taylor, An Introduction to Error Analysis, 2nd edition 1997, section 3.4: relative errors add in quadrature.
-    Unknown when either error is.
-    """
-    ratio = candidate.median / reference.median
-    relative = hypot(candidate.relative, reference.relative) if candidate.relative is not None and reference.relative is not None else None
-    return Spread(
-        median=ratio,
-        stddev=None if relative is None else ratio * relative,
-        minimum=candidate.minimum / reference.maximum,
-        maximum=candidate.maximum / reference.minimum if reference.minimum else ratio,
-        count=min(candidate.count, reference.count),
-    )
-
-
-# Configurations
+# Grouping
 
 
 def configurations(runs: Iterable[Run]) -> tuple[Configuration, ...]:
@@ -272,7 +216,7 @@ def varied(found: Sequence[Configuration]) -> tuple[str, ...]:
     names = {name for item in found for name in item.choices if not (name.startswith("model.") and name != "model.name")}
     differing = {name for name in names if len({item.choices.get(name) for item in found}) > 1}
     follows = {name for name in differing if name not in LABELS and _follows_from_group(name, found)}
-    return tuple(sorted(differing - follows, key=_column_order))
+    return tuple(sorted(differing - follows, key=column_order))
 
 
 def _follows_from_group(name: str, found: Sequence[Configuration]) -> bool:
@@ -288,10 +232,17 @@ def _follows_from_group(name: str, found: Sequence[Configuration]) -> bool:
 
 def shown_choices(found: Sequence[Configuration]) -> tuple[str, ...]:
     """Columns of a table: what varies, and what a reader asks for first."""
-    return tuple(sorted({*varied(found), *ALWAYS_SHOWN}, key=_column_order))
+    return tuple(sorted({*varied(found), *ALWAYS_SHOWN}, key=column_order))
 
 
-def _column_order(name: str) -> tuple[int, str]:
+def constants(found: Sequence[Configuration]) -> dict[str, str]:
+    """What was the same everywhere, of the choices that have a label and no column."""
+    shown = shown_choices(found)
+    values = {name: {item.choices.get(name) for item in found} for name in LABELS if name not in shown}
+    return {name: str(value) for name, (value, *others) in values.items() if value is not None and not others}
+
+
+def column_order(name: str) -> tuple[int, str]:
     order = list(LABELS)
     return (order.index(name) if name in LABELS else len(order), name)
 
@@ -321,224 +272,30 @@ def mixtures(found: Sequence[Configuration]) -> list[str]:
     return sentences
 
 
-# Ratios
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """A choice that others are compared with: `offload.device=none`."""
-
-    name: str
-    value: str
-
-    def __str__(self) -> str:
-        return f"{self.name}={self.value}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ratio:
-    """One configuration against the baseline that is equal in everything else."""
-
-    candidate: Configuration
-    reference: Configuration | None
-    ratio: Spread | None
-    missing: str | None
-    """Why there is no ratio."""
-
-
-def parse_baseline(text: str) -> Baseline:
-    """`offload.device=none`, `dtype.weights=bfloat16`; the group's name alone (`offload=none`) will do.
-
-    Raises:
-        ValueError: not of that form.
-    """
-    name, equals, value = text.partition("=")
-    full = {choice.split(".")[0]: choice for choice in reversed(LABELS)} | {"batch": "batch.batch_size"}
-    if not equals or not name or not value:
-        raise ValueError(f"--baseline {text} is no choice. Type --baseline offload.device=none")
-    return Baseline(name=full.get(name, name), value=value)
-
-
-def default_baseline(found: Sequence[Configuration]) -> Baseline | None:
-    """The choice that people ask a speed-up against: the first of BASELINES that was measured with more than one value."""
-    for name, preferred in BASELINES:
-        values = {item.choices[name] for item in found if item.measured and name in item.choices}
-        if len(values) > 1:
-            smallest = min(values, key=lambda value: (float(value) if value.replace(".", "", 1).isdecimal() else float("inf"), value))
-            return Baseline(name=name, value=next((value for value in preferred if value in values), smallest))
-    return None
-
-
-def ratios(found: Sequence[Configuration], baseline: Baseline) -> tuple[Ratio, ...]:
-    """Each measured configuration over the baseline that equals it in every other group of choices and in its circumstances."""
-    references: dict[tuple[object, ...], Configuration] = {}
-    for item in found:
-        if _value(item, baseline.name) == baseline.value:
-            key = _others(item, baseline)
-            if key not in references or _rate(item) > _rate(references[key]):
-                references[key] = item
-    return tuple(_ratio(item, references.get(_others(item, baseline)), baseline) for item in found if item.measured)
-
-
-def _ratio(candidate: Configuration, reference: Configuration | None, baseline: Baseline) -> Ratio:
-    mine, theirs = candidate.spread(RATE), reference.spread(RATE) if reference else None
-    assert mine is not None
-    if theirs is not None:
-        return Ratio(candidate=candidate, reference=reference, ratio=speedup(mine, theirs), missing=None)
-    missing = f"no run with {baseline} and all else equal" if reference is None else f"{baseline}: {reference.status}"
-    return Ratio(candidate=candidate, reference=reference, ratio=None, missing=missing)
-
-
-def _value(item: Configuration, name: str) -> str | None:
-    return item.dtype if name == "dtype.weights" else item.choices.get(name)
-
-
-def _others(item: Configuration, baseline: Baseline) -> tuple[object, ...]:
-    """Everything but the baseline's own group: offload.pin_memory goes with offload.device. A batch's lengths do not go with its size."""
-    group = baseline.name.split(".")[0] + "."
-    own = {baseline.name} if group == "batch." else {name for name in item.choices if name.startswith(group)}
-    return (item.context, tuple(sorted((name, value) for name, value in item.choices.items() if name not in own)))
-
-
-def _rate(item: Configuration) -> float:
-    spread = item.spread(RATE)
-    return spread.median if spread else 0.0
-
-
-# The best
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The fastest measured configuration of a model under one set of circumstances and one workload."""
-
-    configuration: Configuration
-    label: str
-    rate: Spread
-    reason: str
-    limit: str
-    low_latency: str | None
-    """The configuration with the shortest step, where that is another one."""
-
-
-def best_per_model(found: Sequence[Configuration]) -> tuple[Best, ...]:
-    """One for each model, workload and context, with why it is the best and what holds it back."""
+def same_circumstances(found: Sequence[Configuration]) -> list[tuple[str, list[Configuration]]]:
+    """Configurations that may be compared: of one model, workload and context, with a name that tells them from the others."""
     groups: dict[tuple[object, ...], list[Configuration]] = {}
     for item in found:
-        groups.setdefault((item.model, item.context, item.workload), []).append(item)
-    names = [name for name in varied(found) if name not in ("model.name", "weights", "batch.prompt_tokens", "batch.new_tokens")]
-    names = sorted({*names, "offload.device", "dtype.weights", "batch.batch_size"}, key=_column_order)
-    return tuple(best for key in sorted(groups, key=str) if (best := _best(groups[key], names)) is not None)
+        groups.setdefault((item.model, item.workload, item.context), []).append(item)
+    ordered = sorted(groups.items(), key=lambda entry: str(entry[0]))
+    named = []
+    for (model, _, _), group in ordered:
+        rivals = [other for other in groups if other[0] == model]
+        parts = [str(model), *_circumstance_names(group[0], {other[1] for other in rivals}, [other[2] for other in rivals])]
+        named.append((", ".join(parts), group))
+    return named
 
 
-def _best(group: Sequence[Configuration], names: Sequence[str]) -> Best | None:
-    measured = sorted((item for item in group if item.measured), key=_rate, reverse=True)
-    if not measured:
-        return None
-    winner = measured[0]
-    rate = winner.spread(RATE)
-    assert rate is not None
-    quickest = min(measured, key=lambda item: item.value(LATENCY) or float("inf"))
-    return Best(
-        configuration=winner,
-        label=winner.label(names),
-        rate=rate,
-        reason=_reason(winner, rate, measured, len(group) - len(measured), names),
-        limit=" ".join(limits(winner, group)),
-        low_latency=None if quickest is winner else f"{_milliseconds(quickest.value(LATENCY))} a token with {quickest.label(names)}",
-    )
-
-
-def _reason(winner: Configuration, rate: Spread, measured: Sequence[Configuration], unmeasured: int, names: Sequence[str]) -> str:
-    """'Fastest of 24 measured (3 more were not); 1.8 ± 0.1 times the best with ...'."""
-    counted = f"fastest of {len(measured)} measured" if len(measured) > 1 else "the only one measured"
-    others = f" ({unmeasured} more failed or {'was' if unmeasured == 1 else 'were'} only planned)" if unmeasured else ""
-    for name in ("offload.device", "dtype.weights", *names):
-        rival = next((item for item in measured if _value(item, name) != _value(winner, name)), None)
-        if rival is not None and (theirs := rival.spread(RATE)) is not None:
-            ratio = speedup(rate, theirs)
-            same = ratio.stddev is not None and ratio.median - ratio.stddev <= 1
-            verdict = ", which is within the spread" if same else ""
-            return f"{counted}{others}; {format_spread(ratio)} times the best with {rival.label(names)}{verdict}"
-    return counted + others
-
-
-def limits(item: Configuration, group: Sequence[Configuration]) -> Iterator[str]:
-    """Sentences on what holds a configuration back: the resource that binds, and the memory that ends the batch."""
-    resource, fraction = item.tag("zinfer.binding_resource"), item.value("ceiling_fraction")
-    streamed = implied_bytes_per_s(item)
-    if resource is not None:
-        at = f", at {fraction:.0%} of what it allows" if fraction is not None else ""
-        yield f"{resource}{at}."
-    elif streamed is not None:
-        yield f"Moves {streamed / 1e9:.3g} GB/s of weights; no ceiling was logged, so what binds is not known."
-    else:
-        yield "Not known: no ceiling was logged."
-    bigger = [other for other in group if other.status in OUT_OF_MEMORY and _differs_only_in_batch(item, other)]
-    if bigger:
-        next_up = min(bigger, key=lambda other: other.batch_size or 0)
-        yield f"Batch {next_up.batch_size} does not fit ({next_up.status})."
-
-
-def _differs_only_in_batch(item: Configuration, other: Configuration) -> bool:
-    same = {**item.choices, "batch.batch_size": ""} == {**other.choices, "batch.batch_size": ""}
-    return same and item.context == other.context and (other.batch_size or 0) > (item.batch_size or 0)
-
-
-def implied_bytes_per_s(item: Configuration) -> float | None:
-    """Weight bytes over the time of a decode step: each step reads every weight once. None where weights stay on the device.
-
-    The worker's own count of streamed bytes wins where it logged one (mixtures of experts touch only some weights).
-    """
-    if item.offload == "none":
-        return None
-    logged, size, step_s = item.value("streamed_bytes_per_s"), item.value("weight_bytes"), item.value(LATENCY)
-    if logged is not None:
-        return logged
-    return size / step_s if size and step_s else None
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (latency, rate): those that no other beats in both; sorted by latency."""
-    front: list[tuple[float, float]] = []
-    for latency, rate in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or rate > front[-1][1]:
-            front.append((latency, rate))
-    return front
-
-
-# Numbers for people
-
-
-def format_number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, no exponent: '0.0123', '4.21', '1,230'; unknown is '-'."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    rounded = float(f"{value:.{digits}g}")
-    decimals = max(0, digits - 1 - _magnitude(rounded))
-    return f"{rounded:,.{decimals}f}"
-
-
-def format_spread(spread: Spread | None) -> str:
-    """'4.21 ± 0.05': the error with two digits, the number with as many decimals."""
-    if spread is None:
-        return "-"
-    if not spread.stddev:
-        return format_number(spread.median)
-    decimals = max(0, 1 - _magnitude(spread.stddev))
-    if decimals > max(0, 4 - _magnitude(spread.median)):  # an error far below the fourth digit
-        return f"{format_number(spread.median, 4)} ± {format_number(spread.stddev, 1)}"
-    return f"{spread.median:,.{decimals}f} ± {spread.stddev:,.{decimals}f}"
-
-
-def _magnitude(value: float) -> int:
-    """Power of ten of the first digit."""
-    return int(f"{value:e}".partition("e")[2]) if value else 0
-
-
-def _milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{format_number(seconds * 1e3)} ms" if seconds < 1 else f"{format_number(seconds)} s"
+def _circumstance_names(item: Configuration, workloads: set[object], contexts: Sequence[object]) -> Iterator[str]:
+    """What tells a group from others of the same model."""
+    names = {
+        "weights": f"{item.context.weights} weights",
+        "hardware": item.context.device,
+        "commit": f"commit {item.context.commit_label}",
+        "method_version": f"method {item.context.method_version}",
+    }
+    if len(workloads) > 1:
+        yield f"{item.workload[0]} + {item.workload[1]} tokens"
+    for field_name, text in names.items():
+        if len({getattr(context_, field_name) for context_ in contexts}) > 1:
+            yield text

@@ -14,7 +14,8 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
-from multirun_analysis.compare import RATE, Configuration, Spread, scaled
+from multirun_analysis.compare import RATE, Configuration
+from multirun_analysis.spread import Spread, scaled
 
 Standing = Literal["as published", "approximate", "draft", "inconsistent"]
 
@@ -397,8 +398,7 @@ def _distance(item: Configuration, row: Published) -> tuple[int, float]:
     """Equal lengths first, then the nearest batch; among equals the faster."""
     lengths = (item.workload != (row.prompt_tokens, row.new_tokens)) + 0
     batch = abs(_row_batch(item, row) - (row.batch_size or 0))
-    spread = item.spread(RATE)
-    return lengths, batch - (spread.median * 1e-9 if spread else 0)
+    return lengths, batch - item.rate * 1e-9
 
 
 def _row_batch(item: Configuration, row: Published) -> int:

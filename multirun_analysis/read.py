@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -232,6 +233,7 @@ class MlflowStore:
 
         from mlflow.exceptions import MlflowException
 
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         try:
             with tempfile.TemporaryDirectory(prefix="zinfer-report-") as folder:
                 return _json_file(Path(self.client.download_artifacts(run.run_id, "environment.json", folder)))

@@ -1,29 +1,17 @@
-"""Comparisons -> tables, each as CSV, Markdown, LaTeX and rows of the report. A cell has its text for people and its value for machines."""
+"""Comparisons -> tables."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from multirun_analysis.compare import (
-    LABELS,
-    RATE,
-    Baseline,
-    Best,
-    Configuration,
-    Ratio,
-    Spread,
-    format_number,
-    format_spread,
-    implied_bytes_per_s,
-    scaled,
-    shown_choices,
-)
+from multirun_analysis.best import Best, implied_bytes_per_s
+from multirun_analysis.compare import LABELS, RATE, Configuration, constants, shown_choices
 from multirun_analysis.published import Comparison, box_of, ceiling_bytes_per_s, explanation
+from multirun_analysis.ratios import Baseline, Ratio
 from multirun_analysis.read import Json, Run
+from multirun_analysis.spread import Spread, format_number, format_spread
+from multirun_analysis.table import Cell, Column, Table, number_cell, spread_cells, spread_columns, text_cell, whole_cell
 from zinfer.units import GIB
 
 STATUS_WORDS = {
@@ -40,93 +28,19 @@ STATUS_WORDS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One column; `key` is its name in CSV, with the unit, `head` what people read."""
-
-    key: str
-    head: str
-    number: bool = False
-    csv_only: bool = False
-    help: str | None = None
-    """What the number is, shown when the head is pointed at."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One value: as text, and as it sorts and goes into CSV (None: unknown)."""
-
-    text: str
-    value: float | str | None = None
-    url: str | None = None
-    kind: str | None = None
-    """For the report's style: a status or a standing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table with its caption."""
-
-    name: str
-    """File name without suffix."""
-    title: str
-    note: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-
-    @property
-    def shown(self) -> tuple[int, ...]:
-        """Indices of the columns that people see."""
-        return tuple(index for index, column in enumerate(self.columns) if not column.csv_only)
-
-
-def text_cell(text: object, kind: str | None = None, url: str | None = None) -> Cell:
-    """Text that sorts as itself; '-' for None."""
-    return Cell(text="-" if text is None else str(text), value=None if text is None else str(text), kind=kind, url=url)
-
-
-def number_cell(value: float | None, scale: float = 1.0, digits: int = 3) -> Cell:
-    """A number in the column's unit: `scale` divides what people see, CSV keeps the metric's own unit."""
-    return Cell(text=format_number(None if value is None else value / scale, digits), value=value)
-
-
-def whole_cell(value: int | None) -> Cell:
-    """A count."""
-    return Cell(text="-" if value is None else str(value), value=value)
-
-
-def spread_cells(spread: Spread | None, scale: float = 1.0) -> tuple[Cell, Cell, Cell]:
-    """Median ± standard deviation for people; median, standard deviation and count for CSV."""
-    shown = None if spread is None else scaled(spread, 1 / scale)
-    median = Cell(text=format_spread(shown), value=spread.median if spread else None)
-    return (
-        median,
-        Cell(text="", value=spread.stddev if spread else None),
-        Cell(text=str(spread.count) if spread else "-", value=spread.count if spread else None),
-    )
-
-
-def spread_columns(key: str, head: str, help_: str) -> tuple[Column, Column, Column]:
-    return (
-        Column(key=key, head=head, number=True, help=help_),
-        Column(key=f"{key}_stddev", head="", number=True, csv_only=True),
-        Column(key=f"{key}_values", head="n", number=True, help="Timed generations behind the number, over all reruns"),
-    )
+# Choices and measures
 
 
 def choice_cell(item: Configuration, choice: str) -> Cell:
     """A choice as it sorts: numbers as numbers."""
-    value = item.dtype if choice == "dtype.weights" else item.choices.get(choice)
-    number = item.number(choice)
-    return Cell(text=value if value is not None else "-", value=number if number is not None else value)
+    value, number = item.chosen(choice), item.number(choice)
+    return Cell(text=value, value=number if number is not None else None if value == "-" else value)
 
 
 def choice_columns(choices: Sequence[str]) -> tuple[Column, ...]:
     numbers = {"batch.batch_size", "batch.prompt_tokens", "batch.new_tokens", "launcher.ranks"}
     return tuple(Column(key=choice, head=LABELS.get(choice, choice), number=choice in numbers) for choice in choices)
 
-
-# The tables
 
 Measure = tuple[Column, Callable[[Configuration], Cell]]
 
@@ -159,11 +73,13 @@ CONTEXT_COLUMNS = (("weights", "weights"), ("device", "machine"), ("method_versi
 def runs_table(found: Sequence[Configuration]) -> Table:
     """Every configuration, whatever became of it."""
     choices = tuple(choice for choice in shown_choices(found) if choice != "weights")
+    same = constants(found)
     contexts = [(name, head) for name, head in CONTEXT_COLUMNS if len({getattr(item.context, name) for item in found}) > 1]
     measures = [measure for measure in RUN_MEASURES if any(measure[1](item).value is not None for item in found)]
     columns = (
         Column(key="status", head="status"),
         *choice_columns(choices),
+        *(replace(column, csv_only=True) for column in choice_columns(tuple(same))),
         *spread_columns(RATE, "tokens/s", "New tokens of all rows over prefill and decode time; median ± standard deviation"),
         *(column for column, _ in measures),
         *(Column(key=name, head=head) for name, head in contexts),
@@ -174,8 +90,8 @@ def runs_table(found: Sequence[Configuration]) -> Table:
     rows = tuple(
         (
             text_cell(STATUS_WORDS.get(item.status, item.status), kind=item.status),
-            *(choice_cell(item, choice) for choice in choices),
-            *spread_cells(item.spread(RATE)),
+            *(choice_cell(item, choice) for choice in (*choices, *same)),
+            *spread_cells(item.rate_spread),
             *(cell(item) for _, cell in measures),
             *(text_cell(getattr(item.context, name)) for name, _ in contexts),
             text_cell(item.context.commit_label),
@@ -187,10 +103,16 @@ def runs_table(found: Sequence[Configuration]) -> Table:
     return Table(
         name="runs",
         title="All configurations",
-        note="One row for each configuration; reruns are merged (median of medians, variances within and between runs added).",
+        note=f"One row for each configuration, reruns merged.{_same_everywhere(same)}",
         columns=columns,
         rows=rows,
     )
+
+
+def _same_everywhere(same: Mapping[str, str]) -> str:
+    if not same:
+        return ""
+    return f" The same everywhere: {', '.join(f'{LABELS[name]} {value}' for name, value in same.items())}."
 
 
 def _runs_cell(item: Configuration) -> Cell:
@@ -265,13 +187,13 @@ def speedup_table(ratios: Sequence[Ratio], baseline: Baseline) -> Table:
     """A matrix: one row for each configuration without the baseline's choice, one column for each of its values."""
     others = [choice for choice in shown_choices([item.candidate for item in ratios]) if choice != baseline.name]
     values = sorted(
-        {_chosen(item.candidate, baseline.name) for item in ratios}, key=lambda value: (value != baseline.value, _sortable(value))
+        {item.candidate.chosen(baseline.name) for item in ratios}, key=lambda value: (value != baseline.value, _sortable(value))
     )
     rows: dict[tuple[object, ...], dict[str, Ratio]] = {}
     for item in ratios:
         key = (item.candidate.context, *(choice_cell(item.candidate, choice).value for choice in others))
         kept = rows.setdefault(key, {})
-        value = _chosen(item.candidate, baseline.name)
+        value = item.candidate.chosen(baseline.name)
         if value not in kept or _median(item.ratio) > _median(kept[value].ratio):
             kept[value] = item
     columns = (
@@ -305,10 +227,6 @@ def _ratio_cells(item: Ratio | None) -> tuple[Cell, Cell]:
     if item is None or item.ratio is None:
         return Cell(text="-" if item is None else f"- ({item.missing})"), Cell(text="")
     return Cell(text=format_spread(item.ratio), value=item.ratio.median), Cell(text="", value=item.ratio.stddev)
-
-
-def _chosen(item: Configuration, choice: str) -> str:
-    return item.dtype if choice == "dtype.weights" else item.choices.get(choice, "-")
 
 
 def _sortable(value: str) -> tuple[float, str]:
@@ -369,6 +287,7 @@ def published_comparison_table(comparisons: Sequence[Comparison]) -> Table:
         *(Column(key=key, head=head, number=number) for key, head, number in heads),
         Column(key="measured_stddev", head="", number=True, csv_only=True),
         *(Column(key=key, head=head, number=number) for key, head, number in tail),
+        Column(key="table", head="", csv_only=True),
         Column(key="where", head="", csv_only=True),
     )
     note = (
@@ -410,7 +329,8 @@ def _published_row(item: Comparison) -> tuple[Cell, ...]:
         text_cell(measured.context.device if measured else None),
         text_cell("; ".join(filter(None, (item.differs, explanation(row)))) or None),
         text_cell(row.standing, kind=row.standing.replace(" ", "-")),
-        text_cell(f"{row.source}, {row.table}"),
+        text_cell(row.source),
+        text_cell(row.table),
         text_cell(row.where),
     )
 
@@ -472,69 +392,3 @@ def _gpus(found: Json) -> str | None:
         ]
         lines.append(f"{gpu.get('name')} ({', '.join(filter(None, facts))})")
     return "; ".join(lines) or None
-
-
-# Formats
-
-
-def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Each as .csv, .md and .tex."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for table in tables:
-        for suffix, text in ((".csv", to_csv(table)), (".md", to_markdown(table)), (".tex", to_latex(table))):
-            path = folder / f"{table.name}{suffix}"
-            path.write_text(text)
-            written.append(path)
-    return written
-
-
-def to_csv(table: Table) -> str:
-    """Plain values in the metrics' own units; unknown is empty."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(column.key for column in table.columns)
-    for row in table.rows:
-        writer.writerow(cell.value if cell.value is not None else "" for cell in row)
-    return out.getvalue()
-
-
-def to_markdown(table: Table) -> str:
-    """A GitHub table, numbers to the right."""
-    heads = [table.columns[index] for index in table.shown]
-    lines = [
-        "| " + " | ".join(_markdown(column.head) for column in heads) + " |",
-        "| " + " | ".join("---:" if column.number else "---" for column in heads) + " |",
-    ]
-    for row in table.rows:
-        cells = (row[index] for index in table.shown)
-        lines.append(
-            "| " + " | ".join(f"[{_markdown(cell.text)}]({cell.url})" if cell.url else _markdown(cell.text) for cell in cells) + " |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _markdown(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("*", "\\*")
-
-
-LATEX_ESCAPES = str.maketrans({
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}",
-    "\n": " ",
-})  # fmt: skip
-
-
-def to_latex(table: Table) -> str:
-    """A table that needs only \\usepackage{booktabs}; more rows than a page holds use longtable."""
-    heads = [table.columns[index] for index in table.shown]
-    layout = "".join("r" if column.number else "l" for column in heads)
-    head = " & ".join(column.head.translate(LATEX_ESCAPES) for column in heads) + r" \\"
-    body = [" & ".join(row[index].text.translate(LATEX_ESCAPES) for index in table.shown) + r" \\" for row in table.rows]
-    caption = rf"\caption{{{table.title.translate(LATEX_ESCAPES)}. {table.note.translate(LATEX_ESCAPES)}}}"
-    label = rf"\label{{tab:zinfer-{table.name}}}"
-    if len(body) > 50:
-        start = [r"% \usepackage{booktabs,longtable}", rf"\begin{{longtable}}{{{layout}}}", caption + label + r"\\"]
-        return "\n".join([*start, r"\toprule", head, r"\midrule", r"\endhead", *body, r"\bottomrule", r"\end{longtable}", ""])
-    start = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", caption, label, rf"\begin{{tabular}}{{{layout}}}"]
-    return "\n".join([*start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])

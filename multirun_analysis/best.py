@@ -1,0 +1,107 @@
+"""The fastest configuration of each model, why it is, and what holds it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from multirun_analysis.compare import LATENCY, Configuration, column_order, same_circumstances, varied
+from multirun_analysis.spread import Spread, format_seconds, format_spread, speedup
+
+END_OF_BATCH = {"does_not_fit": "does not fit", "oom_device": "ran out of device memory", "oom_host": "ran out of host memory"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The fastest measured configuration of a model under one set of circumstances and one workload."""
+
+    configuration: Configuration
+    label: str
+    rate: Spread
+    reason: str
+    limit: str
+    low_latency: str | None
+    """The configuration with the shortest step, where that is another one."""
+
+
+def best_per_model(found: Sequence[Configuration]) -> tuple[Best, ...]:
+    """One for each model, workload and context, with why it is the best and what holds it back."""
+    names = [name for name in varied(found) if name not in ("model.name", "weights", "batch.prompt_tokens", "batch.new_tokens")]
+    names = sorted({*names, "offload.device", "dtype.weights", "batch.batch_size"}, key=column_order)
+    return tuple(best for _, group in same_circumstances(found) if (best := _best(group, names)) is not None)
+
+
+def _best(group: Sequence[Configuration], names: Sequence[str]) -> Best | None:
+    measured = sorted((item for item in group if item.measured), key=lambda item: item.rate, reverse=True)
+    if not measured:
+        return None
+    winner = measured[0]
+    rate = winner.rate_spread
+    assert rate is not None
+    quickest = min(measured, key=lambda item: item.value(LATENCY) or float("inf"))
+    return Best(
+        configuration=winner,
+        label=winner.label(names),
+        rate=rate,
+        reason=_reason(winner, rate, measured, len(group) - len(measured), names),
+        limit=" ".join(limits(winner, group)),
+        low_latency=None if quickest is winner else f"{format_seconds(quickest.value(LATENCY))} a token with {quickest.label(names)}",
+    )
+
+
+def _reason(winner: Configuration, rate: Spread, measured: Sequence[Configuration], unmeasured: int, names: Sequence[str]) -> str:
+    """'Fastest of 24 measured (3 more were not); 1.8 ± 0.1 times the best with ...'."""
+    counted = f"fastest of {len(measured)} measured" if len(measured) > 1 else "the only one measured"
+    others = f" ({unmeasured} more failed or {'was' if unmeasured == 1 else 'were'} only planned)" if unmeasured else ""
+    for name in ("offload.device", "dtype.weights", *names):
+        rival = next((item for item in measured if item.chosen(name) != winner.chosen(name)), None)
+        if rival is not None and (theirs := rival.rate_spread) is not None:
+            ratio = speedup(rate, theirs)
+            same = ratio.stddev is not None and ratio.median - ratio.stddev <= 1
+            verdict = ", which is within the spread" if same else ""
+            return f"{counted}{others}; {format_spread(ratio)} times the best with {rival.label(names)}{verdict}"
+    return counted + others
+
+
+def limits(item: Configuration, group: Sequence[Configuration]) -> Iterator[str]:
+    """Sentences on what holds a configuration back: the resource that binds, and the memory that ends the batch."""
+    resource, fraction = item.tag("zinfer.binding_resource"), item.value("ceiling_fraction")
+    streamed = implied_bytes_per_s(item)
+    if resource is not None:
+        at = f", at {fraction:.0%} of what it allows" if fraction is not None else ""
+        yield f"{resource}{at}."
+    elif streamed is not None:
+        yield f"Moves {streamed / 1e9:.3g} GB/s of weights; no ceiling was logged, so what binds is not known."
+    else:
+        yield "Not known: no ceiling was logged."
+    bigger = [other for other in group if other.status in END_OF_BATCH and _differs_only_in_batch(item, other)]
+    if bigger:
+        next_up = min(bigger, key=lambda other: other.batch_size or 0)
+        yield f"Batch {next_up.batch_size} {END_OF_BATCH[next_up.status]}."
+
+
+def _differs_only_in_batch(item: Configuration, other: Configuration) -> bool:
+    same = {**item.choices, "batch.batch_size": ""} == {**other.choices, "batch.batch_size": ""}
+    return same and item.context == other.context and (other.batch_size or 0) > (item.batch_size or 0)
+
+
+def implied_bytes_per_s(item: Configuration) -> float | None:
+    """Weight bytes over the time of a decode step: each step reads every weight once. None where weights stay on the device.
+
+    The worker's own count of streamed bytes wins where it logged one (mixtures of experts touch only some weights).
+    """
+    if item.offload == "none":
+        return None
+    logged, size, step_s = item.value("streamed_bytes_per_s"), item.value("weight_bytes"), item.value(LATENCY)
+    if logged is not None:
+        return logged
+    return size / step_s if size and step_s else None
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (latency, rate): those that no other beats in both; sorted by latency."""
+    front: list[tuple[float, float]] = []
+    for latency, rate in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or rate > front[-1][1]:
+            front.append((latency, rate))
+    return front
