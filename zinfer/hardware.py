@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from zinfer.calibration_profile import CalibrationProfile
 from zinfer.config import HardwareConfig
 from zinfer.units import GIB, KIB, MIB
 
@@ -66,6 +67,8 @@ class Hardware:
     nvme_read_bytes_per_s: float | None = None
     rates_source: str | None = None
     """Where the rates above come from; None when there are none."""
+    profile: CalibrationProfile | None = None
+    """What task=calibrate measured here; None elsewhere, and before it has run."""
 
 
 @dataclass(frozen=True, kw_only=True)

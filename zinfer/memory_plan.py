@@ -8,19 +8,19 @@ from typing import Any, Literal
 from zinfer.config import RunConfig
 from zinfer.deepspeed_json import deepspeed_json, min_buffer_count
 from zinfer.hardware import Hardware
-from zinfer.model_spec import ModelSpec, hidden_bytes, kv_cache_bytes
-from zinfer.units import MIB, format_bytes
+from zinfer.host_process import host_process, kept_after_loading, kept_free_factor, loading_bytes
+from zinfer.model_spec import ModelSpec, kv_cache_bytes
+from zinfer.units import format_bytes
+from zinfer.working_memory import CUDA_CONTEXT_BYTES, prefill_bytes
 from zinfer.zero_layout import ZeroLayout, zero_layout
 
 TierName = Literal["device", "host", "pinned", "disk"]
 TIERS: tuple[TierName, ...] = ("device", "host", "pinned", "disk")
 
-BASELINE_HOST_BYTES = 720 * MIB
-"""Resident memory of one worker with torch, transformers and deepspeed imported and no model (measured: torch 2.13 CPU, Linux x86-64)."""
+LOADED = ("weights", "persistent weights")
+"""Device items that are there before the loader's worst moment."""
 STAGING_SHARE = 0.25
 """Tuned NVMe buffers take at most this share of the host memory that is available."""
-ACTIVATION_COPIES = 6
-"""Hidden-state-sized tensors alive at once in a decoder layer: residual, normed input, Q, K, V, attention output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,26 @@ class MemoryPlan:
     tiers: tuple[Tier, ...]
     kv_cache_bytes: int | None
     weight_bytes: int
+    device_is_host: bool
     problems: tuple[str, ...] = ()
     """Why this cannot run although the bytes may fit."""
 
     @property
     def fits(self) -> bool:
         return not self.problems and all(tier.fits for tier in self.tiers)
+
+    @property
+    def peak_host_rss_bytes(self) -> int:
+        """Resident memory of all ranks' processes at their highest; on a machine without an accelerator the device's share is in it."""
+        return self.tier("host").needed_bytes
+
+    @property
+    def peak_device_bytes(self) -> int | None:
+        """What torch's allocator hands out at most, all ranks; None where the device is host memory."""
+        if self.device_is_host:
+            return None
+        outside = sum(item.bytes for item in self.tier("device").items if item.name == "CUDA context")
+        return self.ranks * (self.tier("device").per_rank_bytes - outside)
 
     def tier(self, name: TierName) -> Tier:
         """The tier of that name."""
@@ -88,12 +102,16 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
     ranks = config.launcher.ranks
     items: dict[TierName, list[Item]] = {
         "device": _device_items(spec, config, hardware, layout),
-        "host": _host_items(spec, config, layout),
+        "host": _host_items(spec, config, hardware, layout),
         "pinned": _pinned_items(spec, config, hardware, layout),
         "disk": [Item(name="swapped weights", bytes=layout.swapped_numel * layout.itemsize_bytes)]
         if config.offload.device == "nvme"
         else [],
     }
+    loading = loading_bytes(config, spec, layout)
+    if hardware.device_kind == "cpu":  # what generating takes later covers it
+        loading = max(0, loading - sum(item.bytes for item in items["device"] if item.name not in LOADED))
+    items["host"].append(Item(name="more while loading", bytes=loading))
     per_rank = {name: sum(item.bytes for item in items[name]) for name in TIERS}
     needed: dict[TierName, int] = {
         "device": per_rank["device"],
@@ -123,6 +141,7 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
         tiers=tiers,
         kv_cache_bytes=_kv_bytes(spec, config, config.batch.batch_size),
         weight_bytes=layout.stored_numel * layout.itemsize_bytes,
+        device_is_host=hardware.device_kind == "cpu",
         problems=tuple(_layout_problems(spec, config, hardware, layout)),
     )
 
@@ -143,7 +162,8 @@ def derive(config: RunConfig, spec: ModelSpec, hardware: Hardware) -> dict[str, 
 
 
 def _kv_bytes(spec: ModelSpec, config: RunConfig, rows: int) -> int | None:
-    return kv_cache_bytes(spec, rows, config.batch.prompt_tokens + config.batch.new_tokens)
+    """Of the caches at the end of a generation: the last new token is chosen and never cached."""
+    return kv_cache_bytes(spec, rows, config.batch.prompt_tokens + config.batch.new_tokens - 1)
 
 
 def _rows(config: RunConfig) -> int:
@@ -151,21 +171,26 @@ def _rows(config: RunConfig) -> int:
 
 
 def _device_items(spec: ModelSpec, config: RunConfig, hardware: Hardware, layout: ZeroLayout) -> list[Item]:
-    """Device memory of one rank."""
-    size, rows, prompt = layout.itemsize_bytes, _rows(config), config.batch.prompt_tokens
-    items = [
-        Item(name="kv cache", bytes=_kv_bytes(spec, config, rows) or 0),
-        Item(name="hidden states", bytes=ACTIVATION_COPIES * hidden_bytes(spec, rows, prompt)),
-        Item(name="feed-forward states", bytes=2 * rows * prompt * (spec.intermediate_size or 4 * spec.hidden_size) * size),
-        Item(name="attention scores", bytes=rows * spec.num_attention_heads * prompt * prompt * size),
-        Item(name="logits", bytes=2 * rows * spec.vocab_size * 4),
-    ]
+    """Device memory of one rank at its highest: the cache is full while the last prefill's states are not yet returned by the allocator."""
+    size, rows = layout.itemsize_bytes, _rows(config)
+    on_cpu = hardware.device_kind == "cpu"
+    work_factor, kv_factor = kept_free_factor(config, spec) if on_cpu else (1.0, 1.0)
+    working = prefill_bytes(spec, rows, config.batch.prompt_tokens)
+    kv = _kv_bytes(spec, config, rows) or 0
+    items = [Item(name="kv cache", bytes=kv), *(Item(name=name, bytes=count) for name, count in working.items())]
+    if on_cpu:
+        kept = (work_factor - 1) * sum(working.values()) + (kv_factor - 1) * kv + kept_after_loading(config, layout)
+        items.append(Item(name="freed memory that the allocator keeps", bytes=int(kept)))
+    else:
+        # torch.cat writes one layer's new cache beside the old one
+        items.append(Item(name="kv cache of one layer, copied", bytes=kv // max(1, spec.num_layers)))
+        items.append(Item(name="CUDA context", bytes=CUDA_CONTEXT_BYTES))
     if config.engine.name == "resident":
         return [Item(name="weights", bytes=spec.num_parameters * size), *items]
     zero = derive(config, spec, hardware)["zero_optimization"]
     if config.offload.device == "none":
         items.insert(0, Item(name="weights", bytes=-(-layout.stored_numel // config.launcher.ranks) * size))
-    else:
+    elif not _aliases_partition(config, hardware):
         items.insert(0, Item(name="persistent weights", bytes=layout.small_numel * size))
     if not _aliases_partition(config, hardware):
         live = max(zero["stage3_max_live_parameters"], layout.layer_numel, layout.largest_numel)
@@ -177,20 +202,23 @@ def _device_items(spec: ModelSpec, config: RunConfig, hardware: Hardware, layout
 
 
 def _aliases_partition(config: RunConfig, hardware: Hardware) -> bool:
-    """On one CPU rank a gathered parameter is its partition: nothing is copied unless it comes from NVMe."""
-    return hardware.device_kind == "cpu" and config.launcher.ranks == 1 and config.offload.device != "nvme"
+    """On one CPU rank a gathered parameter is its partition, or the staging buffer that it was read into: nothing is copied."""
+    return hardware.device_kind == "cpu" and config.launcher.ranks == 1
 
 
-def _host_items(spec: ModelSpec, config: RunConfig, layout: ZeroLayout) -> list[Item]:
+def _host_items(spec: ModelSpec, config: RunConfig, hardware: Hardware, layout: ZeroLayout) -> list[Item]:
     """Pageable host memory of one rank."""
     size, ranks = layout.itemsize_bytes, config.launcher.ranks
-    items = [Item(name="Python and libraries", bytes=BASELINE_HOST_BYTES)]
+    process = host_process(config, hardware.profile)
+    items = [
+        Item(name="Python and libraries", bytes=process.imported_bytes),
+        Item(name="kernels and process group", bytes=process.growth_bytes),
+    ]
     if config.offload.device == "cpu" and not config.offload.pin_memory:
         items.append(Item(name="weights", bytes=-(-layout.stored_numel // ranks) * size))
     if config.offload.device == "nvme":
         kept = -(-layout.stored_numel // ranks) - layout.swapped_numel
         items.append(Item(name="weights too small to swap", bytes=max(0, kept) * size))
-    items.append(Item(name="largest parameter while loading", bytes=2 * layout.largest_numel * size))
     return items
 
 
