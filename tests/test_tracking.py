@@ -469,7 +469,7 @@ def test_hydra_opens_and_closes_the_parent(tmp_path: Path, jobs: str, status: st
     )
     callback = "++hydra.callbacks.parent_run._target_=zinfer.sweep_parent.ParentRunCallback"
     done = subprocess.run(
-        [sys.executable, str(application), "-m", callback, f"batch.seed={jobs}", "hydra.sweep.dir=sweep"],
+        [sys.executable, str(application), "-m", "~hydra.callbacks.sweep", callback, f"batch.seed={jobs}", "hydra.sweep.dir=sweep"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == (0 if status == "ok" else 1), done.stderr

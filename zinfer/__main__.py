@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
 import hydra
-from hydra.errors import HydraException
 
+from zinfer.interrupts import Interrupts
 from zinfer.outcome import INTERRUPTED, Outcome
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-
-class JobFailed(HydraException):
-    """One job of a sweep did not end well: every launcher goes on with the others, and the sweep's exit code is 1."""
+    from zinfer.sweep import Sweep
 
 
 def conf_dir() -> str:
@@ -33,46 +30,52 @@ def conf_dir() -> str:
 
 
 class Ended:
-    """What the jobs of this process came to; Hydra gives a task's return value to nobody."""
+    """What the job of this process came to; Hydra gives a task's return value to nobody."""
 
-    outcomes: ClassVar[list[Outcome]] = []
+    outcome: ClassVar[Outcome | None] = None
     composed = False
 
 
 def task(composed: DictConfig) -> None:
-    """One job, single or of a sweep."""
+    """One job, single or of a sweep. In a sweep it never raises: what it came to is in its folder, under every launcher."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     Ended.composed = True
+    Interrupts.install()  # some launchers run this in processes of their own
     context = HydraConfig.get()
-    sweep = context.mode == RunMode.MULTIRUN
-    outcome = run_composed(composed, Path(context.runtime.output_dir), sweep=sweep)
-    Ended.outcomes.append(outcome)
-    if sweep and outcome.exit_code == INTERRUPTED:
+    job_dir = Path(context.runtime.output_dir)
+    if context.mode != RunMode.MULTIRUN:
+        Ended.outcome = run_single(composed, job_dir)
+        return
+    from zinfer.sweep import read_sweep, started_here
+    from zinfer.sweep_job import run_sweep_job
+
+    sweep = read_sweep(Path(context.sweep.dir).absolute())
+    assert sweep is not None, "SweepCallback writes sweep.json before the first job"
+    run_sweep_job(composed, sweep, int(context.job.num), job_dir, list(context.overrides.task))
+    if Interrupts.received and started_here(sweep):
         raise KeyboardInterrupt
-    if sweep and outcome.exit_code:
-        raise JobFailed(f"job {context.job.num} ({' '.join(context.overrides.task)}): {outcome.status}: {outcome.reason}")
 
 
-def run_composed(composed: DictConfig, job_dir: Path, *, sweep: bool) -> Outcome:
+def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
     """Check one composed configuration and run its task."""
     from omegaconf import OmegaConf
 
     from zinfer.config import ConfigError, parse_config
+    from zinfer.driver import finish, run_job
+    from zinfer.refusals import refusal
     from zinfer.terminal import Terminal
 
-    output_format = str(OmegaConf.select(composed, "format"))
-    out = sys.stderr if sweep and output_format == "json" else sys.stdout
-    terminal = Terminal(output_format, name=job_dir.name, out=out)
+    terminal = Terminal(str(OmegaConf.select(composed, "format")), name=job_dir.name)
     try:
         config = parse_config(composed)
     except ConfigError as error:
-        from zinfer.driver import finish, refusal
-
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
-    from zinfer.driver import run_job
+    if config.sweep.search == "best_batch":
+        from zinfer.sweep_search import search_best_batch
 
+        return search_best_batch(config, job_dir, terminal)
     return run_job(config, job_dir, terminal)
 
 
@@ -82,20 +85,34 @@ def main() -> None:
     sys.argv[1:] = multirun_first(sys.argv[1:])
     said = io.StringIO()
     compose_and_run = hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(task)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a job in order, as Ctrl-C does
+    Interrupts.install()
+    interrupted, code = False, 0
     try:
         with contextlib.redirect_stderr(Tee(sys.stderr, said)):
             compose_and_run()
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except SystemExit as exit_:
-        if exit_.code and not Ended.composed:  # Hydra could not compose what was typed
-            if wants_json:
-                problems = [line for line in said.getvalue().splitlines() if line and "HYDRA_FULL_ERROR" not in line]
-                print(json.dumps({"status": "refused", "problems": [" ".join(problems)]}))
-            sys.exit(2)
-        raise
-    sys.exit(max((outcome.exit_code for outcome in Ended.outcomes), default=0))
+        interrupted, code = True, INTERRUPTED
+    except SystemExit as exit_:  # Hydra's own after a failure, SweepOver where nothing was left to run
+        code = exit_.code if isinstance(exit_.code, int) else 0
+    sweep = sweep_started_here()
+    if sweep is not None:
+        from zinfer.sweep_end import end_sweep
+
+        with Interrupts.in_order():
+            ended = end_sweep(sweep, interrupted=interrupted)
+        sys.exit(ended or code)
+    if code and not Ended.composed and not interrupted:  # Hydra could not compose what was typed
+        if wants_json:
+            problems = [line for line in said.getvalue().splitlines() if line and "HYDRA_FULL_ERROR" not in line]
+            print(json.dumps({"status": "refused", "problems": [" ".join(problems)]}))
+        sys.exit(2)
+    sys.exit(Ended.outcome.exit_code if Ended.outcome is not None else code)
+
+
+def sweep_started_here() -> Sweep | None:
+    """Without importing what only sweeps need."""
+    start = sys.modules.get("zinfer.sweep_start")
+    return start.Started.sweep if start is not None else None
 
 
 def multirun_first(arguments: list[str]) -> list[str]:
@@ -113,6 +130,8 @@ class Tee(io.TextIOBase):
     def write(self, text: str) -> int:
         if not Ended.composed:
             self._copy.write(text)
+        if "HYDRA_FULL_ERROR=1" in text:  # Hydra's hint at a stack trace: of what the user typed there is none worth reading
+            return len(text)
         return self._stream.write(text)
 
     def flush(self) -> None:

@@ -178,11 +178,19 @@ class LauncherConfig:
 
     ranks: int = 1
     """Processes on this host, data-parallel: each generates its share of the batch."""
+    nodes: int = 1
+    """Hosts that run this job together, each with a zinfer of its own and `ranks` processes."""
+    node_rank: int = 0
+    """Which of them this is; node 0 has the results."""
+    rendezvous: str | None = None
+    """host:port of node 0, the same on all nodes."""
     timeout_s: float | None = None
     """The worker is ended, and the run closed as `timeout`, after this many seconds."""
     omp_threads: int | None = None
     """Threads per rank; None: the machine's cores divided by the ranks."""
     master_port: int | None = None
+    fork_workers: bool = True
+    """Jobs of a sweep are forked from a process that holds the imports; false: each job imports for itself, as a single run does."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -200,13 +208,26 @@ class SweepConfig:
     """How a multirun behaves."""
 
     parent_run_id: str | None = None
+    resume: bool = True
+    """A job whose run is there and FINISHED, with the same configuration, code, hardware and method, is not run again."""
+    retry: Literal["failed", "oom", "none"] = "failed"
+    """Which jobs that ended badly are run again: all, only those that ran out of memory, or none."""
+    fail_fast: bool = False
+    """The first job that fails is the last one started."""
+    preview: bool = False
+    """Print the table of jobs and run nothing."""
+    search: Literal["none", "best_batch"] = "none"
+    """best_batch: each job becomes a search for the batch size with the highest generated_tokens_per_s, from batch.batch_size upwards."""
+    search_max_batch: int = 4096
+    search_trials: int = 16
+    """At most so many batch sizes are tried."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """Everything one run depends on, checked."""
 
-    task: Literal["run", "plan", "calibrate"]
+    task: Literal["run", "plan", "calibrate", "upload"]
     format: Literal["text", "json"]
     weights: Literal["dummy", "pretrained"]
     model: ModelConfig
@@ -271,8 +292,8 @@ def config_key(config: RunConfig) -> str:
     for group in ("tracking", "sweep", "format", "plan"):
         tree.pop(group)
     tree["offload"].pop("nvme_path")
-    tree["launcher"].pop("timeout_s")
-    tree["launcher"].pop("master_port")
+    for name in ("timeout_s", "master_port", "rendezvous", "node_rank", "fork_workers"):
+        tree["launcher"].pop(name)
     tree["hardware"].pop("profile")
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 

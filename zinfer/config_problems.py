@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 
 def config_problems(config: RunConfig) -> list[str]:
     """Every problem of this configuration."""
-    return [*_positive_numbers(config), *_batch_problems(config), *_offload_problems(config), *_weight_problems(config), *_tracking(config)]
+    return [
+        *_positive_numbers(config),
+        *_batch_problems(config),
+        *_launcher_problems(config),
+        *_offload_problems(config),
+        *_weight_problems(config),
+        *_tracking(config),
+    ]
 
 
 def _positive_numbers(config: RunConfig) -> list[str]:
@@ -23,6 +30,9 @@ def _positive_numbers(config: RunConfig) -> list[str]:
         "batch.repeats": (config.batch.repeats, 1),
         "dtype.group_size": (config.dtype.group_size, 1),
         "launcher.ranks": (config.launcher.ranks, 1),
+        "launcher.nodes": (config.launcher.nodes, 1),
+        "sweep.search_max_batch": (config.sweep.search_max_batch, 1),
+        "sweep.search_trials": (config.sweep.search_trials, 2),
         "launcher.omp_threads": (config.launcher.omp_threads, 1),
         "offload.buffer_numel": (config.offload.buffer_numel, 1),
         "offload.buffer_count": (config.offload.buffer_count, 2),
@@ -46,11 +56,11 @@ def _positive_numbers(config: RunConfig) -> list[str]:
 
 def _batch_problems(config: RunConfig) -> list[str]:
     problems = []
-    batch, ranks = config.batch, config.launcher.ranks
+    batch, ranks = config.batch, config.launcher.ranks * config.launcher.nodes
     if ranks >= 1 and batch.batch_size >= 1 and batch.batch_size % ranks:
         fitting = -(-batch.batch_size // ranks) * ranks
         problems.append(
-            f"batch.batch_size={batch.batch_size} cannot be split over launcher.ranks={ranks}: "
+            f"batch.batch_size={batch.batch_size} cannot be split over {_ranks(config)}: "
             f"each rank generates the same number of rows. Type batch.batch_size={fitting}"
         )
     if batch.prompt == "file":
@@ -60,6 +70,28 @@ def _batch_problems(config: RunConfig) -> list[str]:
             problems.append(f"batch.prompt_file={batch.prompt_file} is not a file. Type batch.prompt_file=/path/to/text.txt")
     if batch.prompt == "text" and not batch.prompt_text.strip():
         problems.append("batch.prompt=text has an empty batch.prompt_text. Type batch.prompt_text='Paris is the capital city of'")
+    return problems
+
+
+def _ranks(config: RunConfig) -> str:
+    launcher = config.launcher
+    return f"launcher.ranks={launcher.ranks}" + (f" on launcher.nodes={launcher.nodes}" if launcher.nodes > 1 else "")
+
+
+def _launcher_problems(config: RunConfig) -> list[str]:
+    problems, launcher = [], config.launcher
+    if not 0 <= launcher.node_rank < max(1, launcher.nodes):
+        problems.append(
+            f"launcher.node_rank={launcher.node_rank} is not one of the launcher.nodes={launcher.nodes}. "
+            "Type launcher.node_rank=0 on the first host, 1 on the second"
+        )
+    if launcher.nodes > 1 and launcher.rendezvous is None:
+        problems.append(
+            f"launcher.nodes={launcher.nodes} have no launcher.rendezvous. Type launcher.rendezvous=HOST:29500 on all, HOST being node 0"
+        )
+    host, _, port = (launcher.rendezvous or "host:1").rpartition(":")
+    if not host or not port.isdecimal():
+        problems.append(f"launcher.rendezvous={launcher.rendezvous} is not host:port. Type launcher.rendezvous=HOST:29500")
     return problems
 
 

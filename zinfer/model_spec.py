@@ -34,6 +34,7 @@ __all__ = [
     "bytes_per_element",
     "check_pinned",
     "hidden_bytes",
+    "is_counted",
     "kv_bytes_per_token",
     "kv_cache_bytes",
     "kv_cache_bytes_paper",
@@ -162,6 +163,12 @@ def model_spec(model: ModelConfig, *, compute_dtype: str | None = None) -> Model
     dtype = compute_dtype or model.checkpoint_dtype or config_dtype or DEFAULT_DTYPE
     bytes_per_element(dtype)
     return ModelSpec(name=model.name, dtype=dtype, **fields)
+
+
+def is_counted(model: ModelConfig) -> bool:
+    """Whether model_spec knows this architecture from before, and imports neither torch nor transformers for it."""
+    key, on_disk = _cache_key(model)
+    return key in _COUNTED or (on_disk and _cache_file(key).is_file())
 
 
 # ---- counting ----

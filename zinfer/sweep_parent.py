@@ -39,23 +39,28 @@ class ParentRunCallback(Callback):
         """Announce the parent to the jobs, unless the sweep is itself part of another, or logs nothing."""
         if PARENT_VARIABLE in os.environ or config.tracking.store == "none":
             return
-        overrides = list(config.hydra.overrides.task)
-        sweep_dir = Path(str(config.hydra.sweep.dir)).absolute()
-        self._uri = config.tracking.uri
+        self.announce(Path(str(config.hydra.sweep.dir)).absolute(), list(config.hydra.overrides.task), config.tracking.uri)
+
+    def announce(self, sweep_dir: Path, overrides: list[str], uri: str | None) -> None:
+        """Write the parent down for the jobs; whatever ends this process closes it."""
+        if PARENT_VARIABLE in os.environ:
+            return
+        self._uri = uri
         self._file = announce_parent(sweep_dir, overrides)
         os.environ[PARENT_VARIABLE] = str(self._file)
         atexit.register(self._end_unfinished, os.getpid())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Every job ended well: Hydra does not come here otherwise."""
-        self._end("ok", "FINISHED")
+        self.end("ok", "FINISHED")
 
     def _end_unfinished(self, pid: int) -> None:
         """At the end of the process: a sweep that on_multirun_end has not seen had a job that failed, or was interrupted."""
         if os.getpid() == pid:
-            self._end("error", "FAILED")
+            self.end("error", "FAILED")
 
-    def _end(self, status: str, run_status: str) -> None:
+    def end(self, status: str, run_status: str) -> None:
+        """Close the parent, once."""
         if self._file is None:
             return
         file, self._file = self._file, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, TextIO
 
 from zinfer.events import Event
@@ -98,10 +99,16 @@ class Terminal:
         if outcome.job_dir:
             self.note(f"job folder {outcome.job_dir}" + (f", MLflow run {outcome.run_id}" if outcome.run_id else ""))
 
-    def _print(self, table: Table) -> None:
+    def _print(self, table: Table, *, to_out: bool = True) -> None:
         from rich.console import Console
 
-        Console(file=self._out, width=None if self._out.isatty() else 110, highlight=False).print(table)
+        file = self._out if to_out else self._err
+        Console(file=file, width=None if file.isatty() else 140, highlight=False).print(table)
+
+    def table(self, table: Table, *, to_out: bool = True) -> None:
+        """A table of a sweep: the result on stdout, everything else on stderr."""
+        self._clear()
+        self._print(table, to_out=to_out and not self._json)
 
 
 def _bar(done: float, total: float, unit: str) -> str:
@@ -111,13 +118,14 @@ def _bar(done: float, total: float, unit: str) -> str:
     return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {count}"
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str, left: Collection[int] = (0,)) -> Table:
+    """An empty table; the columns with the indices in `left` hold words, the others numbers."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if index in left else "right", overflow="fold")
     return table
 
 
@@ -126,7 +134,7 @@ def plan_table(outcome: Outcome) -> Table:
     assert outcome.plan is not None
     model, metrics = outcome.model or {}, outcome.metrics
     title = f"{model.get('name')}: {(model.get('parameters') or 0) / 1e9:.3g} B parameters, {model.get('dtype')}"
-    table = _table(title, "memory", "planned", "available", "measured", "made of")
+    table = new_table(title, "memory", "planned", "available", "measured", "made of")
     measured: dict[str, float | None] = {
         "device": metrics.get("peak_device_reserved_bytes"),
         "host": metrics.get("peak_host_rss_bytes"),
@@ -152,7 +160,7 @@ def plan_table(outcome: Outcome) -> Table:
 def result_table(outcome: Outcome) -> Table:
     """Medians of the timed generations with their spread."""
     metrics: dict[str, Any] = dict(outcome.metrics)
-    table = _table(f"median of {metrics['timed_runs']:g} timed generations", "metric", "median", "min", "max", "standard deviation")
+    table = new_table(f"median of {metrics['timed_runs']:g} timed generations", "metric", "median", "min", "max", "standard deviation")
     for name, shown in (("prefill_s", format_seconds), ("decode_step_s", format_seconds), ("total_s", format_seconds)):
         table.add_row(name, *(shown(metrics.get(key)) for key in (name, f"{name}_min", f"{name}_max", f"{name}_stddev")))
     rate = "generated_tokens_per_s"

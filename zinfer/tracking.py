@@ -24,6 +24,7 @@ from zinfer.environment import hardware_fingerprint
 from zinfer.mlflow_store import TrackingUnavailable, artifact_location, ensure_store, first_connection_lock, tracking_uri
 from zinfer.outcome import Json, Outcome, Status
 from zinfer.redact import redact
+from zinfer.sweep_resume import KEY_TAG, job_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -204,6 +205,7 @@ def run_tags(config: RunConfig, job_dir: Path, environment: Json) -> dict[str, s
         "zinfer.status": "running",
         "zinfer.method_version": METHOD_VERSION,
         "zinfer.config_key": config_key(config),
+        KEY_TAG: job_key(config, environment),
         "zinfer.version": zinfer.__version__,
         "zinfer.commit": checkout["commit"],
         "zinfer.dirty": checkout["dirty"],

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
         swap = swap_folder(config.offload.nvme_path, job_dir)
         config = replace(config, offload=replace(config.offload, nvme_path=str(swap)))
     hardware = detect_hardware(config.hardware, Path(config.offload.nvme_path) if config.offload.nvme_path else None)
-    spec = resolved_spec(config, hardware, events)  # architecture only, no weights
+    spec = resolved_spec(config, hardware, events.warning)  # architecture only, no weights
     plan = memory_plan(spec, config, hardware)  # bytes per tier, before any is allocated
     ds_json = derive(config, spec, hardware)
     if events.rank == 0:
@@ -94,11 +95,14 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     return metrics
 
 
-def resolved_spec(config: RunConfig, hardware: Hardware, events: EventLog) -> ModelSpec:
+def resolved_spec(config: RunConfig, hardware: Hardware, warn: Callable[[str], None]) -> ModelSpec:
     """The model in the dtype that this run computes in."""
-    spec = model_spec(config.model, compute_dtype=None if config.dtype.compute == "auto" else config.dtype.compute)
+    try:
+        spec = model_spec(config.model, compute_dtype=None if config.dtype.compute == "auto" else config.dtype.compute)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     if config.dtype.compute == "auto" and hardware.name == "detect" and spec.dtype not in hardware.device_dtypes:
-        events.warning(f"dtype=auto: {hardware.device_name} has no {spec.dtype}, so {config.model.name} runs in bfloat16")
+        warn(f"dtype=auto: {hardware.device_name} has no {spec.dtype}, so {config.model.name} runs in bfloat16")
         return replace(spec, dtype="bfloat16")
     return spec
 
