@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import deepspeed
@@ -24,6 +25,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     accelerator = get_accelerator()
     native_ops.adopt(native_ops.ops_needed(config.offload.device, use_gds=config.offload.use_gds))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    gc.freeze()  # the garbage collector need not walk the libraries again while the model is built and timed
     alive = HfDeepSpeedConfig(ds_json)  # while this lives, transformers builds models under zero.Init
     dtype = getattr(torch, spec.dtype)
     with torch.no_grad():

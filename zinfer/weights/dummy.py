@@ -39,27 +39,49 @@ class DummyFiller:
         self._events = events
         self._total = spec.num_parameters * ITEMSIZE_BYTES[spec.dtype]
         self._seen: Counter[tuple[int, ...]] = Counter()
+        self._scratch: torch.Tensor | None = None
         self._done = self._reported = 0
 
     def fill(self, name: str, parameter: torch.Tensor) -> None:
-        """Normal values for matrices, 1 for norm weights, 0 for biases: the scale of a freshly initialised model."""
+        """Write values into the parameter: normal for matrices, 1 for norm weights, 0 for biases, as in a freshly initialised model."""
         if parameter.dim() <= 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            shape = tuple(parameter.shape)
-            offset = zlib.crc32(repr((shape, self._seen[shape])).encode()) % OFFSETS
-            self._seen[shape] += 1
-            self._tile(parameter.view(-1), offset)
+            parameter.copy_(self._values(parameter))
+        self._count(parameter)
+
+    def lend(self, name: str, parameter: torch.Tensor) -> None:
+        """Point the parameter at such values instead of writing them: for weights that are copied elsewhere at once.
+
+        Its own memory is then never touched, which is most of the cost: a page of fresh memory costs more than copying it.
+        """
+        if parameter.dim() <= 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.data = self._values(parameter)
+        self._count(parameter)
+
+    def _count(self, parameter: torch.Tensor) -> None:
         self._done += parameter.numel() * parameter.element_size()
         if self._done - self._reported >= PROGRESS_BYTES:
             self._reported = self._done
             self._events.progress(min(self._done, self._total), self._total, "bytes")
 
-    def _tile(self, flat: torch.Tensor, offset: int) -> None:
-        pool = self._pool(flat.dtype, flat.device)[offset:]
+    def _values(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Values of the parameter's shape, valid until the next call: a window of the pool, or the pool tiled into scratch memory."""
+        shape = tuple(parameter.shape)
+        offset = zlib.crc32(repr((shape, self._seen[shape])).encode()) % OFFSETS
+        self._seen[shape] += 1
+        pool = self._pool(parameter.dtype, parameter.device)[offset:]
+        if parameter.numel() <= pool.numel():
+            return pool[: parameter.numel()].view(shape)
+        if self._scratch is None or self._scratch.numel() < parameter.numel() or self._scratch.dtype != parameter.dtype:
+            self._scratch = torch.empty(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+        flat = self._scratch[: parameter.numel()]
         for start in range(0, flat.numel(), pool.numel()):
             part = flat[start : start + pool.numel()]
             part.copy_(pool[: part.numel()])
+        return flat.view(shape)
 
     def _pool(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         key = (dtype, device)
@@ -77,7 +99,7 @@ def _dummy_init(filler: DummyFiller, ds_json: dict[str, Any]) -> Any:
         def _post_init_method(self, module: torch.nn.Module) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 if not hasattr(parameter, "ds_id"):
-                    filler.fill(name, parameter.data)
+                    filler.lend(name, parameter)
             super()._post_init_method(module)
 
     return DummyInit(config_dict_or_path=ds_json)
