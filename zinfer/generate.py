@@ -16,6 +16,8 @@ from zinfer.config import BatchConfig
 from zinfer.engines import Engine
 from zinfer.events import EventLog
 
+PROGRESS_S = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -50,14 +52,24 @@ def now_s(device: torch.device) -> float:
 
 
 class StepClock(StoppingCriteria):
-    """Asked by generate after each new token; notes the time and never stops."""
+    """Asked by generate after each new token; notes the time and never stops.
 
-    def __init__(self, device: torch.device) -> None:
+    Says how far it is at most once a second: one short line, tens of microseconds in steps of which few fit into a second.
+    """
+
+    def __init__(self, device: torch.device, new_tokens: int, events: EventLog) -> None:
         self._device = device
+        self._new_tokens = new_tokens
+        self._events = events
+        self._said_s = now_s(device)
         self.times_s: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.times_s.append(now_s(self._device))
+        time_s = now_s(self._device)
+        self.times_s.append(time_s)
+        if time_s - self._said_s >= PROGRESS_S:
+            self._said_s = time_s
+            self._events.progress(len(self.times_s), self._new_tokens, "tokens")
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -73,11 +85,11 @@ def generate_timed(engine: Engine, prompts: torch.Tensor, batch: BatchConfig, ev
     samples: list[Sample] = []
     events.phase("warm-up", generations=batch.warmup)
     for index in range(batch.warmup):
-        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index)
+        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index, events)
         samples.append(_noted(sample, events))
     events.phase("generate", generations=batch.repeats)
     for index in range(batch.repeats):
-        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index)
+        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index, events)
         samples.append(_noted(sample, events))
         events.progress(index + 1, batch.repeats, "generations")
     return Generation(samples=tuple(samples), token_ids=tuple(tuple(row) for row in ids.tolist()), kv_cache_bytes=kv_bytes)
@@ -97,9 +109,9 @@ def _fix_lengths(model: Any, batch: BatchConfig, tokenizer: Any | None) -> None:
 
 
 def _generate_once(
-    engine: Engine, ids: torch.Tensor, batch: BatchConfig, kind: Literal["warmup", "timed"], index: int
+    engine: Engine, ids: torch.Tensor, batch: BatchConfig, kind: Literal["warmup", "timed"], index: int, events: EventLog
 ) -> tuple[Sample, torch.Tensor, int | None]:
-    clock = StepClock(engine.device)
+    clock = StepClock(engine.device, batch.new_tokens, events)
     with torch.no_grad():
         start_s = now_s(engine.device)
         result = engine.model.generate(
