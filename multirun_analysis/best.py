@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from multirun_analysis.compare import LATENCY, Configuration, column_order, same_circumstances, varied
-from multirun_analysis.spread import Spread, format_seconds, format_spread, speedup
+from multirun_analysis.spread import Spread, format_bytes_per_s, format_seconds, format_spread, speedup
 
 END_OF_BATCH = {"does_not_fit": "does not fit", "oom_device": "ran out of device memory", "oom_host": "ran out of host memory"}
 
@@ -71,7 +71,7 @@ def limits(item: Configuration, group: Sequence[Configuration]) -> Iterator[str]
         at = f", at {fraction:.0%} of what it allows" if fraction is not None else ""
         yield f"{resource}{at}."
     elif streamed is not None:
-        yield f"Moves {streamed / 1e9:.3g} GB/s of weights; no ceiling was logged, so what binds is not known."
+        yield f"Moves {format_bytes_per_s(streamed)} of weights; no ceiling was logged, so what binds is not known."
     else:
         yield "Not known: no ceiling was logged."
     bigger = [other for other in group if other.status in END_OF_BATCH and _differs_only_in_batch(item, other)]

@@ -89,6 +89,9 @@ def ratios(found: Sequence[Configuration], baseline: Baseline) -> tuple[Ratio, .
 def _ratio(candidate: Configuration, reference: Configuration | None, baseline: Baseline) -> Ratio:
     mine, theirs = candidate.rate_spread, reference.rate_spread if reference else None
     assert mine is not None
+    if reference is candidate:  # exactly 1, whatever its spread
+        itself = Spread(median=1.0, stddev=None, minimum=1.0, maximum=1.0, count=mine.count)
+        return Ratio(candidate=candidate, reference=reference, ratio=itself, missing=None)
     if theirs is not None:
         return Ratio(candidate=candidate, reference=reference, ratio=speedup(mine, theirs), missing=None)
     missing = f"no run with {baseline} and all else equal" if reference is None else f"{baseline}: {reference.status}"

@@ -32,7 +32,7 @@ Json = dict[str, Any]
 History = tuple[tuple[int, float], ...]
 
 
-class ReportError(ValueError):
+class ReportError(TrackingUnavailable):
     """There is nothing to report, or it cannot be read. One sentence, with what to type instead; the command ends with exit code 2."""
 
 
@@ -99,6 +99,8 @@ def read_mlflow(uri: str, *, experiment: str | None = None, run_id: str | None =
         with store_errors(uri):
             client = connect(uri)
             return MlflowStore(client, uri).select(experiment=experiment, run_id=run_id, where=where)
+    except ReportError:
+        raise
     except TrackingUnavailable as error:
         raise ReportError(str(error).replace("tracking.uri=", "--uri ").replace(", or tracking=none", "")) from error
 

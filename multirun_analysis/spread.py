@@ -98,6 +98,11 @@ def _magnitude(value: float) -> int:
     return int(f"{value:e}".partition("e")[2]) if value else 0
 
 
+def format_bytes_per_s(rate: float) -> str:
+    """Decimal, as data sheets give it: '12.9 GB/s', '3.12 MB/s'."""
+    return f"{format_number(rate / 1e9)} GB/s" if rate >= 1e8 else f"{format_number(rate / 1e6)} MB/s"
+
+
 def format_seconds(seconds: float | None) -> str:
     """'76.9 ms', '4.26 s'; unknown is '-'."""
     if seconds is None:

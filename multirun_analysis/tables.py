@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from multirun_analysis.best import Best, implied_bytes_per_s
 from multirun_analysis.compare import LABELS, RATE, Configuration, constants, shown_choices
-from multirun_analysis.published import Comparison, box_of, ceiling_bytes_per_s, explanation
+from multirun_analysis.published import Comparison, ceiling_bytes_per_s, explanation
 from multirun_analysis.ratios import Baseline, Ratio
 from multirun_analysis.read import Json, Run
 from multirun_analysis.spread import Spread, format_number, format_spread
@@ -272,21 +272,31 @@ def memory_table(found: Sequence[Configuration]) -> Table:
 
 def published_comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """Published rows, and what was measured of the same thing, both normalised by what their own hardware streams."""
-    heads = (
-        ("model", "model", False), ("weights_bits", "bits", True), ("weights_on", "weights on", False), ("kv_on", "KV on", False),
-        ("batch_size", "batch", True), ("lengths", "prompt + new", False), ("framework", "framework", False),
-        ("published_hardware", "on", False), ("published", "published", True), ("published_unit", "unit", False),
-        ("published_bytes_per_s", "GB/s implied", True), ("published_ceiling_fraction", "% of its ceiling", True),
-        ("measured", "measured here", True),
-    )  # fmt: skip
-    tail = (
-        ("measured_bytes_per_s", "GB/s implied here", True), ("measured_ceiling_fraction", "% of ceiling here", True),
-        ("measured_hardware", "here on", False), ("remark", "remark", False), ("standing", "standing", False), ("source", "source", False),
-    )  # fmt: skip
     columns = (
-        *(Column(key=key, head=head, number=number) for key, head, number in heads),
+        Column(key="model", head="model"),
+        Column(key="weights_bits", head="bits", number=True),
+        Column(key="weights_on", head="weights on"),
+        Column(key="kv_on", head="KV on"),
+        Column(key="batch_size", head="batch", number=True),
+        Column(key="lengths", head="tokens", help="Prompt + new"),
+        Column(key="published", head="published", number=True),
+        Column(key="published_unit", head="unit"),
+        Column(key="published_bytes_per_s", head="GB/s", number=True, help="What the published number implies that its box streamed"),
+        Column(key="published_ceiling_fraction", head="% of ceiling", number=True, help="Of what its box can stream from there"),
+        Column(key="measured", head="measured here", number=True),
         Column(key="measured_stddev", head="", number=True, csv_only=True),
-        *(Column(key=key, head=head, number=number) for key, head, number in tail),
+        Column(key="measured_bytes_per_s", head="GB/s here", number=True),
+        Column(key="measured_ceiling_fraction", head="% of ceiling here", number=True),
+        Column(key="measured_hardware", head="here on"),
+        Column(
+            key="standing",
+            head="standing",
+            help="as published; approximate: read off a chart; draft: replaced later; inconsistent: no target",
+        ),
+        Column(key="remark", head="remark"),
+        Column(key="framework", head="framework"),
+        Column(key="published_hardware", head="published on"),
+        Column(key="source", head="source"),
         Column(key="table", head="", csv_only=True),
         Column(key="where", head="", csv_only=True),
     )
@@ -307,8 +317,6 @@ def _published_row(item: Comparison) -> tuple[Cell, ...]:
     row, measured = item.published, item.measured
     implied, limit = row.implied_bytes_per_s, ceiling_bytes_per_s(row)
     lengths = None if row.prompt_tokens is None or row.new_tokens is None else f"{row.prompt_tokens} + {row.new_tokens}"
-    rate = Cell(text=item.missing, kind="missing") if item.missing else spread_cells(item.rate)[0]
-    box = box_of(row.hardware)
     return (
         text_cell(row.model or None),
         whole_cell(row.weights_bits),
@@ -316,19 +324,19 @@ def _published_row(item: Comparison) -> tuple[Cell, ...]:
         text_cell(row.kv_location or None),
         whole_cell(row.batch_size),
         text_cell(lengths),
-        text_cell(row.framework),
-        Cell(text=row.hardware or "-", value=box.name if box else row.hardware),
         Cell(text=row.text, value=row.value if row.value is not None else row.text),
         text_cell(row.unit),
         number_cell(implied, 1e9),
         number_cell(None if implied is None or limit is None else implied / limit, 0.01, 2),
-        rate,
+        Cell(text=item.missing, kind="missing") if item.missing else spread_cells(item.rate)[0],
         Cell(text="", value=item.rate.stddev if item.rate else None),
         number_cell(item.measured_bytes_per_s, 1e9),
         number_cell(measured.value("ceiling_fraction") if measured else None, 0.01, 2),
         text_cell(measured.context.device if measured else None),
-        text_cell("; ".join(filter(None, (item.differs, explanation(row)))) or None),
         text_cell(row.standing, kind=row.standing.replace(" ", "-")),
+        text_cell("; ".join(filter(None, (item.differs, explanation(row)))) or None),
+        text_cell(row.framework),
+        text_cell(row.hardware or None),
         text_cell(row.source),
         text_cell(row.table),
         text_cell(row.where),
