@@ -83,7 +83,8 @@ def job(model: str, offload: str, dtype: str, batch: int, rng: random.Random, **
             "offload.pin_memory": "false", "dtype.weights": dtype, "dtype.compute": "bfloat16", "batch.batch_size": str(batch),
             "batch.prompt_tokens": str(PROMPT), "batch.new_tokens": str(NEW), "batch.warmup": "1",
             "batch.repeats": "3", "batch.prompt": "synthetic", "batch.seed": "0", "kv_cache.placement": "device",
-            "zero.derivation": "tuned", "engine.name": "zero", "hardware.name": "detect", "launcher.ranks": "1", "plan.enforce": "true", "plan.headroom": "0.05",
+            "zero.derivation": "tuned", "engine.name": "zero", "hardware.name": "detect",
+            "launcher.ranks": "1", "plan.enforce": "true", "plan.headroom": "0.05",
         },
         tags={
             "zinfer.role": "job", "zinfer.method_version": str(METHOD_VERSION), "zinfer.hardware": "0123456789ab",
