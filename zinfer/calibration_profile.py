@@ -39,6 +39,8 @@ class KernelTime:
     rows: int
     weight_numel: int
     """K * N."""
+    wide: bool
+    """Many more columns than rows of weights, as in an output head."""
     seconds: float
     spread: float
 
@@ -68,6 +70,14 @@ class FixedCost:
     """For each decoder layer."""
     element_s: float
     """For each token and hidden element of a layer: norms, activations, residuals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadCost:
+    """Building a model with random weights in one mode."""
+
+    fixed_s: float
+    bytes_per_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,8 @@ class CalibrationProfile:
     """'bypassed' (O_DIRECT), or why not."""
     fixed: tuple[FixedCost, ...] = ()
     stream: StreamCost | None = None
+    load: dict[str, LoadCost] = field(default_factory=dict)
+    """Mode -> what loading costs."""
     imported_rss_bytes: int
     """Resident memory of a fresh worker once everything is imported."""
     growth_bytes: dict[str, int] = field(default_factory=dict)
@@ -126,11 +138,11 @@ class CalibrationProfile:
         rates = [2 * row.rows * row.weight_numel / row.seconds for row in self.kernels if row.dtype == dtype]
         return max(rates, default=None)
 
-    def kernel_s(self, dtype: str, rows: float, weight_numel: int) -> float | None:
+    def kernel_s(self, dtype: str, rows: float, weight_numel: int, *, wide: bool = False) -> float | None:
         """Seconds of one matrix product, interpolated between those measured (log-log), at their rate beyond. None: dtype not measured."""
         table: dict[int, dict[int, float]] = {}
         for row in self.kernels:
-            if row.dtype == dtype:
+            if row.dtype == dtype and row.wide == wide:
                 table.setdefault(row.rows, {})[row.weight_numel] = row.seconds
         if not table:
             return None
@@ -200,6 +212,7 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
     values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
     values["nvme"] = tuple(NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"])
     values["fixed"] = tuple(FixedCost(**row) for row in values["fixed"])
+    values["load"] = {mode: LoadCost(**cost) for mode, cost in values["load"].items()}
     values["stream"] = StreamCost(**values["stream"]) if values["stream"] else None
     return CalibrationProfile(**values)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from zinfer.calibration_profile import CalibrationProfile
+from zinfer.calibration_profile import CalibrationProfile, newest_profile, read_profile
 from zinfer.config import HardwareConfig
 from zinfer.units import GIB, KIB, MIB
 
@@ -88,24 +88,54 @@ class Gpu:
     mig: bool = False
 
 
-def detect_hardware(config: HardwareConfig, nvme_path: Path | None, ranks: int = 1) -> Hardware:
+def detect_hardware(config: HardwareConfig, nvme_path: Path | None, ranks: int = 1, threads: int | None = None) -> Hardware:
     """This machine as it is now, or the published box that `config` names; a number given in `config` wins over a detected one.
+
+    Rates of this machine come from its calibration profile for that many threads per rank, if there is one.
 
     Raises:
         ValueError: an accelerator was asked for, or is there, that cannot be used.
     """
     box = published_box(config) if config.name != "detect" else this_machine(config, nvme_path, ranks)
+    profile = calibration_of(config, ranks, threads) if config.name == "detect" else None
+    kinds = {row.dtype for row in profile.kernels} if profile else set()
+    measured = {kind: rate for kind in kinds if profile and (rate := profile.flops_per_s(kind))}
+    link = (profile.host_to_device_pinned or profile.host_to_device_pageable) if profile else None
+    on_device = (profile.device_read or profile.host_read) if profile else None
     box = replace(
         box,
-        device_memory_bytes_per_s=config.device_memory_bytes_per_s,
-        device_flops_per_s=dict(config.device_flops_per_s),
-        host_memory_bytes_per_s=config.host_memory_bytes_per_s,
-        host_to_device_bytes_per_s=config.host_to_device_bytes_per_s,
-        nvme_read_bytes_per_s=config.nvme_read_bytes_per_s,
+        device_memory_bytes_per_s=config.device_memory_bytes_per_s or (on_device.median if on_device else None),
+        device_flops_per_s={**measured, **config.device_flops_per_s},
+        host_memory_bytes_per_s=config.host_memory_bytes_per_s or (profile.host_read.median if profile else None),
+        host_to_device_bytes_per_s=config.host_to_device_bytes_per_s or (link.median if link else None),
+        nvme_read_bytes_per_s=config.nvme_read_bytes_per_s or (profile.nvme_read_bytes_per_s if profile else None),
+        profile=profile,
     )
     rates = (box.device_memory_bytes_per_s, box.host_memory_bytes_per_s, box.host_to_device_bytes_per_s, box.nvme_read_bytes_per_s)
     known = bool(box.device_flops_per_s) or any(rate is not None for rate in rates)
-    return replace(box, rates_source=(config.source or f"hardware={config.name}") if known else None)
+    source = f"calibrated {profile.created}" if profile else config.source or f"hardware={config.name}"
+    return replace(box, rates_source=source if known else None)
+
+
+def calibration_of(config: HardwareConfig, ranks: int, threads: int | None) -> CalibrationProfile | None:
+    """The profile that `config` names, else the newest one of this machine with that many threads per rank.
+
+    Raises:
+        ValueError: the named profile cannot be read.
+    """
+    if config.profile is not None:
+        return read_profile(Path(config.profile))
+    found = newest_profile(machine_fingerprint(), threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    return found[0] if found else None
+
+
+def machine_fingerprint() -> str:
+    """Of this machine, whatever disk a run uses: what calibration profiles are found by."""
+    from zinfer.environment import hardware_fingerprint
+
+    gpus = [{"name": gpu.name} for gpu in nvidia_gpus()] if torch_cuda_version() else []
+    cpu = {"model": cpu_model_name(), "usable_cores": host_cores()}
+    return hardware_fingerprint({"cpu": cpu, "host_total_bytes": host_total_bytes(), "gpus": gpus, "disk": None})
 
 
 def published_box(config: HardwareConfig) -> Hardware:

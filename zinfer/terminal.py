@@ -88,7 +88,7 @@ class Terminal:
             return
         if outcome.plan is not None:
             self._print(plan_table(outcome))
-        if outcome.metrics:
+        if "timed_runs" in outcome.metrics:
             self._print(result_table(outcome))
         if outcome.status not in ("ok", "planned"):
             self.note(f"{outcome.status}: {outcome.reason}")

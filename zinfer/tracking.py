@@ -33,6 +33,8 @@ __all__ = ["TrackedRun", "TrackingUnavailable", "ensure_store", "open_run", "tra
 
 RUN_STATUS: dict[Status, str] = {"ok": "FINISHED", "planned": "FINISHED", "killed": "KILLED", "timeout": "KILLED"}
 """MLflow's status; FAILED for all others. The tag zinfer.status has the exact one."""
+PREDICTED_METRICS = ("predicted_", "ceiling_")
+"""Beginnings of the names of a plan's own metrics: logged also where nothing was measured."""
 METRICS_PER_BATCH = 1000
 PARAM_CHARACTERS = 5999
 TAG_CHARACTERS = 7999
@@ -255,6 +257,7 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
         "zinfer.status": outcome.status,
         "zinfer.reason": outcome.reason,
         "zinfer.dtype": (outcome.model or {}).get("dtype"),
+        "zinfer.binding_resource": ((outcome.plan or {}).get("prediction") or {}).get("binding_resource"),
         "zinfer.warnings": "\n".join(outcome.warnings) or None,
     }
     known_tags = [RunTag(name, _text(value)[:TAG_CHARACTERS]) for name, value in tags.items() if value is not None]
@@ -272,6 +275,7 @@ def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:
         for tier, plan in outcome.plan["tiers"].items():
             values[f"plan_{tier}_needed_bytes"] = plan["needed_bytes"]
             values[f"plan_{tier}_available_bytes"] = plan["available_bytes"]
+        values |= {name: value for name, value in (outcome.plan.get("prediction") or {}).items() if name.startswith(PREDICTED_METRICS)}
     values |= outcome.metrics
     timed = [sample for sample in outcome.samples if sample["kind"] == "timed"]
     rows = [

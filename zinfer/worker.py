@@ -23,6 +23,8 @@ from zinfer.job import DRIVER_READY_FILE, read_job_config
 from zinfer.memory_plan import DoesNotFit, derive, memory_plan, require_fit, shortfall
 from zinfer.model_spec import ModelSpec, hidden_bytes, kv_bytes_per_token, kv_cache_bytes, kv_cache_bytes_paper, model_spec
 from zinfer.outcome import Status
+from zinfer.plan_advice import plan_warnings
+from zinfer.prediction import predict, scored
 from zinfer.swap import is_alive, remove_swap_folder, swap_folder
 
 if TYPE_CHECKING:
@@ -44,13 +46,16 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
         assert config.offload.nvme_path is not None, "config.py refuses nvme without a path"
         swap = swap_folder(config.offload.nvme_path, job_dir)
         config = replace(config, offload=replace(config.offload, nvme_path=str(swap)))
-    hardware = detect_hardware(config.hardware, Path(config.offload.nvme_path) if config.offload.nvme_path else None)
+    nvme_path = Path(config.offload.nvme_path) if config.offload.nvme_path else None
+    hardware = detect_hardware(config.hardware, nvme_path, config.launcher.ranks, config.launcher.omp_threads)
     spec = resolved_spec(config, hardware, events.warning)  # architecture only, no weights
     plan = memory_plan(spec, config, hardware)  # bytes per tier, before any is allocated
+    prediction = predict(spec, config, hardware)  # seconds, before any is spent
     ds_json = derive(config, spec, hardware)
     if events.rank == 0:
-        events.write("planned", model=describe(spec, config), plan=plan.document(), deepspeed=ds_json)
-        for warning in derivation_warnings(config, spec):
+        planned = {**plan.document(), "prediction": prediction.document(plan)}
+        events.write("planned", model=describe(spec, config), plan=planned, deepspeed=ds_json)
+        for warning in [*derivation_warnings(config, spec), *plan_warnings(spec, config, hardware, plan, prediction)]:
             events.warning(warning)
     if config.task == "plan":
         if not plan.fits:
@@ -91,7 +96,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     )
     if events.rank == 0:
         events.write("generated", **_what_was_said(engine, prompts, token_ids))
-        events.write("result", status="ok", metrics=metrics.known())
+        events.write("result", status="ok", metrics={**metrics.known(), **scored(metrics.known(), prediction, plan)})
     return metrics
 
 

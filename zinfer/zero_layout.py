@@ -30,6 +30,8 @@ class ZeroLayout:
     """A partition of at least this many elements is swapped to NVMe; smaller ones stay in host memory."""
     swapped_numel: int
     """Elements of one rank's swapped partitions."""
+    swapped_count: int
+    """Parameters that are swapped."""
     largest_swapped_numel: int
     """The smallest staging buffer that works; 0 when nothing is swapped."""
     swapped_per_module: int
@@ -89,6 +91,7 @@ def zero_layout(config: RunConfig, spec: ModelSpec) -> ZeroLayout:
         stored_numel=total,
         swap_min_numel=swap_min,
         swapped_numel=sum(swapped),
+        swapped_count=len(swapped),
         largest_swapped_numel=max(swapped, default=0),
         swapped_per_module=max(per_module.values(), default=0),
         swapped_per_layer=max(per_layer.values(), default=0),

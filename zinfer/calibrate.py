@@ -1,0 +1,224 @@
+"""`zinfer task=calibrate`: measures this machine in about a minute and stores the profile that plans and predictions use from then on.
+
+Rates of kernels, memory and disk come from a process of its own (calibrate_kernels); what generating costs on top of them comes from real
+jobs with small models of four families, through the same driver, server and worker as every run. The driver stays free of torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zinfer.calibration_fit import fitted_profile
+from zinfer.calibration_profile import CalibrationProfile, now_text, save_profile
+from zinfer.config import BatchConfig, DtypeConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig
+from zinfer.environment import package_versions
+from zinfer.events import EventReader
+from zinfer.hardware import Hardware, detect_hardware, machine_fingerprint
+from zinfer.outcome import Outcome
+from zinfer.terminal import Terminal
+from zinfer.units import format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from zinfer.outcome import Json
+
+FAMILIES = ("llama", "opt", "bloom", "mixtral")
+LAYERS, FEW_LAYERS = 8, 2
+HIDDEN = 256
+BATCH = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=12, warmup=1, repeats=2)
+KERNELS_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One small model in one mode."""
+
+    family: str
+    mode: str
+    dtype: str
+    layers: int = LAYERS
+    hidden: int = HIDDEN
+
+
+def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
+    """A model of that family whose weights are small: what it costs is mostly not arithmetic."""
+    heads = max(1, hidden // 64)
+    shared = {"hidden_size": hidden, "vocab_size": 512, "num_hidden_layers": layers, "num_attention_heads": heads}
+    gated = {"num_key_value_heads": max(1, heads // 2), "max_position_embeddings": 1024, "tie_word_embeddings": False}
+    overrides: dict[str, dict[str, Any]] = {
+        "llama": {**shared, **gated, "intermediate_size": hidden * 11 // 4},
+        "opt": {**shared, "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden, "max_position_embeddings": 1024},
+        "bloom": shared,
+        "mixtral": {**shared, **gated, "intermediate_size": hidden * 11 // 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                    "sliding_window": None},
+    }  # fmt: skip
+    name = f"calibration-{family}-{layers}x{hidden}"
+    return ModelConfig(name=name, model_type=family, overrides=overrides[family], checkpoint_dtype="float32")
+
+
+def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[Job]:
+    """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs."""
+    for mode in ("none", "resident", *(("cpu",) if cpu_offload else ())):
+        for dtype in dtypes:
+            yield Job(family="llama", mode=mode, dtype=dtype, layers=FEW_LAYERS)
+            for family in FAMILIES:
+                yield Job(family=family, mode=mode, dtype=dtype)
+    if nvme:
+        yield Job(family="llama", mode="nvme", dtype="float32")
+        yield Job(family="opt", mode="nvme", dtype="float32")
+        yield Job(family="llama", mode="nvme", dtype="float32", layers=6, hidden=640)  # matrices of 1.6 MB and more: swapped
+        yield Job(family="llama", mode="nvme", dtype="float32", layers=2, hidden=1536)
+
+
+def job_config(job: Job, config: RunConfig) -> RunConfig:
+    """The job as a configuration: dummy weights, no tracking, nothing of the user's choices but the machine's."""
+    resident = job.mode == "resident"
+    device: Any = "none" if resident else job.mode
+    dtype: Any = job.dtype
+    return replace(
+        config,
+        task="run",
+        weights="dummy",
+        model=small_model(job.family, job.layers, job.hidden),
+        engine=EngineConfig(name="resident" if resident else "zero"),
+        offload=replace(config.offload, device=device, nvme_path=config.offload.nvme_path if device == "nvme" else None, use_gds=False),
+        dtype=DtypeConfig(weights=dtype, compute=dtype),
+        batch=BATCH,
+        tracking=TrackingConfig(store="none"),
+        launcher=replace(config.launcher, ranks=1),
+        plan=replace(config.plan, enforce=False),
+    )
+
+
+def main_task(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
+    """Measure, store, say where."""
+    started_s = time.perf_counter()
+    job_dir.mkdir(parents=True, exist_ok=True)
+    config = replace(config, offload=replace(config.offload, nvme_path=config.offload.nvme_path or str(job_dir / "swap")))
+    hardware = replace(detect_hardware(config.hardware, Path(str(config.offload.nvme_path)), 1), profile=None)
+    dtypes = tuple(kind for kind in ("float32", "bfloat16", "float16") if kind in hardware.device_dtypes)[:2]
+    try:
+        measured = run_jobs(config, job_dir, dtypes, hardware, terminal)
+        kernels = measure_kernels(config, job_dir, dtypes, hardware, terminal)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return Outcome(status="error", reason=f"calibration failed: {error}", job_dir=str(job_dir))
+    profile = fitted_profile(
+        kernels,
+        measured,
+        hardware,
+        created=now_text(),
+        fingerprint=machine_fingerprint(),
+        threads=threads_of(config),
+        packages={name: version for name, version in package_versions().items() if name in ("torch", "transformers", "deepspeed")},
+        seconds=time.perf_counter() - started_s,
+    )
+    path = save_profile(profile)
+    for line in summary(profile):
+        terminal.note(line)
+    terminal.note(f"stored as {path}")
+    return Outcome(status="ok", metrics=profile_metrics(profile), job_dir=str(job_dir))
+
+
+def threads_of(config: RunConfig) -> int:
+    """Threads of one rank."""
+    return config.launcher.omp_threads or max(1, len(os.sched_getaffinity(0)) // config.launcher.ranks)
+
+
+def run_jobs(
+    config: RunConfig, job_dir: Path, dtypes: tuple[str, ...], hardware: Hardware, terminal: Terminal
+) -> list[tuple[Job, RunConfig, Json]]:
+    """Each job's own result document, through the driver that every run uses.
+
+    Raises:
+        RuntimeError: a job failed.
+    """
+    from zinfer.driver import run_job
+
+    all_jobs = list(jobs(dtypes, nvme=True, cpu_offload=hardware.device_kind != "cpu"))
+    terminal.event({"event": "phase", "name": "small models"})
+    quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
+    results = []
+    for done, job in enumerate(all_jobs):
+        terminal.event({"event": "progress", "done": done, "total": len(all_jobs), "unit": "jobs"})
+        job_config_ = job_config(job, config)
+        outcome = run_job(job_config_, job_dir / f"job{done}", quiet, forked=True)
+        if outcome.status != "ok":
+            raise RuntimeError(f"{job.family} with {job.mode} in {job.dtype}: {outcome.status}: {outcome.reason}")
+        document = {**outcome.document(), "samples": list(outcome.samples)}
+        results.append((job, job_config_, document))
+    return results
+
+
+def measure_kernels(config: RunConfig, job_dir: Path, dtypes: tuple[str, ...], hardware: Hardware, terminal: Terminal) -> Json:
+    """What the kernels' process found, its progress shown."""
+    from zinfer.worker_process import worker_environment
+
+    folder = job_dir / "kernels"
+    folder.mkdir(exist_ok=True)
+    request = {
+        "dtypes": dtypes,
+        "device": "cpu" if hardware.device_kind == "cpu" else "cuda:0",
+        "nvme_path": config.offload.nvme_path,
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-m", "zinfer.calibrate_kernels", str(folder / "request.json"), str(folder / "found.json")]
+    reader = EventReader(folder)
+    deadline_s = time.monotonic() + KERNELS_TIMEOUT_S
+    with (folder / "kernels.log").open("wb") as log:
+        process = subprocess.Popen(command, env=worker_environment(config), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        while process.poll() is None:
+            for event in reader.new_events():
+                terminal.event(event)
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"measuring took more than {KERNELS_TIMEOUT_S:.0f} s")
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0:
+        tail = (folder / "kernels.log").read_text(errors="replace").strip().splitlines()[-3:]
+        raise RuntimeError(" ".join(tail) or f"exit code {process.returncode}")
+    found: Json = json.loads((folder / "found.json").read_text())
+    return found
+
+
+def profile_metrics(profile: CalibrationProfile) -> dict[str, float]:
+    """The main rates, for the result document. Unknown is absent."""
+    values = {
+        "host_read_bytes_per_s": profile.host_read.median,
+        "host_copy_bytes_per_s": profile.host_copy.median,
+        "device_read_bytes_per_s": profile.device_read.median if profile.device_read else None,
+        "host_to_device_pinned_bytes_per_s": profile.host_to_device_pinned.median if profile.host_to_device_pinned else None,
+        "nvme_read_bytes_per_s": profile.nvme_read_bytes_per_s,
+        **{f"flops_per_s_{kind}": profile.flops_per_s(kind) for kind in sorted({row.dtype for row in profile.kernels})},
+        "calibration_s": profile.seconds,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def summary(profile: CalibrationProfile) -> Iterator[str]:
+    """What a person wants to see of it."""
+    yield f"{profile.device_name}, {profile.threads} threads, measured in {format_seconds(profile.seconds)}"
+    yield f"host memory: reads {format_rate(profile.host_read.median)}, copies {format_rate(profile.host_copy.median)} (read + write)"
+    for kind in sorted({row.dtype for row in profile.kernels}):
+        yield f"{kind}: {(profile.flops_per_s(kind) or 0) / 1e9:.0f} GFLOP/s at best"
+    reads = [row for row in profile.nvme if row.operation == "read"]
+    if reads:
+        best = max(reads, key=lambda row: row.rate.median)
+        yield (
+            f"NVMe ({profile.nvme_path_filesystem}, page cache {profile.nvme_page_cache}): reads {format_rate(best.rate.median)} "
+            f"with blocks of {best.block_bytes >> 20} MiB, depth {best.queue_depth}, {best.intra_op_parallelism} threads"
+        )
+    layers = [cost.layer_s for cost in profile.fixed if cost.mode == "none"]
+    if layers:
+        yield f"fixed cost of a layer under ZeRO-3: {format_seconds(statistics.median(layers))}"

@@ -1,0 +1,226 @@
+"""Rates of this machine's processor, memory, link and disk. `python -m zinfer.calibrate_kernels REQUEST OUT`, in a process of its own.
+
+Matrices are taken in turn from a set that is larger than the processor's caches, as the layers of a model are. Every number is a median.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from zinfer.events import EventLog
+from zinfer.units import MIB
+
+ROWS = (1, 4, 16, 64, 256, 1024)
+SQUARE_SIZES = (64, 256, 512, 1024, 2048)
+WIDE_SHAPES = ((512, 2048), (512, 16384))
+"""(K, N) of output heads."""
+COLD_BYTES = 96 * MIB
+"""Larger than the last-level cache of most processors' cores."""
+KERNEL_BUDGET_S = 0.025
+COPY_BYTES = 128 * MIB
+NVME_FILE_BYTES = 256 * MIB
+NVME_POINTS = ((MIB, 16, 1), (MIB, 16, 4), (MIB, 64, 4), (8 * MIB, 16, 4))
+"""(block bytes, queue depth, intra_op_parallelism); the second is what zero=tuned uses."""
+NVME_READS = 3
+
+
+def measure(request: dict[str, Any], events: EventLog) -> dict[str, Any]:
+    """Everything, in the order of the progress line."""
+    import importlib
+
+    from zinfer.worker_server import IMPORTS
+
+    for module in IMPORTS:
+        importlib.import_module(module)
+    imported_rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import torch
+
+    torch.set_grad_enabled(False)
+    device = torch.device(request["device"])
+    found: dict[str, Any] = {"imported_rss_bytes": imported_rss}
+    events.phase("memory bandwidth")
+    found |= memory_rates(device)
+    events.phase("matrix products")
+    kernels = []
+    points = [(dtype, shape) for dtype in request["dtypes"] for shape in _shapes()]
+    for done, (dtype, (k, n, wide)) in enumerate(points):
+        kernels += list(kernel_times(dtype, k, n, wide, device))
+        events.progress(done + 1, len(points), "shapes")
+    found["kernels"] = kernels
+    events.phase("attention")
+    found["attention"] = {dtype: attention_read(dtype, device) for dtype in request["dtypes"]}
+    found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in request["dtypes"]}
+    if request["nvme_path"]:
+        events.phase("NVMe")
+        found |= nvme_rates(Path(request["nvme_path"]), events)
+    return found
+
+
+def _shapes() -> Iterator[tuple[int, int, bool]]:
+    yield from ((size, size, False) for size in SQUARE_SIZES)
+    yield from ((k, n, True) for k, n in WIDE_SHAPES)
+
+
+def samples_s(run: Callable[[int], object], device: Any, *, budget_s: float, least: int = 3) -> list[float]:
+    """Seconds of each call, called with 0, 1, 2, ... until the budget is spent, after one call that does not count."""
+    import torch
+
+    def now_s() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    run(0)
+    taken: list[float] = []
+    started_s = now_s()
+    while len(taken) < least or (now_s() - started_s < budget_s and len(taken) < 1000):
+        before_s = now_s()
+        run(len(taken) + 1)
+        taken.append(now_s() - before_s)
+    return taken
+
+
+def median_and_spread(values: list[float]) -> tuple[float, float]:
+    """The median, and half the range of the middle half of the values over it."""
+    middle = statistics.median(values)
+    if len(values) < 4:
+        return middle, (max(values) - min(values)) / 2 / middle
+    low, _, high = statistics.quantiles(values, n=4)
+    return middle, (high - low) / 2 / middle
+
+
+def rate(amount: float, seconds: list[float]) -> dict[str, float]:
+    """Amount per second with its spread."""
+    middle, spread = median_and_spread(seconds)
+    return {"median": amount / middle, "spread": spread}
+
+
+def memory_rates(device: Any) -> dict[str, Any]:
+    """Reading and copying host memory; on a GPU its own memory and the link, from pageable and from page-locked host memory."""
+    import torch
+
+    host = torch.device("cpu")
+    source = torch.ones(COPY_BYTES // 4, dtype=torch.float32)
+    target = torch.empty_like(source)
+    found: dict[str, Any] = {
+        "host_read": rate(COPY_BYTES, samples_s(lambda _: source.sum(), host, budget_s=0.5)),
+        "host_copy": rate(2 * COPY_BYTES, samples_s(lambda _: target.copy_(source), host, budget_s=0.5)),
+        "device_read": None,
+        "host_to_device_pageable": None,
+        "host_to_device_pinned": None,
+        "device_to_host_pinned": None,
+    }
+    if device.type != "cpu":
+        there, pinned = source.to(device), source.pin_memory()
+        found["device_read"] = rate(COPY_BYTES, samples_s(lambda _: there.sum(), device, budget_s=0.3))
+        found["host_to_device_pageable"] = rate(COPY_BYTES, samples_s(lambda _: there.copy_(source), device, budget_s=0.5))
+        found["host_to_device_pinned"] = rate(COPY_BYTES, samples_s(lambda _: there.copy_(pinned, non_blocking=True), device, budget_s=0.5))
+        found["device_to_host_pinned"] = rate(COPY_BYTES, samples_s(lambda _: pinned.copy_(there, non_blocking=True), device, budget_s=0.5))
+    return found
+
+
+def kernel_times(dtype: str, k: int, n: int, wide: bool, device: Any) -> Iterator[dict[str, Any]]:
+    """`rows` x K times K x N for every number of rows, tall and skinny ones included."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    copies = max(2, min(256, math.ceil(COLD_BYTES / (k * n * kind.itemsize))))
+    weights = [torch.randn(n, k, device=device).to(kind) for _ in range(copies)]
+    for rows in ROWS:
+        inputs = torch.randn(1, rows, k, device=device).to(kind)
+
+        def product(index: int, inputs: Any = inputs) -> object:
+            return torch.nn.functional.linear(inputs, weights[index % copies])
+
+        seconds, spread = median_and_spread(samples_s(product, device, budget_s=KERNEL_BUDGET_S))
+        yield {"dtype": dtype, "rows": rows, "weight_numel": k * n, "wide": wide, "seconds": seconds, "spread": spread}
+
+
+def attention_read(dtype: str, device: Any) -> dict[str, float]:
+    """One decode step's attention: bytes of keys and values per second."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    queries = torch.randn(4, 8, 1, 64, device=device).to(kind)
+    pairs = [(torch.randn(4, 8, 512, 64, device=device).to(kind), torch.randn(4, 8, 512, 64, device=device).to(kind)) for _ in range(8)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    seconds = samples_s(lambda index: attend(queries, *pairs[index % 8]), device, budget_s=0.2)
+    return rate(2 * pairs[0][0].numel() * kind.itemsize, seconds)
+
+
+def attention_flops(dtype: str, device: Any) -> dict[str, float]:
+    """A prefill's attention: operations per second, all pairs of tokens counted."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    queries, keys, values = (torch.randn(2, 8, 128, 64, device=device).to(kind) for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    seconds = samples_s(lambda _: attend(queries, keys, values, is_causal=True), device, budget_s=0.2)
+    return rate(4 * 2 * 8 * 128 * 128 * 64, seconds)
+
+
+def nvme_rates(folder: Path, events: EventLog) -> dict[str, Any]:
+    """Sequential writes and reads of one file through DeepSpeed's aio handle, which opens it with O_DIRECT."""
+    import torch
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from zinfer import hardware
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"zinfer-calibrate-{os.getpid()}"
+    page_cache = _page_cache(folder)
+    rows = []
+    try:
+        for done, (block, depth, parallelism) in enumerate(NVME_POINTS):
+            handle = AsyncIOBuilder().load(verbose=False).aio_handle(block, depth, False, True, parallelism)
+            buffer = handle.new_cpu_locked_tensor(NVME_FILE_BYTES, torch.empty(0, dtype=torch.uint8))
+            written = [_timed(handle.sync_pwrite, buffer, str(file))] if done < 2 else []
+            read = [_timed(handle.sync_pread, buffer, str(file)) for _ in range(NVME_READS)]
+            for operation, seconds in (("write", written), ("read", read)):
+                if seconds:
+                    point = {"operation": operation, "block_bytes": block, "queue_depth": depth, "intra_op_parallelism": parallelism}
+                    rows.append({**point, "rate": rate(NVME_FILE_BYTES, seconds)})
+            handle.free_cpu_locked_tensor(buffer)
+            events.progress(done + 1, len(NVME_POINTS), "settings")
+    finally:
+        file.unlink(missing_ok=True)
+    return {
+        "nvme": rows,
+        "nvme_page_cache": page_cache,
+        "nvme_path_filesystem": hardware.filesystem_of(folder),
+        "nvme_free_bytes": shutil.disk_usage(folder).free,
+    }
+
+
+def _timed(call: Callable[..., object], *arguments: object) -> float:
+    started_s = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - started_s
+
+
+def _page_cache(folder: Path) -> str:
+    """Whether the file system takes O_DIRECT."""
+    probe = folder / f".zinfer-direct-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+        return "bypassed"
+    except OSError as error:
+        return f"used: O_DIRECT is refused ({error.strerror}), so these may be rates of memory"
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    request_file, out_file = Path(sys.argv[1]), Path(sys.argv[2])
+    out_file.write_text(json.dumps(measure(json.loads(request_file.read_text()), EventLog(out_file.parent))))
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,205 @@
+"""How long a run will take: its ceiling, and where this machine is calibrated, what the kernels, the loop and the streaming really cost.
+
+Without a calibration profile, for quantised weights and for several ranks the predictions are None: nobody measured what they depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zinfer.calibration_profile import CalibrationProfile, FixedCost
+from zinfer.ceiling import Ceiling, ceiling, kv_read_bytes, matrix_products, touched_experts
+from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.hardware import Hardware
+from zinfer.host_process import mode_of
+from zinfer.memory_plan import MemoryPlan
+from zinfer.model_spec import ModelSpec
+from zinfer.zero_layout import ZeroLayout, zero_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds and tokens per second before the run; None: unknown."""
+
+    ceiling: Ceiling
+    load_s: float | None
+    prefill_s: float | None
+    decode_step_s: float | None
+    generated_tokens_per_s: float | None
+    parts: Mapping[str, float]
+    """What the predicted decode step is made of, in seconds."""
+
+    @property
+    def binding_resource(self) -> str | None:
+        """What takes longest in a decode step: fixed cost where that is more than any resource needs, else the resource of the ceiling."""
+        fixed = self.parts.get("loop", 0.0) + self.parts.get("layers", 0.0)
+        if self.decode_step_s and fixed > self.decode_step_s / 2:
+            return "fixed_cost"
+        return self.ceiling.decode_step.binding
+
+    def metrics(self, plan: MemoryPlan) -> dict[str, float]:
+        """Name -> value of what is known."""
+        values = {
+            "predicted_load_s": self.load_s,
+            "predicted_prefill_s": self.prefill_s,
+            "predicted_decode_step_s": self.decode_step_s,
+            "predicted_generated_tokens_per_s": self.generated_tokens_per_s,
+            "ceiling_prefill_s": self.ceiling.prefill.ceiling_s,
+            "ceiling_decode_step_s": self.ceiling.decode_step.ceiling_s,
+            "ceiling_generated_tokens_per_s": self.ceiling.generated_tokens_per_s,
+            "predicted_peak_host_rss_bytes": plan.peak_host_rss_bytes,
+            "predicted_peak_device_bytes": plan.peak_device_bytes,
+            "predicted_kv_cache_bytes": plan.kv_cache_bytes,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def document(self, plan: MemoryPlan) -> dict[str, Any]:
+        """JSON-able: metrics, what binds, and how the ceiling came about."""
+        return {
+            **self.metrics(plan),
+            "binding_resource": self.binding_resource,
+            "parts_of_decode_step": dict(self.parts),
+            "ceilings": {
+                "load": self.ceiling.load.document(),
+                "prefill": self.ceiling.prefill.document(),
+                "decode_step": self.ceiling.decode_step.document(),
+            },
+            "streamed_bytes": self.ceiling.streamed_bytes,
+        }
+
+
+def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Prediction:
+    """What this run will take on this hardware."""
+    bound = ceiling(spec, config, hardware)
+    profile = hardware.profile
+    batch = config.batch
+    if profile is None or config.dtype.bits is not None or config.launcher.ranks > 1:
+        return Prediction(ceiling=bound, load_s=None, prefill_s=None, decode_step_s=None, generated_tokens_per_s=None, parts={})
+    layout = zero_layout(config, spec)
+    context = batch.prompt_tokens + batch.new_tokens / 2
+    prefill = pass_parts(spec, config, profile, layout, rows=batch.batch_size, new=batch.prompt_tokens, context=batch.prompt_tokens)
+    step = pass_parts(spec, config, profile, layout, rows=batch.batch_size, new=1, context=context)
+    on_cpu = hardware.device_kind == "cpu"
+    prefill_s = _together(prefill, bound.prefill.ceiling_s, on_cpu=on_cpu)
+    step_s = _together(step, bound.decode_step.ceiling_s, on_cpu=on_cpu)
+    tokens_per_s = None
+    if prefill_s is not None and step_s is not None:
+        tokens_per_s = batch.batch_size * batch.new_tokens / (prefill_s + (batch.new_tokens - 1) * step_s)
+    return Prediction(
+        ceiling=bound,
+        load_s=_load_s(config, profile, layout),
+        prefill_s=prefill_s,
+        decode_step_s=step_s,
+        generated_tokens_per_s=tokens_per_s,
+        parts=step or {},
+    )
+
+
+def _together(parts: Mapping[str, float] | None, ceiling_s: float | None, *, on_cpu: bool) -> float | None:
+    """One processor does one thing after the other; a GPU works while the host launches and the link copies. Never under the ceiling."""
+    if parts is None:
+        return None
+    if on_cpu:
+        return max(sum(parts.values()), ceiling_s or 0.0)
+    host = parts["loop"] + parts["layers"]
+    device = parts["matrix products"] + parts["attention"] + parts["elementwise"]
+    return max(host, device, parts["streaming"], ceiling_s or 0.0)
+
+
+def pass_parts(
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout, *, rows: int, new: int, context: float
+) -> dict[str, float] | None:
+    """Seconds of one forward pass by cause; None where this dtype or mode was not calibrated."""
+    fixed = profile.fixed_cost(spec.model_type, mode_of(config), spec.dtype)
+    products_s = products_seconds(spec, profile, rows, new)
+    streaming_s = streaming_seconds(config, profile, layout)
+    if fixed is None or products_s is None or streaming_s is None:
+        return None
+    return {
+        "loop": fixed.step_s,
+        "layers": spec.num_layers * fixed.layer_s,
+        "matrix products": products_s,
+        "attention": attention_seconds(spec, profile, rows, new, context),
+        "elementwise": elementwise_seconds(spec, fixed, profile, rows, new),
+        "streaming": streaming_s,
+    }
+
+
+def products_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int) -> float | None:
+    """All multiplications by weights."""
+    products, tokens = matrix_products(spec), rows * new
+    total = 0.0
+    for numel, count in products.dense.items():
+        seconds = profile.kernel_s(spec.dtype, tokens, numel)
+        if seconds is None:
+            return None
+        total += count * seconds
+    total += profile.kernel_s(spec.dtype, rows, products.head, wide=True) or 0.0 if products.head else 0.0
+    touched = touched_experts(spec, tokens)
+    for numel, count in products.experts.items():
+        each = tokens * (spec.experts_per_token or 1) / max(1.0, touched)
+        total += count * touched * (profile.kernel_s(spec.dtype, each, numel) or 0.0)
+    return total
+
+
+def attention_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int, context: float) -> float:
+    """Scores and weighted values; in decode also the copy of the whole cache into one that is a token longer (torch.cat)."""
+    flops = 4 * spec.num_layers * spec.num_attention_heads * spec.head_dim * rows * new * context
+    if new > 1:
+        rate = profile.attention_flops.get(spec.dtype)
+        return flops / rate.median if rate else 0.0
+    kv = kv_read_bytes(spec, rows, context)
+    rate = profile.attention.get(spec.dtype)
+    return (kv / rate.median if rate else 0.0) + kv / profile.host_copy.median
+
+
+def elementwise_seconds(spec: ModelSpec, fixed: FixedCost, profile: CalibrationProfile, rows: int, new: int) -> float:
+    """Norms, activations, residuals; and the logits, copied to float32 and searched."""
+    logits = rows * spec.vocab_size * (ITEMSIZE_BYTES[spec.dtype] + 2 * 4)
+    return fixed.element_s * rows * new * spec.hidden_size * spec.num_layers + logits / profile.host_copy.median
+
+
+def streaming_seconds(config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:
+    """What fetching weights adds to a pass; None where that was not calibrated."""
+    if config.engine.name == "resident" or config.offload.device == "none":
+        return 0.0
+    if config.offload.device == "cpu":
+        link = profile.host_to_device_pinned if config.offload.pin_memory else profile.host_to_device_pageable
+        if profile.device_kind == "cpu":
+            return 0.0  # the partition itself is used
+        return layout.stored_numel * layout.itemsize_bytes / link.median if link else None
+    if layout.swapped_numel == 0:
+        return 0.0
+    if profile.stream is None:
+        return None
+    return layout.swapped_count * profile.stream.parameter_s + layout.swapped_numel * layout.itemsize_bytes / profile.stream.bytes_per_s
+
+
+def _load_s(config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:
+    """Random weights only: how fast a checkpoint is read depends on where it is."""
+    cost = profile.load.get(mode_of(config))
+    if cost is None or config.weights != "dummy":
+        return None
+    return cost.fixed_s + layout.stored_numel * layout.itemsize_bytes / cost.bytes_per_s
+
+
+def scored(metrics: Mapping[str, float], prediction: Prediction, plan: MemoryPlan) -> dict[str, float]:
+    """What a run's metrics say of its prediction: ratios predicted / measured, the fraction of the ceiling, the implied bandwidth."""
+    predicted = prediction.metrics(plan)
+    pairs = {
+        "prediction_ratio_load": ("predicted_load_s", "load_s"),
+        "prediction_ratio_prefill": ("predicted_prefill_s", "prefill_s"),
+        "prediction_ratio_decode_step": ("predicted_decode_step_s", "decode_step_s"),
+        "prediction_ratio_tokens_per_s": ("predicted_generated_tokens_per_s", "generated_tokens_per_s"),
+        "prediction_ratio_peak_host_rss": ("predicted_peak_host_rss_bytes", "peak_host_rss_bytes"),
+        "prediction_ratio_peak_device": ("predicted_peak_device_bytes", "peak_device_allocated_bytes"),
+        "prediction_ratio_kv_cache": ("predicted_kv_cache_bytes", "kv_cache_bytes"),
+        "ceiling_fraction": ("generated_tokens_per_s", "ceiling_generated_tokens_per_s"),
+    }
+    both = {**metrics, **predicted}
+    ratios = {name: both[top] / both[bottom] for name, (top, bottom) in pairs.items() if top in both and both.get(bottom)}
+    if prediction.ceiling.streamed_bytes and metrics.get("decode_step_s"):
+        ratios["streamed_bytes_per_s"] = prediction.ceiling.streamed_bytes / metrics["decode_step_s"]
+    return {**predicted, **ratios}
