@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "opt", "bloom", "mixtral")
 LAYERS, FEW_LAYERS = 8, 2
 HIDDEN = 256
-BATCH = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=12, warmup=1, repeats=2)
+BATCH = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=12, warmup=1, repeats=3)
 KERNELS_TIMEOUT_S = 180.0
 
 
@@ -116,7 +116,7 @@ def main_task(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
         measured,
         hardware,
         created=now_text(),
-        fingerprint=machine_fingerprint(),
+        fingerprint=machine_fingerprint(config.hardware),
         threads=threads_of(config),
         packages={name: version for name, version in package_versions().items() if name in ("torch", "transformers", "deepspeed")},
         seconds=time.perf_counter() - started_s,

@@ -49,6 +49,15 @@ def _spec(config: RunConfig) -> ModelSpec:
     return model_spec(config.model, compute_dtype=config.dtype.compute)
 
 
+def _timed(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [sample for sample in result["samples"] if sample["kind"] == "timed"]
+
+
+def calm_decode_s(result: Mapping[str, Any]) -> float:
+    """The least of the generations' median steps: whatever else the machine does only adds."""
+    return min(statistics.median(sample["decode_step_s"]) for sample in _timed(result))
+
+
 def kernel_seconds(profile: CalibrationProfile, config: RunConfig, *, new: int, context: float) -> float:
     """Of one pass, without anything fixed."""
     spec, rows = _spec(config), config.batch.batch_size
@@ -67,8 +76,10 @@ def fixed_costs(profile: CalibrationProfile, measured: list[Measured]) -> Iterab
         batch = config.batch
         tokens, hidden = batch.batch_size * batch.prompt_tokens, job.hidden
         context = batch.prompt_tokens + batch.new_tokens / 2
-        decode = result["metrics"]["decode_step_s"] - kernel_seconds(profile, config, new=1, context=context)
-        prefill = result["metrics"]["prefill_s"] - kernel_seconds(profile, config, new=batch.prompt_tokens, context=batch.prompt_tokens)
+        decode = calm_decode_s(result) - kernel_seconds(profile, config, new=1, context=context)
+        prefill = min(sample["prefill_s"] for sample in _timed(result)) - kernel_seconds(
+            profile, config, new=batch.prompt_tokens, context=batch.prompt_tokens
+        )
         rests[job.family, job.mode, job.dtype, job.layers] = (decode, prefill)
     for mode, dtype in sorted({(mode, dtype) for _, mode, dtype, _ in rests}):
         here = {(family, layers): rest for (family, m, d, layers), rest in rests.items() if (m, d) == (mode, dtype)}
@@ -113,8 +124,7 @@ def with_streaming(profile: CalibrationProfile, measured: list[Measured]) -> Cal
 
 def _decode_rest(profile: CalibrationProfile, config: RunConfig, result: Mapping[str, Any]) -> float:
     batch = config.batch
-    seconds: float = result["metrics"]["decode_step_s"]
-    return seconds - kernel_seconds(profile, config, new=1, context=batch.prompt_tokens + batch.new_tokens / 2)
+    return calm_decode_s(result) - kernel_seconds(profile, config, new=1, context=batch.prompt_tokens + batch.new_tokens / 2)
 
 
 def stream_cost(rows: list[tuple[int, int, float]], handle_bytes_per_s: float | None) -> StreamCost | None:

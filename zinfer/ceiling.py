@@ -79,7 +79,19 @@ class MatrixProducts:
     """Elements of one expert's matrix -> in how many places (layer and role) there is one for each expert."""
 
 
+_COUNTED: dict[int, tuple[ModelSpec, MatrixProducts]] = {}
+"""id of a model's parameters -> (whose they are, counted): plans ask many times of one model."""
+
+
 def matrix_products(spec: ModelSpec) -> MatrixProducts:
+    """Each of them counted once for a model."""
+    held = _COUNTED.get(id(spec.parameters))
+    if held is None or held[0].parameters is not spec.parameters:
+        held = _COUNTED[id(spec.parameters)] = (spec, _count_products(spec))
+    return held[1]
+
+
+def _count_products(spec: ModelSpec) -> MatrixProducts:
     """Every matrix of two dimensions is a product, embeddings apart (a lookup); fused experts are [experts, out, in]."""
     dense: Counter[int] = Counter()
     experts: Counter[int] = Counter()

@@ -125,15 +125,15 @@ def calibration_of(config: HardwareConfig, ranks: int, threads: int | None) -> C
     """
     if config.profile is not None:
         return read_profile(Path(config.profile))
-    found = newest_profile(machine_fingerprint(), threads or max(1, len(os.sched_getaffinity(0)) // ranks))
+    found = newest_profile(machine_fingerprint(config), threads or max(1, len(os.sched_getaffinity(0)) // ranks))
     return found[0] if found else None
 
 
-def machine_fingerprint() -> str:
+def machine_fingerprint(config: HardwareConfig) -> str:
     """Of this machine, whatever disk a run uses: what calibration profiles are found by."""
     from zinfer.environment import hardware_fingerprint
 
-    gpus = [{"name": gpu.name} for gpu in nvidia_gpus()] if torch_cuda_version() else []
+    gpus = [{"name": gpu.name} for gpu in usable_gpus(config)]
     cpu = {"model": cpu_model_name(), "usable_cores": host_cores()}
     return hardware_fingerprint({"cpu": cpu, "host_total_bytes": host_total_bytes(), "gpus": gpus, "disk": None})
 

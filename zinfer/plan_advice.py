@@ -123,12 +123,10 @@ def _no_kv(spec: ModelSpec) -> Iterator[str]:
 
 
 def _gain(better: Prediction, than: Prediction) -> float | None:
-    """Ratio of tokens/s, predicted where both are, else of the ceilings; None where neither is known."""
-    for name in ("generated_tokens_per_s",):
-        mine, other = getattr(better, name), getattr(than, name)
-        if mine and other:
-            return float(mine / other)
-    mine, other = better.ceiling.generated_tokens_per_s, than.ceiling.generated_tokens_per_s
+    """Ratio of tokens/s: predicted, or of ceilings where neither is predicted. None: only one of them is, or nothing is known."""
+    mine, other = better.generated_tokens_per_s, than.generated_tokens_per_s
+    if mine is None and other is None:
+        mine, other = better.ceiling.generated_tokens_per_s, than.ceiling.generated_tokens_per_s
     return mine / other if mine and other else None
 
 
@@ -137,8 +135,8 @@ class Suggestion:
     """An override that would help, with what it would bring."""
 
     override: str
-    gain: float
-    """Times the tokens/s of the plan at hand; of ceilings where nothing is calibrated."""
+    gain: float | None
+    """Times the tokens/s of the plan at hand, of ceilings where nothing is calibrated; None: unknown, but it makes the run fit."""
     fits: bool
     saved_bytes: int
     """Of the tier that is fullest now; negative when it needs more."""
@@ -196,8 +194,8 @@ def suggestions(
         saved = tier.needed_bytes - other_plan.tier(tier.name).needed_bytes
         helps = gain is not None and gain > WORTHWHILE
         if other_plan.fits and (helps or not plan.fits):
-            found.append(Suggestion(override=override, gain=gain or 1.0, fits=True, saved_bytes=saved))
-    return sorted(found, key=lambda entry: -entry.gain)
+            found.append(Suggestion(override=override, gain=gain, fits=True, saved_bytes=saved))
+    return sorted(found, key=lambda entry: -(entry.gain or 0.0))
 
 
 def _runs(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from zinfer.events import Event
 from zinfer.outcome import Outcome
+from zinfer.plan_page import page, verdict_line
 from zinfer.redact import redact
 from zinfer.units import format_bytes, format_seconds
 
@@ -90,12 +91,13 @@ class Terminal:
             self._print(plan_table(outcome))
         if "timed_runs" in outcome.metrics:
             self._print(result_table(outcome))
+            if verdict := verdict_line(outcome):
+                print(verdict, file=self._out)
         if outcome.status not in ("ok", "planned"):
             self.note(f"{outcome.status}: {outcome.reason}")
         if outcome.status == "planned":
             assert outcome.plan is not None
-            print("fits" if outcome.plan["fits"] else "does not fit", file=self._out)
-            print(json.dumps(outcome.deepspeed, indent=2), file=self._out)
+            print(*page(outcome), sep="\n", file=self._out)
         if outcome.job_dir:
             self.note(f"job folder {outcome.job_dir}" + (f", MLflow run {outcome.run_id}" if outcome.run_id else ""))
 

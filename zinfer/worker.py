@@ -24,6 +24,7 @@ from zinfer.memory_plan import DoesNotFit, derive, memory_plan, require_fit, sho
 from zinfer.model_spec import ModelSpec, hidden_bytes, kv_bytes_per_token, kv_cache_bytes, kv_cache_bytes_paper, model_spec
 from zinfer.outcome import Status
 from zinfer.plan_advice import plan_warnings
+from zinfer.plan_page import advice_document
 from zinfer.prediction import predict, scored
 from zinfer.swap import is_alive, remove_swap_folder, swap_folder
 
@@ -54,6 +55,8 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     ds_json = derive(config, spec, hardware)
     if events.rank == 0:
         planned = {**plan.document(), "prediction": prediction.document(plan)}
+        if config.task == "plan":
+            planned["advice"] = advice_document(spec, config, hardware, plan, prediction)
         events.write("planned", model=describe(spec, config), plan=planned, deepspeed=ds_json)
         for warning in [*derivation_warnings(config, spec), *plan_warnings(spec, config, hardware, plan, prediction)]:
             events.warning(warning)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.model_spec import ModelSpec, Parameter
@@ -63,20 +64,46 @@ def stored_numel(parameter: Parameter, *, bits: int | None, group_size: int, ite
     return packed + 2 * (parameter.numel // group_size)
 
 
+class _ByIdentity:
+    """A model's parameters as a key: their content need not be hashed, there are thousands."""
+
+    def __init__(self, parameters: tuple[Parameter, ...]) -> None:
+        self.parameters = parameters
+
+    def __hash__(self) -> int:
+        return id(self.parameters)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByIdentity) and other.parameters is self.parameters
+
+
 def zero_layout(config: RunConfig, spec: ModelSpec) -> ZeroLayout:
     """The layout of this run's weights on one of its ranks."""
-    ranks = config.launcher.ranks
     itemsize = ITEMSIZE_BYTES[spec.dtype]
-    swap_min = max(MIN_SWAP_BYTES, aio_block_bytes(config)) // itemsize
+    return _layout(
+        _ByIdentity(spec.parameters),
+        hidden_size=spec.hidden_size,
+        ranks=config.launcher.ranks,
+        bits=config.dtype.bits,
+        group_size=config.dtype.group_size,
+        itemsize=itemsize,
+        swap_min=max(MIN_SWAP_BYTES, aio_block_bytes(config)) // itemsize,
+    )
+
+
+@lru_cache(maxsize=64)
+def _layout(
+    model: _ByIdentity, *, hidden_size: int, ranks: int, bits: int | None, group_size: int, itemsize: int, swap_min: int
+) -> ZeroLayout:
     swapped: list[int] = []
     per_module: Counter[str] = Counter()
     per_layer: Counter[int] = Counter()
     layer_numel: defaultdict[int, int] = defaultdict(int)
     total = small = 0
-    for parameter in spec.parameters:
-        numel = stored_numel(parameter, bits=config.dtype.bits, group_size=config.dtype.group_size, itemsize_bytes=itemsize)
+    for parameter in model.parameters:
+        numel = stored_numel(parameter, bits=bits, group_size=group_size, itemsize_bytes=itemsize)
         total += numel
-        if parameter.numel <= spec.hidden_size:
+        if parameter.numel <= hidden_size:
             small += numel
         if parameter.layer is not None:
             layer_numel[parameter.layer] += numel
@@ -96,6 +123,6 @@ def zero_layout(config: RunConfig, spec: ModelSpec) -> ZeroLayout:
         swapped_per_module=max(per_module.values(), default=0),
         swapped_per_layer=max(per_layer.values(), default=0),
         layer_numel=max(layer_numel.values(), default=total),
-        largest_numel=max(parameter.numel for parameter in spec.parameters),
+        largest_numel=max(parameter.numel for parameter in model.parameters),
         small_numel=small,
     )
