@@ -67,6 +67,8 @@ class Sweep:
     preview: bool
     local: bool
     """Whether its jobs run on this machine: then the keys computed at the start are theirs."""
+    in_process: bool
+    """Whether its jobs run in the process that started it."""
     forked: bool
     """Whether several jobs follow each other in one process, so that a worker server pays off."""
     started_s: float

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +33,8 @@ from zinfer.terminal import Terminal
 from zinfer.worker_process import Servers
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-ONE_PROCESS_LAUNCHERS = ("hydra._internal.core_plugins.basic_launcher.BasicLauncher", "hydra_plugins.hydra_joblib_launcher.")
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+ONE_PROCESS_LAUNCHERS = (BASIC_LAUNCHER, "hydra_plugins.hydra_joblib_launcher.")
 REMOTE_LAUNCHERS = ("hydra_plugins.hydra_submitit_launcher.submitit_launcher.Slurm", "hydra_plugins.hydra_ray_launcher.")
 
 
@@ -81,7 +84,9 @@ def start_sweep(master: DictConfig) -> None:
         Started.parent.announce(sweep.folder, list(master.hydra.overrides.task), sweep.tracking_uri)
     first = next((config for config in configs if config is not None and config.task == "run"), None)
     if sweep.forked and first is not None and first.launcher.fork_workers:
-        Servers.prepare(first)  # its imports run beside Hydra's composing
+        Servers.prepare(first)  # its imports run beside Hydra's composing and MLflow's import
+        if sweep.tracking_uri is not None and sweep.in_process:
+            threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()
 
 
 def compose_jobs(master: DictConfig) -> list[tuple[list[str], DictConfig]] | None:
@@ -163,6 +168,7 @@ def planned_sweep(master: DictConfig, composed: list[tuple[list[str], DictConfig
         fail_fast=bool(settings.fail_fast),
         preview=bool(settings.preview),
         local=not launcher.startswith(REMOTE_LAUNCHERS),
+        in_process=launcher == BASIC_LAUNCHER,
         forked=launcher.startswith(ONE_PROCESS_LAUNCHERS) and (not known or len(jobs) > 1),
         started_s=time.time(),
         pid=os.getpid(),

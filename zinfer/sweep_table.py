@@ -21,13 +21,15 @@ REASON_CHARACTERS = 160
 
 def plan_table(sweep: Sweep) -> Table:
     """Every job, what it needs, and whether it will run."""
+    from rich.markup import escape
+
     assert sweep.jobs is not None
     swept = sweep.swept()
     same = " ".join(override for override in sweep.jobs[0].overrides if override not in swept) if sweep.jobs else ""
-    shown = new_table(f"{len(sweep.jobs)} jobs: {same}".rstrip(": "), "job", "", *TIERS, "plan", left=(0, 1, 6))
+    shown = new_table(escape(f"{len(sweep.jobs)} jobs: {same}".rstrip(": ")), "job", "", *TIERS, "plan", left=(0, 1, 6))
     for job in sweep.jobs:
         needs = [format_bytes(job.needed_bytes[tier]) if tier in job.needed_bytes else "" for tier in TIERS]
-        shown.add_row(str(job.num), _varying(job, swept), *needs, _verdict(job, sweep))
+        shown.add_row(str(job.num), escape(_varying(job, swept)), *needs, escape(_verdict(job, sweep)))
     return shown
 
 
@@ -45,24 +47,26 @@ def _verdict(job: SweepJob, sweep: Sweep) -> str:
 
 def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]]) -> Table:
     """Every job, what it came to, and why it did not end well."""
+    from rich.markup import escape
+
     swept = sweep.swept()
     shown = new_table("sweep", "job", "", "status", "tokens/s", "prefill", "decode step", "host peak", "reason", left=(0, 1, 2, 7))
     for num, overrides, document in rows:
         varying = " ".join(override for override in overrides if override in swept or not swept)
         if document is None:
-            shown.add_row(str(num), varying, "not run", *[""] * 5)
+            shown.add_row(str(num), escape(varying), "not run", *[""] * 5)
             continue
         metrics = document.get("metrics") or {}
         status = document["status"] + (" (reused)" if document.get("reused") else "")
         shown.add_row(
             str(num),
-            varying,
+            escape(varying),
             status,
             _rate(metrics.get("generated_tokens_per_s")),
             format_seconds(metrics["prefill_s"]) if "prefill_s" in metrics else "",
             format_seconds(metrics["decode_step_s"]) if "decode_step_s" in metrics else "",
             format_bytes(metrics["peak_host_rss_bytes"]) if "peak_host_rss_bytes" in metrics else "",
-            _short(reason_of(document)),
+            escape(_short(reason_of(document))),
         )
     return shown
 
