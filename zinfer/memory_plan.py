@@ -262,14 +262,16 @@ def require_fit(plan: MemoryPlan, spec: ModelSpec, config: RunConfig, hardware: 
         raise DoesNotFit(shortfall(plan, spec, config, hardware))
 
 
-def shortfall(plan: MemoryPlan, spec: ModelSpec, config: RunConfig, hardware: Hardware) -> str:
-    """What does not fit, with numbers and what to type."""
+def shortfall(plan: MemoryPlan, spec: ModelSpec, config: RunConfig, hardware: Hardware, *, with_advice: bool = True) -> str:
+    """What does not fit, with numbers, and what to type unless only the numbers are wanted."""
     lines = list(plan.problems)
     for tier in plan.tiers:
         if not tier.fits:
             largest = max(tier.items, key=lambda item: item.bytes, default=None)
             because = f", most of it {largest.name}" if largest else ""
             lines.append(f"{tier.name}: needs {format_bytes(tier.needed_bytes)}{because}, has {format_bytes(tier.available_bytes)}")
+    if not with_advice:
+        return "; ".join(lines)
     changes = fitting_changes(spec, config, hardware)
     advice = f"Try {' or '.join(changes)}" if changes else "No single change makes it fit here"
     return "; ".join(lines) + f". {advice}. plan.enforce=false runs it all the same"

@@ -55,8 +55,8 @@ def _memory_warnings(config: RunConfig, hardware: Hardware, plan: MemoryPlan) ->
         return
     if total and config.offload.pin_memory and pinned.needed_bytes > PINNED_SHARE * total:
         yield (
-            f"offload.pin_memory=true page-locks {format_bytes(pinned.needed_bytes)} of {format_bytes(total)} host memory, which the system "
-            "can neither move nor reclaim. Type offload.pin_memory=false"
+            f"offload.pin_memory=true page-locks {format_bytes(pinned.needed_bytes)} of {format_bytes(total)} host memory; the system "
+            "can neither move nor reclaim it. Type offload.pin_memory=false"
         )
     staging = pinned.needed_bytes if config.offload.device == "nvme" else 0
     if total and staging > STAGING_WARNING_SHARE * total:

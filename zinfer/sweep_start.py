@@ -25,6 +25,7 @@ from zinfer.job import driven
 from zinfer.mlflow_store import tracking_uri
 from zinfer.orphans import close_abandoned
 from zinfer.outcome import Json
+from zinfer.plan_grid import is_plan_grid, plan_grid
 from zinfer.sweep import Sweep, SweepJob
 from zinfer.sweep_parent import ParentRunCallback
 from zinfer.sweep_plan import plan_jobs
@@ -58,6 +59,8 @@ def start_sweep(master: DictConfig) -> None:
         SweepOver: it was only to be previewed, or all of it is there already.
     """
     _sweep_dir(master)  # ${now:...} in it is resolved once, here, and copied to every job
+    if is_plan_grid(master):
+        raise SweepOver(plan_grid(master))
     composed = compose_jobs(master)
     if composed is None:
         return  # Hydra composes the same and says what is wrong
