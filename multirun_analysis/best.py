@@ -65,11 +65,11 @@ def _reason(winner: Configuration, rate: Spread, measured: Sequence[Configuratio
 
 def limits(item: Configuration, group: Sequence[Configuration]) -> Iterator[str]:
     """Sentences on what holds a configuration back: the resource that binds, and the memory that ends the batch."""
-    resource, fraction = item.tag("zinfer.binding_resource"), item.value("ceiling_fraction")
+    resource, fraction = item.binding_resource, item.value("ceiling_fraction")
     streamed = implied_bytes_per_s(item)
     if resource is not None:
-        at = f", at {fraction:.0%} of what it allows" if fraction is not None else ""
-        yield f"{resource}{at}."
+        reached = f"; {fraction:.0%} of the ceiling is reached" if fraction is not None else ""
+        yield f"{resource}{reached}."
     elif streamed is not None:
         yield f"Moves {format_bytes_per_s(streamed)} of weights; no ceiling was logged, so what binds is not known."
     else:

@@ -31,6 +31,14 @@ LABELS = {
 ALWAYS_SHOWN = ("model.name", "offload.device", "dtype.weights", "batch.batch_size")
 NOT_CHOICES = frozenset({"task", "batch.seed", "plan.enforce", "plan.headroom", "hardware.name", "sweep.parent_run_id"})
 """Parameters that do not tell configurations apart in a table. The memory plan's knobs decide whether a run starts, not how fast it is."""
+RESOURCE_WORDS = {
+    "device_compute": "device compute",
+    "device_memory": "device memory",
+    "host_device_link": "host-device link",
+    "nvme": "NVMe",
+    "host_memory": "host memory",
+    "fixed_cost": "fixed cost of each layer",
+}
 CIRCUMSTANCES = {"weights": "kinds of weights", "hardware": "machines", "commit": "commits", "method_version": "method versions"}
 """Field of Context -> what several of it are called."""
 
@@ -146,6 +154,12 @@ class Configuration:
     def tag(self, name: str) -> str | None:
         """Of the newest run that has it."""
         return next((run.tags[name] for run in reversed(self.ok_runs or self.runs) if name in run.tags), None)
+
+    @property
+    def binding_resource(self) -> str | None:
+        """What a decode step waits for, in words; None where no ceiling was logged."""
+        resource = self.tag("zinfer.binding_resource")
+        return None if resource is None else RESOURCE_WORDS.get(resource, resource)
 
     def spread(self, metric: str) -> Spread | None:
         """Median and spread over repeats and reruns; None if no run that ended well measured it."""

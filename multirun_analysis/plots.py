@@ -190,13 +190,13 @@ def ceiling(canvas: Canvas, found: Group) -> Figure:
         missing = "No run logged ceiling_decode_step_s, so how far these numbers are from what the hardware allows is not known."
         return Figure(name="ceiling", title=title, caption="", missing=missing)
     axes = canvas.axes(1.15)
-    resources = sorted({item.tag("zinfer.binding_resource") or "not said" for item in known})
+    resources = sorted({item.binding_resource or "not said" for item in known})
     points = [
         ((item.batch_size or 0) / (item.value("ceiling_decode_step_s") or 1), (item.batch_size or 0) / (item.value(LATENCY) or 1))
         for item in known
     ]
     for number, resource in enumerate(resources):
-        mine = [point for point, item in zip(points, known, strict=True) if (item.tag("zinfer.binding_resource") or "not said") == resource]
+        mine = [point for point, item in zip(points, known, strict=True) if (item.binding_resource or "not said") == resource]
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axes.plot(*zip(*mine, strict=True), marker, color=colour, alpha=0.75, label=f"bound by {resource}", markersize=4.5)
     low, high = min(x for x, _ in points), max(x for x, _ in points)

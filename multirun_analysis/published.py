@@ -38,6 +38,8 @@ DECODE_ONLY = "generation_throughput_per_gpu"
 """The 2022 blog counts the time after the prefill alone, for each GPU; all others count new tokens over prefill and decode time."""
 UNCLEAR = "throughput"
 """SGLang's own tool: whether prompt tokens are counted is not published, so no time of a pass follows from it."""
+BANDWIDTH_TOLERANCE = 1.02
+"""Published bandwidths have two digits."""
 ARRAY_BYTES_PER_S = {"4x Gen4 NVMe": 10e9, "4x Gen5 NVMe": 27e9, "8x Gen5 NVMe": 48e9}
 """Reads from these arrays into GPU memory as the DeepNVMe blog of 2025-06 states them in its text; its result rows name only the array."""
 
@@ -312,10 +314,10 @@ def explanation(row: Published) -> str | None:
     if implied is None or limit is None:
         return None
     where = "disk" if (row.streamed_shares or {}).get("nvme") else "link"
-    if implied * (1 - rounding(row)) > limit:
+    if implied * (1 - rounding(row)) > limit * BANDWIDTH_TOLERANCE:
         return f"faster than its {where}: page cache, or weights kept on the device"
     if implied > limit:
-        return f"at its {where}'s limit, within the rounding of {row.text} {row.unit}"
+        return f"at its {where}'s limit, within the rounding of what was published"
     if implied < limit / 2 and row.kv_location == "cpu":
         return "the KV cache is on the host too: its traffic, or attention on the CPU, takes the rest of the time"
     return None

@@ -121,10 +121,10 @@ def _measured(
     """Times from bytes over bandwidths, with a fixed cost and noise."""
     offload, parameters = run.params["offload.device"], run.metrics["model_parameters"]
     resources = {
-        "device memory": (weight_bytes + kv_bytes) / HBM,
-        "device compute": 2 * parameters * batch / FLOPS,
-        "host-to-device link": weight_bytes / LINK if offload != "none" else 0.0,
-        "NVMe": weight_bytes / DISK if offload == "nvme" else 0.0,
+        "device_memory": (weight_bytes + kv_bytes) / HBM,
+        "device_compute": 2 * parameters * batch / FLOPS,
+        "host_device_link": weight_bytes / LINK if offload != "none" else 0.0,
+        "nvme": weight_bytes / DISK if offload == "nvme" else 0.0,
     }
     binding = max(resources, key=lambda name: resources[name])
     ceiling_s = resources[binding]

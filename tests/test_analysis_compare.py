@@ -185,7 +185,7 @@ def test_a_baseline_that_is_no_choice_says_what_to_type(text: str) -> None:
 
 
 def test_the_best_says_why_and_what_limits_it() -> None:
-    tags = {"zinfer.binding_resource": "host-to-device link"}
+    tags = {"zinfer.binding_resource": "host_device_link"}
     fastest = run(20.0, batch_batch_size="16", tags=tags)
     runs = [run(10.0, tags=tags), fastest, run(4.0, offload_device="nvme"), run(status="oom_device", batch_batch_size="32", tags=tags)]
     (best,) = best_per_model(configurations(runs))
@@ -193,7 +193,7 @@ def test_the_best_says_why_and_what_limits_it() -> None:
     assert best.reason.startswith(
         "fastest of 3 measured (1 more failed or was only planned); 5.000 ± 0.071 times the best with weights on NVMe"
     )
-    assert best.limit == "host-to-device link. Batch 32 ran out of device memory."
+    assert best.limit == "host-device link. Batch 32 ran out of device memory."
 
 
 def test_a_best_without_a_ceiling_does_not_guess_what_binds() -> None:

@@ -107,7 +107,8 @@ def test_a_number_faster_than_its_disk_is_explained_and_a_rounded_one_is_not_acc
         "FlexGen (arXiv 2303.06865)", model="opt-175b", framework="DeepSpeed ZeRO-Inference", prompt_tokens=512, batch_size=1, devices=1
     )
     assert rounding(row) == pytest.approx(0.5)
-    assert explanation(row) == "at its disk's limit, within the rounding of 0.01 tokens/s"
+    assert explanation(row) == "at its disk's limit, within the rounding of what was published"
+    assert not [row for row in rows(DEEPNVME) if "faster" in (explanation(row) or "")]  # 13.05 of "~13" GB/s
 
 
 def test_parameter_counts_are_those_of_the_catalogue() -> None:
