@@ -33,14 +33,14 @@ def fresh_workers(folder: Path, seen: set[int]) -> Iterator[int]:
 
 def test_workers_killed_at_random_moments_cost_their_own_jobs_only(tmp_path: Path, built_ops: list[str]) -> None:
     chance = random.Random(3)
-    seeds = f"batch.seed=range(0,{WORKER_KILLS + 2})"
+    seeds = f"batch.seed=range(0,{WORKER_KILLS + 8})"
     sweep = ("-m", *TINY, "offload=nvme", seeds, "format=json")
     process = start(tmp_path, *sweep)
     seen: set[int] = set()
     kills = 0
     while process.poll() is None and kills < WORKER_KILLS:
         for pid in fresh_workers(tmp_path, seen):
-            time.sleep(chance.uniform(0.0, 0.8))
+            time.sleep(chance.uniform(0.0, 0.6))
             try:
                 os.kill(pid, chance.choice(SIGNALS))
                 kills += 1
@@ -48,9 +48,9 @@ def test_workers_killed_at_random_moments_cost_their_own_jobs_only(tmp_path: Pat
                 continue
         time.sleep(0.01)
     assert process.wait(120) == 1
-    assert kills >= WORKER_KILLS * 2 // 3
+    assert kills == WORKER_KILLS
     jobs = json.loads((tmp_path / "stdout").read_text())["jobs"]
-    assert len(jobs) == WORKER_KILLS + 2
+    assert len(jobs) == WORKER_KILLS + 8
     assert {job["status"] for job in jobs} <= ENDINGS
     assert all(job["reason"] for job in jobs if job["status"] != "ok")
     assert [logged["zinfer.status"] for logged in job_runs(tmp_path)] == [job["status"] for job in jobs]
@@ -68,7 +68,7 @@ def test_drivers_killed_at_random_moments_are_cleaned_up_after_by_the_next_start
     for _ in range(DRIVER_KILLS):
         process = start(tmp_path, *sweep)
         if chance.random() < 0.7:  # most of them in the middle of a job
-            wait_until(lambda: process.poll() is not None or any(fresh_workers(tmp_path, set())), 90, "worker")
+            wait_until(lambda: any(fresh_workers(tmp_path, set())), 90, "worker")
         time.sleep(chance.uniform(0.0, 2.5))
         process.kill()
         process.wait()

@@ -72,6 +72,10 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
         config = parse_config(composed)
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
+    if config.task == "upload":
+        from zinfer.upload import upload
+
+        return finish(upload(config, job_dir, terminal), job_dir, terminal)
     if config.sweep.search == "best_batch":
         from zinfer.sweep_search import search_best_batch
 
@@ -86,13 +90,14 @@ def main() -> None:
     said = io.StringIO()
     compose_and_run = hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(task)
     Interrupts.install()
-    interrupted, code = False, 0
+    interrupted, over, code = False, False, 0
     try:
         with contextlib.redirect_stderr(Tee(sys.stderr, said)):
             compose_and_run()
     except KeyboardInterrupt:
         interrupted, code = True, INTERRUPTED
     except SystemExit as exit_:  # Hydra's own after a failure, SweepOver where nothing was left to run
+        over = type(exit_) is not SystemExit
         code = exit_.code if isinstance(exit_.code, int) else 0
     sweep = sweep_started_here()
     if sweep is not None:
@@ -101,7 +106,7 @@ def main() -> None:
         with Interrupts.in_order():
             ended = end_sweep(sweep, interrupted=interrupted)
         sys.exit(ended or code)
-    if code and not Ended.composed and not interrupted:  # Hydra could not compose what was typed
+    if code and not (Ended.composed or interrupted or over):  # Hydra could not compose what was typed
         if wants_json:
             problems = [line for line in said.getvalue().splitlines() if line and "HYDRA_FULL_ERROR" not in line]
             print(json.dumps({"status": "refused", "problems": [" ".join(problems)]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,6 @@ class Watched:
     plan: dict[str, Any] | None = None
     deepspeed: dict[str, Any] | None = None
     result: Event | None = None
-    failed: Event | None = None
     generated: dict[str, Any] | None = None
     phase: str = "start"
     samples: list[Event] = field(default_factory=list)
@@ -56,8 +56,6 @@ class Watched:
                 self.generated = fields
             case "result":
                 self.result = fields
-            case "failed":
-                self.failed = self.failed or event
 
     def outcome(self, status: Status, **fields: Any) -> Outcome:
         """An outcome with everything that the worker had got to."""
@@ -113,14 +111,15 @@ def outcome_of(config: RunConfig, job_dir: Path, watched: Watched, worker: Worke
         return watched.outcome("timeout", reason=f"not done after launcher.timeout_s={config.launcher.timeout_s:g} {where}")
     log_tail = _log_tail(job_dir)
     returncode = worker.returncode
-    who = (
-        "the worker" if len(worker.ranks) == 1 else f"rank {config.launcher.node_rank * config.launcher.ranks + (worker.first_failed or 0)}"
-    )
+    rank = config.launcher.node_rank * config.launcher.ranks + (worker.first_failed or 0)
+    who = "the worker" if len(worker.ranks) == 1 else f"rank {rank}"
     if returncode < 0:
         status, reason = _of_signal(signal.Signals(-returncode), who, log_tail, seen)
         return watched.outcome(status, reason=f"{reason} {where}", traceback=log_tail)
-    failed = _first_failure(job_dir, watched)
-    if failed is not None:
+    failures = _failures(job_dir)
+    failed = min(failures, key=lambda event: event["time_s"], default=None)  # the other ranks fail because of it
+    said_nothing = returncode != 0 and rank not in [event["rank"] for event in failures]
+    if failed is not None and not said_nothing:
         reason = failed["reason"]
         if failed["status"] == "error" and _disk_is_full(seen):
             reason = f"{_full_disk(config, seen)}: {reason}"
@@ -153,13 +152,14 @@ def _full_disk(config: RunConfig, seen: Circumstances) -> str:
     return f"the disk of offload.nvme_path={config.offload.nvme_path} is full ({format_bytes(seen.swap_free_bytes)} left)"
 
 
-def _first_failure(job_dir: Path, watched: Watched) -> Event | None:
-    """The first failure that any rank reported; the others fail because of it."""
-    failures = [watched.failed] if watched.failed else []
-    for path in job_dir.glob("events.rank*.jsonl"):
+def _failures(job_dir: Path) -> list[Event]:
+    """What each rank of this host reported as its end, with the rank."""
+    failures = []
+    for path in job_dir.glob("events*.jsonl"):
+        found = re.fullmatch(r"events\.rank(\d+)\.jsonl", path.name)
         events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        failures += [event for event in events if event["event"] == "failed"]
-    return min(failures, key=lambda event: event["time_s"], default=None)
+        failures += [{**event, "rank": int(found[1]) if found else 0} for event in events if event["event"] == "failed"]
+    return failures
 
 
 def _log_tail(job_dir: Path) -> str | None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zinfer.generate import Generation
     from zinfer.metrics import MemoryUse, Metrics
 
+RANK_METRICS = ("peak_host_rss_bytes", "peak_device_allocated_bytes")
 DRIVER_READY_WAIT_S = 30.0
 
 
@@ -99,8 +100,17 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     )
     if events.rank == 0:
         events.write("generated", **_what_was_said(engine, prompts, token_ids))
-        events.write("result", status="ok", metrics={**metrics.known(), **scored(metrics.known(), prediction, plan)})
+        known = {**metrics.known(), **by_rank(memory)}
+        events.write("result", status="ok", metrics={**known, **scored(known, prediction, plan)})
     return metrics
+
+
+def by_rank(memory: list[MemoryUse]) -> dict[str, float]:
+    """Peak memory of each of several ranks; Metrics has the totals."""
+    if len(memory) == 1:
+        return {}
+    peaks = {f"rank{rank}_{name}": getattr(use, name) for rank, use in enumerate(memory) for name in RANK_METRICS}
+    return {name: value for name, value in peaks.items() if value is not None}
 
 
 def resolved_spec(config: RunConfig, hardware: Hardware, warn: Callable[[str], None]) -> ModelSpec:

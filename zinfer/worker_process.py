@@ -57,7 +57,7 @@ class Worker:
         codes = [process.poll() for process in self.ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
         if failed and self.first_failed is None:
-            self.first_failed = min(failed, key=lambda rank: codes[rank] or 0)  # a signal before an exit code
+            self.first_failed = min(failed, key=lambda rank: (codes[rank] == 1, codes[rank]))  # what could not report its end comes first
             self._failed_s = time.monotonic()
         if all(code is not None for code in codes):
             return True

@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zinfer.mapped_pages import touch, touched_file_ranges
+
 JOB_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 """Read when the process group is made, long after the imports: they may differ from job to job."""
 DRIVER_PREFIXES = ("MLFLOW_", "GIT_PYTHON_", "ZINFER_PARENT")
@@ -185,6 +187,7 @@ def serve(channel: socket.socket) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector of a worker then leaves the shared pages alone
+    touched = touched_file_ranges()
     channel.send(json.dumps({"event": "ready", "unfit": unfit_to_fork()}).encode())
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_read, False)
@@ -208,7 +211,7 @@ def serve(channel: socket.socket) -> None:
                 for descriptor in (wake_read, wake_write):
                     os.close(descriptor)
                 channel.close()
-                become_worker(json.loads(request))
+                become_worker(json.loads(request), touched)
             children.add(pid)
             channel.send(json.dumps({"event": "started", "pid": pid}).encode())
 
@@ -234,7 +237,7 @@ def end_children(children: set[int]) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def become_worker(request: dict[str, Any]) -> None:
+def become_worker(request: dict[str, Any], touched: list[tuple[int, int]]) -> None:
     """In the forked child: everything that a fresh process would have of its own, then the worker's story. Does not return."""
     code = 1
     try:
@@ -245,6 +248,7 @@ def become_worker(request: dict[str, Any]) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        touch(touched)
         os.environ.clear()
         os.environ.update(request["environment"])
         from zinfer import worker
