@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo demo-model test check format bench clean
+.PHONY: help setup demo demo-model test check format bench bench-prediction clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -41,6 +41,10 @@ format: setup  ## let ruff mend what it can
 
 bench: setup  ## zinfer against a bare script: start-up, tokens/s, loading, memory of the driver
 	$(BIN)/python bench/bench.py
+
+bench-prediction: setup  ## predicted against measured: calibrates, then a grid of small models; about ten minutes, prints Markdown
+	$(BIN)/zinfer task=calibrate launcher.omp_threads=1 tracking=none
+	$(BIN)/python bench/bench_prediction.py --threads 1
 
 clean:  ## remove the environment and tool caches; runs, reports and ~/.cache/zinfer stay
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.hardware import Hardware
-from zinfer.model_spec import ModelSpec
+from zinfer.model_spec import ModelSpec, Parameter
 from zinfer.zero_layout import ZeroLayout, zero_layout
 
 Resource = Literal["device_compute", "device_memory", "host_device_link", "nvme", "host_memory"]
@@ -105,12 +105,17 @@ def _count_products(spec: ModelSpec) -> MatrixProducts:
         elif len(parameter.shape) == 2 and spec.vocab_size in parameter.shape:
             if parameter.kind != "embedding" or spec.tied_embeddings:
                 head = parameter.numel
-        elif len(parameter.shape) == 2 and parameter.kind != "embedding":
+        elif len(parameter.shape) == 2 and parameter.kind != "embedding" and not _is_position_table(parameter):
             dense[parameter.numel] += 1
     separate = any(parameter.is_expert and len(parameter.shape) == 2 for parameter in spec.parameters)
     if separate and spec.num_experts:
         experts = Counter({numel: -(-count // spec.num_experts) for numel, count in experts.items()})
     return MatrixProducts(dense=dense, head=head, experts=experts)
+
+
+def _is_position_table(parameter: Parameter) -> bool:
+    """OPT's learned positions are a subclass of nn.Embedding: a lookup too."""
+    return parameter.layer is None and parameter.kind == "other" and "embed" in parameter.name
 
 
 def touched_experts(spec: ModelSpec, tokens: int) -> float:
