@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zinfer.config import RunConfig
+from zinfer.deepspeed_json import min_buffer_count
 from zinfer.hardware import Hardware
 from zinfer.host_process import mode_of
 from zinfer.memory_plan import MemoryPlan, derive, memory_plan
@@ -41,7 +42,7 @@ WORTHWHILE = 1.05
 def plan_warnings(spec: ModelSpec, config: RunConfig, hardware: Hardware, plan: MemoryPlan, prediction: Prediction) -> list[str]:
     """Everything worth saying of this plan, one sentence each; derivation_warnings has those of the DeepSpeed configuration."""
     return [
-        *_memory_warnings(config, hardware, plan),
+        *_memory_warnings(spec, config, hardware, plan),
         *_disk_warnings(config, hardware, plan),
         *_needless_offload(spec, config, hardware, prediction),
         *_beyond_the_knee(spec, config, hardware, prediction),
@@ -49,7 +50,7 @@ def plan_warnings(spec: ModelSpec, config: RunConfig, hardware: Hardware, plan: 
     ]
 
 
-def _memory_warnings(config: RunConfig, hardware: Hardware, plan: MemoryPlan) -> Iterator[str]:
+def _memory_warnings(spec: ModelSpec, config: RunConfig, hardware: Hardware, plan: MemoryPlan) -> Iterator[str]:
     pinned, total = plan.tier("pinned"), hardware.host_total_bytes
     if not pinned.needed_bytes:
         return
@@ -61,8 +62,7 @@ def _memory_warnings(config: RunConfig, hardware: Hardware, plan: MemoryPlan) ->
     staging = pinned.needed_bytes if config.offload.device == "nvme" else 0
     if total and staging > STAGING_WARNING_SHARE * total:
         yield (
-            f"the NVMe buffers page-lock {format_bytes(staging)}, {staging / total:.0%} of host memory. "
-            "Type offload.buffer_count=2 for as few as work, or zero=tuned"
+            f"the NVMe buffers page-lock {format_bytes(staging)}, {staging / total:.0%} of host memory. Type {fewer_buffers(spec, config)}"
         )
     limit = hardware.memlock_limit_bytes
     if limit is not None and pinned.needed_bytes > limit:
@@ -70,6 +70,13 @@ def _memory_warnings(config: RunConfig, hardware: Hardware, plan: MemoryPlan) ->
             f"`ulimit -l` allows {format_bytes(limit)} of locked memory, this run locks {format_bytes(pinned.needed_bytes)}. "
             "Type ulimit -l unlimited in the shell that starts zinfer, or set memlock in /etc/security/limits.conf"
         )
+
+
+def fewer_buffers(spec: ModelSpec, config: RunConfig) -> str:
+    """The override that makes the NVMe buffers small."""
+    if config.zero.derivation == "paper":
+        return "zero=tuned"
+    return f"offload.buffer_count={min_buffer_count(zero_layout(config, spec), spec)} for as few as work"
 
 
 def _disk_warnings(config: RunConfig, hardware: Hardware, plan: MemoryPlan) -> Iterator[str]:
@@ -175,7 +182,8 @@ def candidates(spec: ModelSpec, config: RunConfig, largest_batch: int | None) ->
             quantised: Any = replace(config.dtype, weights=dtype, compute="bfloat16")
             yield f"dtype={dtype}", replace(config, dtype=quantised)
     if config.offload.device == "nvme" and config.zero.derivation == "tuned" and config.offload.buffer_count is None:
-        yield "offload.buffer_count=2", replace(config, offload=replace(config.offload, buffer_count=2))
+        least = min_buffer_count(zero_layout(config, spec), spec)
+        yield f"offload.buffer_count={least}", replace(config, offload=replace(config.offload, buffer_count=least))
 
 
 def suggestions(

@@ -1,0 +1,154 @@
+"""Calibration: what is fitted from what, how profiles are kept and found, and one real calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tests.composing import composed
+from tests.test_ceiling import profile
+from zinfer import hardware
+from zinfer.calibrate import FAMILIES, Job, job_config, jobs, small_model
+from zinfer.calibration_fit import stream_cost
+from zinfer.calibration_profile import newest_profile, profiles_dir, read_profile, save_profile
+from zinfer.hardware import detect_hardware, machine_fingerprint
+from zinfer.model_spec import model_spec
+from zinfer.zero_layout import zero_layout
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles of these tests are nobody else's."""
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_profile_is_read_back_as_it_was() -> None:
+    assert read_profile(save_profile(profile())) == profile()
+
+
+def test_the_newest_profile_of_this_machine_and_these_threads_is_found() -> None:
+    save_profile(profile())
+    newer = dataclasses.replace(profile(), created="2026-02-01T00:00:00Z", seconds=70.0)
+    save_profile(newer)
+    save_profile(dataclasses.replace(profile(), created="2026-03-01T00:00:00Z", threads=2))
+    save_profile(dataclasses.replace(profile(), created="2026-03-01T00:00:00Z", fingerprint="1" * 12))
+    found = newest_profile("0" * 12, 1)
+    assert found is not None and found[0] == newer
+    assert newest_profile("2" * 12, 1) is None
+
+
+def test_a_broken_or_older_profile_is_passed_over_and_a_named_one_is_refused() -> None:
+    path = save_profile(profile())
+    (profiles_dir() / f"{'0' * 12}-t1-20270101T000000Z.json").write_text("{")
+    found = newest_profile("0" * 12, 1)
+    assert found is not None and found[1] == path
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(ValueError, match="Type zinfer task=calibrate"):
+        read_profile(path)
+
+
+def test_detected_hardware_takes_its_rates_from_the_profile() -> None:
+    config = composed("hardware.accelerator=cpu").hardware
+    assert detect_hardware(config, None, 1, 1).rates_source is None
+    save_profile(dataclasses.replace(profile(), fingerprint=machine_fingerprint(config)))
+    box = detect_hardware(config, None, 1, 1)
+    assert box.host_memory_bytes_per_s == 10e9
+    assert box.device_flops_per_s["float32"] == pytest.approx(10e9)
+    assert box.rates_source == "calibrated 2026-01-01T00:00:00Z"
+    assert detect_hardware(config, None, 1, 7).profile is None  # another number of threads
+    given = detect_hardware(dataclasses.replace(config, host_memory_bytes_per_s=1e9), None, 1, 1)
+    assert given.host_memory_bytes_per_s == 1e9  # what was typed wins
+
+
+def test_a_published_box_never_takes_this_machine_s_profile() -> None:
+    here = composed("hardware.accelerator=cpu").hardware
+    save_profile(dataclasses.replace(profile(), fingerprint=machine_fingerprint(here)))
+    assert detect_hardware(here, None, 1, 1).profile is not None
+    assert detect_hardware(composed("hardware=a6000").hardware, None, 1, 1).profile is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "parameter_s", "bytes_per_s"),
+    [
+        ([(10, 10_000_000, 0.020), (4, 100_000_000, 0.104)], 0.001, 1e9),  # 1 ms each and 1 GB/s
+        ([(10, 10_000_000, 0.010), (10, 20_000_000, 0.020)], 0.0, 1e9),
+        ([(10, 1_000_000, 0.0), (4, 2_000_000, 0.0)], 0.0, 2e9),  # nothing was seen: the handle's own rate
+    ],
+)
+def test_streaming_is_so_much_a_parameter_and_so_much_a_byte(
+    rows: list[tuple[int, int, float]], parameter_s: float, bytes_per_s: float
+) -> None:
+    cost = stream_cost(rows, 2e9)
+    assert cost is not None
+    assert cost.parameter_s == pytest.approx(parameter_s, abs=1e-9)
+    assert cost.bytes_per_s == pytest.approx(bytes_per_s)
+
+
+def test_kernels_between_measured_points_lie_on_a_line_in_logarithms() -> None:
+    box = profile()
+    for rows, numel in ((1, 4096), (16, 65_536), (4, 131_072), (1024, 4_194_304)):
+        assert box.kernel_s("float32", rows, numel) == pytest.approx(2 * rows * numel / 10e9)
+    assert box.kernel_s("float16", 1, 4096) is None
+
+
+def test_calibration_jobs_are_of_four_families_and_two_swap() -> None:
+    chosen = list(jobs(("float32",), nvme=True, cpu_offload=False))
+    assert {job.family for job in chosen if job.mode == "none"} == set(FAMILIES)
+    config = composed("hardware.accelerator=cpu", "offload=nvme")
+    swapping = []
+    for job in chosen:
+        if job.mode == "nvme":
+            job_config_ = job_config(job, config)
+            swapping.append(zero_layout(job_config_, model_spec(job_config_.model, compute_dtype="float32")).swapped_numel > 0)
+    assert swapping == [False, False, True, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_calibration_model_is_one_of_its_family(family: str) -> None:
+    spec = model_spec(small_model(family, 8, 256))
+    assert spec.model_type == family and spec.num_layers == 8 and spec.hidden_size == 256
+
+
+def test_page_cache_is_declared_where_direct_reads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake at the system call: this machine's disks take O_DIRECT."""
+    import os
+
+    from zinfer import calibrate_kernels
+
+    assert calibrate_kernels._page_cache(tmp_path) == "bypassed"
+
+    def refuse(*_: object) -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert "O_DIRECT is refused" in calibrate_kernels._page_cache(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_real_job_calibrates_what_it_costs(tmp_path: Path, built_ops: list[str]) -> None:
+    """Two jobs of the calibration through the driver, in their forked workers; the whole calibration is bench_prediction's."""
+    import io
+
+    from zinfer.driver import run_job
+    from zinfer.terminal import Terminal
+    from zinfer.worker_process import Servers
+
+    config = composed("hardware.accelerator=cpu", "launcher.omp_threads=1")
+    try:
+        for job in (Job(family="llama", mode="none", dtype="float32", layers=2), Job(family="llama", mode="resident", dtype="float32")):
+            quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
+            outcome = run_job(job_config(job, config), tmp_path / job.mode, quiet, forked=True)
+            assert outcome.status == "ok", outcome.reason
+            assert outcome.metrics["decode_step_s"] > 0
+    finally:
+        Servers.close()
+
+
+def test_the_fingerprint_knows_the_machine_not_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = composed("hardware.accelerator=cpu").hardware
+    before = machine_fingerprint(config)
+    assert machine_fingerprint(config) == before
+    monkeypatch.setattr(hardware, "cpu_model_name", lambda: "another processor")
+    assert machine_fingerprint(config) != before
