@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zinfer.calibration_profile import PROFILE_VERSION, CalibrationProfile, FixedCost, LoadCost, StreamCost, profile_from_document
 from zinfer.config import RunConfig
 from zinfer.hardware import Hardware
-from zinfer.host_process import FORKED_GROWTH_BYTES, GROWTH_BYTES, IMPORTED_RSS_BYTES
+from zinfer.host_process import GROWTH_BYTES, IMPORTED_RSS_BYTES
 from zinfer.memory_plan import memory_plan
 from zinfer.model_spec import ModelSpec, model_spec
 from zinfer.prediction import attention_seconds, elementwise_seconds, products_seconds
@@ -39,7 +39,7 @@ def fitted_profile(kernels: Json, measured: list[Measured], hardware: Hardware, 
         profile = with_streaming(profile, nvme)
     return replace(
         profile,
-        growth_bytes=growth(measured, hardware),
+        growth_bytes=growth(measured, hardware, base.imported_rss_bytes),
         load=load_costs(measured, on_cpu=hardware.device_kind == "cpu"),
         packages=dict(facts.get("packages", {})),
     )
@@ -149,26 +149,17 @@ def stream_cost(rows: list[tuple[int, int, float]], handle_bytes_per_s: float | 
     return StreamCost(parameter_s=0.0, bytes_per_s=count / seconds)
 
 
-def growth(measured: list[Measured], hardware: Hardware) -> dict[str, int]:
-    """Mode -> what running adds to a fresh worker, from the peaks of the jobs: the median of what the plan without it leaves."""
+def growth(measured: list[Measured], hardware: Hardware, imported_bytes: int) -> dict[str, int]:
+    """Mode -> what running adds to a worker that has imported everything: the median of what the plan without it leaves of the peaks."""
     found: dict[str, list[int]] = {}
     for job, config, result in measured:
-        mode = job.mode
         plan = memory_plan(_spec(config), config, replace(hardware, profile=None))
-        known = plan.peak_host_rss_bytes - IMPORTED_RSS_BYTES - GROWTH_BYTES[mode]
-        imported = _imported_bytes(result)
-        if imported is not None:
-            found.setdefault(mode, []).append(int(result["metrics"]["peak_host_rss_bytes"]) - imported - FORKED_GROWTH_BYTES - known)
+        known = plan.peak_host_rss_bytes - IMPORTED_RSS_BYTES - GROWTH_BYTES[job.mode] + imported_bytes
+        found.setdefault(job.mode, []).append(int(result["metrics"]["peak_host_rss_bytes"]) - known)
     medians = {mode: int(statistics.median(values)) for mode, values in found.items()}
     if "none" in medians and hardware.device_kind == "cpu":
         medians["cpu"] = medians["none"]
     return medians
-
-
-def _imported_bytes(result: Mapping[str, Any]) -> int | None:
-    """Of the forked worker, as its own plan has it."""
-    items = result["plan"]["tiers"]["host"]["items"]
-    return next((int(item["bytes"]) for item in items if item["name"] == "Python and libraries"), None)
 
 
 def load_costs(measured: list[Measured], *, on_cpu: bool) -> dict[str, LoadCost]:

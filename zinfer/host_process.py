@@ -6,10 +6,7 @@ first two by this machine's.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from zinfer.calibration_profile import CalibrationProfile
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
@@ -21,8 +18,6 @@ IMPORTED_RSS_BYTES = 500 * MIB
 """Resident memory of a fresh worker with torch, transformers and deepspeed imported."""
 GROWTH_BYTES = {"resident": 10 * MIB, "none": 32 * MIB, "cpu": 32 * MIB, "nvme": 34 * MIB}
 """What loading and running a model without size adds: kernels' code, the process group, DeepSpeed's ops."""
-FORKED_GROWTH_BYTES = 16 * MIB
-"""More of it in a worker forked from a prepared process: pages of libraries count only once they are touched."""
 DUMMY_POOL_NUMEL = (1 << 22) + 4099
 """Random values that weights/dummy.py tiles over the model; made in float32."""
 KEPT_FREE = {"float32": (2.2, 3.2), "other": (1.4, 1.6)}
@@ -49,21 +44,11 @@ def mode_of(config: RunConfig) -> str:
 
 
 def host_process(config: RunConfig, profile: CalibrationProfile | None) -> HostProcess:
-    """Memory of a worker before it holds a model.
-
-    A worker that was forked from a prepared process counts only the pages that it has touched: there, what it has now is asked.
-    """
+    """Memory of a worker before it holds a model. A forked worker touches the pages that a fresh one has read, and counts the same."""
     mode = mode_of(config)
     imported = profile.imported_rss_bytes if profile else IMPORTED_RSS_BYTES
     growth = (profile.growth_bytes if profile else {}).get(mode, GROWTH_BYTES[mode])
-    if "deepspeed" in sys.modules and "zinfer.worker" in sys.modules:
-        imported, growth = resident_bytes(), growth + FORKED_GROWTH_BYTES
     return HostProcess(imported_bytes=imported, growth_bytes=growth)
-
-
-def resident_bytes() -> int:
-    """Of this process, now. Source: proc(5), statm, in pages."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def kept_free_factor(config: RunConfig, spec: ModelSpec) -> tuple[float, float]:
