@@ -56,7 +56,7 @@ def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
     gated = {"num_key_value_heads": max(1, heads // 2), "max_position_embeddings": 1024, "tie_word_embeddings": False}
     overrides: dict[str, dict[str, Any]] = {
         "llama": {**shared, **gated, "intermediate_size": hidden * 11 // 4},
-        "opt": {**shared, "word_embed_proj_dim": hidden, "ffn_dim": hidden * 15 // 4, "max_position_embeddings": 1024},
+        "opt": {**shared, "word_embed_proj_dim": hidden, "ffn_dim": hidden * 15 // 4, "max_position_embeddings": 512},
         "bloom": shared,
         "mixtral": {**shared, **gated, "intermediate_size": hidden * 11 // 8, "num_local_experts": 4, "num_experts_per_tok": 2,
                     "sliding_window": None},
