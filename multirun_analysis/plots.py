@@ -187,7 +187,10 @@ def ceiling(canvas: Canvas, found: Group) -> Figure:
     title = "Measured against the ceiling"
     known = [item for item in found if item.measured and item.value("ceiling_decode_step_s") and item.value(LATENCY) and item.batch_size]
     if not known:
-        missing = "No run logged ceiling_decode_step_s, so how far these numbers are from what the hardware allows is not known."
+        missing = (
+            "No run logged ceiling_decode_step_s, so how far these numbers are from what the hardware allows is not known. "
+            "zinfer task=calibrate, once on this machine, lets every later run log it."
+        )
         return Figure(name="ceiling", title=title, caption="", missing=missing)
     axes = canvas.axes(1.15)
     resources = sorted({item.binding_resource or "not said" for item in known})

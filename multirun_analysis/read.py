@@ -191,10 +191,12 @@ class MlflowStore:
     def _selection(self, title: str, found: list[Any], *, whole: bool) -> Selection:
         """`whole`: no filter was given, so the jobs that never reached the store belong to it too."""
         parents = [item for item in found if _role(item) == "sweep"]
-        foreign = [item for item in found if _role(item) != "sweep" and not _is_ours(item)]
-        runs = [self._run(item) for item in found if _role(item) != "sweep" and _is_ours(item)]
+        grids = [item for item in found if _role(item) == "plan_grid"]
+        single = [item for item in found if _role(item) not in ("sweep", "plan_grid")]
+        foreign = [item for item in single if not _is_ours(item)]
+        runs = [self._run(item) for item in single if _is_ours(item)]
         untracked = list(_untracked_jobs(parents, {run.run_id for run in runs})) if whole else []
-        notes = [*_foreign_notes(foreign), *_untracked_notes(untracked)]
+        notes = [*_foreign_notes(foreign), *_grid_notes(grids), *_untracked_notes(untracked)]
         runs += untracked
         if not runs:
             left_out = f" {notes[0]}" if notes else ""
@@ -258,6 +260,12 @@ def _foreign_notes(foreign: list[Any]) -> list[str]:
     names = ", ".join(sorted(item.info.run_name or item.info.run_id for item in foreign)[:5])
     more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
     return [f"{_count(len(foreign), 'run')} of another tool in the same place left out (no zinfer.status tag): {names}{more}."]
+
+
+def _grid_notes(grids: list[Any]) -> list[str]:
+    if not grids:
+        return []
+    return [f"{_count(len(grids), 'grid')} of plans left out, nothing was measured: each has its table as an artifact, plans.csv."]
 
 
 def _untracked_jobs(parents: list[Any], known: set[str]) -> Iterator[Run]:

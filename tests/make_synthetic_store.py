@@ -156,6 +156,7 @@ def _measured(
 def _oddities(rng: random.Random) -> list[FakeRun]:
     """What a store holds besides good runs."""
     foreign = FakeRun(name="resnet-50", status="ok", params={"lr": "0.1"}, metrics={"accuracy": 0.76})
+    grid = FakeRun(name="plan of 9 points", status="planned", tags={"zinfer.role": "plan_grid"}, metrics={"plans": 9})
     older = job("opt-30b", "cpu", "bfloat16", 8, rng, **{"zinfer.method_version": "0"})
     other_commit = job(
         "opt-30b", "cpu", "bfloat16", 8, rng, **{"zinfer.commit": "ffffffffffffffffffffffffffffffffffffffff", "zinfer.dirty": "true"}
@@ -166,7 +167,7 @@ def _oddities(rng: random.Random) -> list[FakeRun]:
     running.status, running.metrics = "running", {}
     planned = job("opt-30b", "cpu", "bfloat16", 128, rng)
     planned.status, planned.params["task"] = "planned", "plan"
-    return [foreign, older, other_commit, without_speed, running, planned]
+    return [foreign, grid, older, other_commit, without_speed, running, planned]
 
 
 def write_runs(database: Path, experiment: str, runs: list[FakeRun], *, rng: random.Random, children_of_first: bool = False) -> None:
