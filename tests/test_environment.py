@@ -93,13 +93,11 @@ def test_the_fingerprint_is_of_the_machine_not_of_the_moment(here: dict[str, Any
     later["host_available_bytes"] //= 2
     later["host_total_bytes"] += 4096
     later["packages"]["torch"] = "3.0"
-    later["disk"]["free_bytes"] = 0
+    later["disk"] = None
     assert hardware_fingerprint(later) == hardware_fingerprint(here)
 
 
-@pytest.mark.parametrize(
-    ("group", "key", "value"), [("cpu", "model", "another"), ("cpu", "usable_cores", 999), ("disk", "filesystem", "tmpfs")]
-)
+@pytest.mark.parametrize(("group", "key", "value"), [("cpu", "model", "another"), ("cpu", "usable_cores", 999)])
 def test_another_machine_has_another_fingerprint(here: dict[str, Any], group: str, key: str, value: Any) -> None:
     other = deepcopy(here)
     other[group][key] = value

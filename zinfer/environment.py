@@ -70,13 +70,15 @@ def environment(config: RunConfig, nvme_path: Path | None, gpus: list[Gpu] | Non
 
 
 def hardware_fingerprint(env: Json) -> str:
-    """The same on two runs of one machine, and on two machines bought alike: 12 hexadecimal digits."""
+    """The same on two runs of one machine, and on two machines bought alike: 12 hexadecimal digits.
+
+    The disk of nvme_path is not in it: only runs that offload to NVMe have one, and they are compared with those that do not.
+    """
     decisive = {
         "cpu": env["cpu"]["model"],
         "cores": env["cpu"]["usable_cores"],
         "host_gib": hardware.rounded_gib(env["host_total_bytes"]),
         "gpus": [gpu["name"] for gpu in env["gpus"]],
-        "disk_filesystem": env["disk"]["filesystem"] if env["disk"] else None,
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
 
