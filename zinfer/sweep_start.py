@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import shlex
 import sys
@@ -26,6 +27,7 @@ from zinfer.mlflow_store import tracking_uri
 from zinfer.orphans import close_abandoned
 from zinfer.outcome import Json
 from zinfer.plan_grid import is_plan_grid, plan_grid
+from zinfer.refusals import refusal
 from zinfer.sweep import Sweep, SweepJob
 from zinfer.sweep_parent import ParentRunCallback
 from zinfer.sweep_plan import plan_jobs
@@ -64,6 +66,9 @@ def start_sweep(master: DictConfig) -> None:
     composed = compose_jobs(master)
     if composed is None:
         return  # Hydra composes the same and says what is wrong
+    if problem := missing_plugin(str(master.hydra.launcher._target_)):
+        Terminal(str(composed[0][1].format)).finish(refusal([problem]))
+        raise SweepOver(2)
     sweep, configs = planned_sweep(master, composed)
     terminal = Terminal(sweep.output_format)
     close_abandoned(terminal)
@@ -90,6 +95,19 @@ def start_sweep(master: DictConfig) -> None:
         Servers.prepare(first)  # its imports run beside Hydra's composing and MLflow's import
         if sweep.tracking_uri is not None and sweep.in_process:
             threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()
+
+
+def missing_plugin(launcher: str) -> str | None:
+    """What to install for a launcher whose plugin is not here; Hydra would print a traceback."""
+    package = ".".join(launcher.split(".")[:2])
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is not None:
+        return None
+    extra = "ray" if "ray" in package else "launchers"
+    return f"hydra.launcher needs {package}, which is not installed. Type pip install 'zinfer[{extra}]'"
 
 
 def compose_jobs(master: DictConfig) -> list[tuple[list[str], DictConfig]] | None:

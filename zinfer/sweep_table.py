@@ -62,7 +62,7 @@ def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]
             str(num),
             escape(varying),
             status,
-            _rate(metrics.get("generated_tokens_per_s")),
+            _rate(metrics.get("generated_tokens_per_s")) + _best(metrics),
             format_seconds(metrics["prefill_s"]) if "prefill_s" in metrics else "",
             format_seconds(metrics["decode_step_s"]) if "decode_step_s" in metrics else "",
             format_bytes(metrics["peak_host_rss_bytes"]) if "peak_host_rss_bytes" in metrics else "",
@@ -76,6 +76,11 @@ def reason_of(document: Json) -> str:
     if document["status"] in ("ok", "planned"):
         return ""
     return " ".join(str(document.get("reason") or "; ".join(document.get("problems") or [])).split())
+
+
+def _best(metrics: Json) -> str:
+    """Of a search, the batch size that the numbers are of."""
+    return f" (batch {metrics['best_batch_size']:g})" if "best_batch_size" in metrics else ""
 
 
 def _rate(tokens_per_s: float | None) -> str:
