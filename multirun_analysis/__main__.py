@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from multirun_analysis.report import Report
 
 TERMINAL_ROWS = 40
-TERMINAL_COLUMNS = (
-    "status", "model.name", "offload.device", "dtype.weights", "batch.batch_size", "batch.prompt_tokens", "batch.new_tokens",
-    "generated_tokens_per_s", "decode_step_s", "ceiling_fraction", "peak_device_reserved_bytes", "peak_host_rss_bytes", "commit",
-)  # fmt: skip
+TERMINAL_MEASURES = ("decode_step_s", "ceiling_fraction", "peak_device_reserved_bytes", "peak_host_rss_bytes", "commit")
+"""Shown beside status, choices and tokens/s; the rest is in the report."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,8 +85,11 @@ def show(written: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from multirun_analysis.compare import RATE
+
     runs = written.runs
-    indices = [index for index, column in enumerate(runs.columns) if column.key in TERMINAL_COLUMNS]
+    rate = next(index for index, column in enumerate(runs.columns) if column.key == RATE)
+    indices = [index for index in runs.shown if index <= rate or runs.columns[index].key in TERMINAL_MEASURES]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index in indices:
         column = runs.columns[index]

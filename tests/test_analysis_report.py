@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -243,19 +242,18 @@ MEASURED_REPORT = """
 import resource, sys
 from multirun_analysis.__main__ import main
 main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_maxrss * 1024, used.ru_utime + used.ru_stime)
 """
 
 
 @pytest.mark.slow
 def test_a_thousand_runs_take_half_a_minute_and_a_gigabyte_at_most(tmp_path: Path) -> None:
+    """Processor time, which another job on this machine does not stretch; the report uses one core."""
     uri, out = make_store(tmp_path, runs=1000), tmp_path / "report"
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED_REPORT, "--uri", uri, "--out", str(out)], capture_output=True, text=True, check=True
-    )
-    took_s = time.monotonic() - started
-    peak_bytes = int(done.stdout.splitlines()[-1]) * 1024
+    command = [sys.executable, "-c", MEASURED_REPORT, "--uri", uri, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak_bytes, processor_s = map(float, done.stdout.splitlines()[-1].split())
     assert (out / "report.html").stat().st_size <= 8e6
     assert peak_bytes <= 1e9
-    assert took_s <= 30
+    assert processor_s <= 30
