@@ -33,8 +33,12 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "opt", "bloom", "mixtral")
 LAYERS, FEW_LAYERS = 8, 2
-HIDDEN = 256
-BATCH = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=12, warmup=1, repeats=3)
+HIDDEN = 64
+"""So small that a layer is nothing but its fixed cost."""
+ELEMENT_LAYERS, ELEMENT_HIDDEN = 4, 256
+"""Large enough for a prefill to show its elementwise work."""
+STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=16, warmup=1, repeats=3)
+PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=3)
 KERNELS_TIMEOUT_S = 180.0
 
 
@@ -47,6 +51,7 @@ class Job:
     dtype: str
     layers: int = LAYERS
     hidden: int = HIDDEN
+    batch: BatchConfig = STEPS
 
 
 def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
@@ -72,6 +77,9 @@ def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[
             yield Job(family="llama", mode=mode, dtype=dtype, layers=FEW_LAYERS)
             for family in FAMILIES:
                 yield Job(family=family, mode=mode, dtype=dtype)
+    for dtype in dtypes:
+        for family in FAMILIES:
+            yield Job(family=family, mode="none", dtype=dtype, layers=ELEMENT_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL)
     if nvme:
         yield Job(family="llama", mode="nvme", dtype="float32")
         yield Job(family="opt", mode="nvme", dtype="float32")
@@ -92,7 +100,7 @@ def job_config(job: Job, config: RunConfig) -> RunConfig:
         engine=EngineConfig(name="resident" if resident else "zero"),
         offload=replace(config.offload, device=device, nvme_path=config.offload.nvme_path if device == "nvme" else None, use_gds=False),
         dtype=DtypeConfig(weights=dtype, compute=dtype),
-        batch=BATCH,
+        batch=job.batch,
         tracking=TrackingConfig(store="none"),
         launcher=replace(config.launcher, ranks=1),
         plan=replace(config.plan, enforce=False),

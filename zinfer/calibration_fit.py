@@ -40,7 +40,7 @@ def fitted_profile(kernels: Json, measured: list[Measured], hardware: Hardware, 
     return replace(
         profile,
         growth_bytes=growth(measured, hardware, base.imported_rss_bytes),
-        load=load_costs(measured, on_cpu=hardware.device_kind == "cpu"),
+        load=load_costs(measured, profile),
         packages=dict(facts.get("packages", {})),
     )
 
@@ -69,36 +69,46 @@ def kernel_seconds(profile: CalibrationProfile, config: RunConfig, *, new: int, 
 
 
 def fixed_costs(profile: CalibrationProfile, measured: list[Measured]) -> Iterable[FixedCost]:
-    """By family, mode and dtype; the loop's share from two LLaMAs that differ in layers only."""
-    rests: dict[tuple[str, str, str, int], tuple[float, float]] = {}
-    tokens = hidden = 0
+    """By family, mode and dtype: the loop's share from two LLaMAs that differ in layers only, elementwise work from prefills."""
+    steps: dict[tuple[str, str, str, int], float] = {}
+    prefills: dict[tuple[str, str], tuple[int, int, float]] = {}
     for job, config, result in measured:
         batch = config.batch
-        tokens, hidden = batch.batch_size * batch.prompt_tokens, job.hidden
-        context = batch.prompt_tokens + batch.new_tokens / 2
-        decode = calm_decode_s(result) - kernel_seconds(profile, config, new=1, context=context)
-        prefill = min(sample["prefill_s"] for sample in _timed(result)) - kernel_seconds(
-            profile, config, new=batch.prompt_tokens, context=batch.prompt_tokens
-        )
-        rests[job.family, job.mode, job.dtype, job.layers] = (decode, prefill)
-    for mode, dtype in sorted({(mode, dtype) for _, mode, dtype, _ in rests}):
-        here = {(family, layers): rest for (family, m, d, layers), rest in rests.items() if (m, d) == (mode, dtype)}
+        if batch.new_tokens > 2:
+            steps[job.family, job.mode, job.dtype, job.layers] = _decode_rest(profile, config, result)
+        else:
+            seconds = min(sample["prefill_s"] for sample in _timed(result))
+            rest = seconds - kernel_seconds(profile, config, new=batch.prompt_tokens, context=batch.prompt_tokens)
+            elements = job.layers * batch.batch_size * batch.prompt_tokens * job.hidden
+            prefills[job.family, job.dtype] = (job.layers, elements, rest)
+    costs: list[FixedCost] = []
+    for mode, dtype in sorted({(mode, dtype) for _, mode, dtype, _ in steps}):
+        here = {(family, layers): rest for (family, m, d, layers), rest in steps.items() if (m, d) == (mode, dtype)}
         few, many = (min(layers for _, layers in here), max(layers for _, layers in here))
-        slope = max(0.0, (here["llama", many][0] - here["llama", few][0]) / (many - few))
-        step_s = max(0.0, here["llama", few][0] - few * slope)
-        costs = []
+        slope = max(0.0, (here["llama", many] - here["llama", few]) / (many - few))
+        step_s = max(0.0, here["llama", few] - few * slope)
         for family in sorted({family for family, layers in here if layers == many}):
-            decode, prefill = here[family, many]
-            layer_s = max(0.0, (decode - step_s) / many)
-            element_s = max(0.0, (prefill - step_s - many * layer_s) / (many * tokens * hidden))
-            costs.append(FixedCost(model_type=family, mode=mode, dtype=dtype, step_s=step_s, layer_s=layer_s, element_s=element_s))
-        yield from costs
+            layer_s = max(0.0, (here[family, many] - step_s) / many)
+            costs.append(FixedCost(model_type=family, mode=mode, dtype=dtype, step_s=step_s, layer_s=layer_s, element_s=0.0))
+    costs = [replace(cost, element_s=_element_s(cost, costs, prefills)) for cost in costs]
+    yield from costs
+    for mode, dtype in sorted({(cost.mode, cost.dtype) for cost in costs}):
+        dense = [cost for cost in costs if (cost.mode, cost.dtype) == (mode, dtype) and cost.model_type != "mixtral"]
         yield replace(
-            costs[0],
+            dense[0],
             model_type="*",
-            layer_s=statistics.median(cost.layer_s for cost in costs if cost.model_type != "mixtral"),
-            element_s=statistics.median(cost.element_s for cost in costs if cost.model_type != "mixtral"),
+            layer_s=statistics.median(cost.layer_s for cost in dense),
+            element_s=statistics.median(cost.element_s for cost in dense),
         )
+
+
+def _element_s(cost: FixedCost, costs: list[FixedCost], prefills: Mapping[tuple[str, str], tuple[int, int, float]]) -> float:
+    """What this family's prefill takes beyond kernels and fixed cost, for each token and hidden element of a layer, whatever the mode."""
+    if (cost.model_type, cost.dtype) not in prefills:
+        return 0.0
+    layers, elements, rest = prefills[cost.model_type, cost.dtype]
+    none = next(other for other in costs if (other.model_type, other.dtype, other.mode) == (cost.model_type, cost.dtype, "none"))
+    return max(0.0, (rest - none.step_s - layers * none.layer_s) / elements)
 
 
 def with_streaming(profile: CalibrationProfile, measured: list[Measured]) -> CalibrationProfile:
@@ -162,19 +172,19 @@ def growth(measured: list[Measured], hardware: Hardware, imported_bytes: int) ->
     return medians
 
 
-def load_costs(measured: list[Measured], *, on_cpu: bool) -> dict[str, LoadCost]:
-    """Mode -> seconds = a + bytes / b, from the smallest and the largest model of each."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for job, config, result in measured:
-        layout = zero_layout(config, _spec(config))
-        points.setdefault(job.mode, []).append((layout.stored_numel * layout.itemsize_bytes, result["metrics"]["load_s"]))
+def load_costs(measured: list[Measured], profile: CalibrationProfile) -> dict[str, LoadCost]:
+    """Mode -> seconds = a + bytes / b. The models are too small to show b: it is that of copying into fresh memory, or of writing to NVMe."""
+    memory = profile.host_copy.median / 4  # read and written once, every page of the target touched for the first time
+    writes = [row.rate.median for row in profile.nvme if row.operation == "write"]
     costs = {}
-    for mode, entries in points.items():
-        entries.sort()
-        slope = statistics.linear_regression(*zip(*entries, strict=True)).slope if len(entries) > 2 else 0.0
-        slope = max(slope, 1e-12)
-        fixed = max(0.0, statistics.median(seconds - slope * count for count, seconds in entries))
-        costs[mode] = LoadCost(fixed_s=fixed, bytes_per_s=1 / slope)
-    if on_cpu and "none" in costs:
+    for mode in sorted({job.mode for job, _, _ in measured}):
+        rate = 1 / (1 / memory + 1 / max(writes)) if mode == "nvme" and writes else memory
+        rests = []
+        for job, config, result in measured:
+            if job.mode == mode:
+                layout = zero_layout(config, _spec(config))
+                rests.append(result["metrics"]["load_s"] - layout.stored_numel * layout.itemsize_bytes / rate)
+        costs[mode] = LoadCost(fixed_s=max(0.0, statistics.median(rests)), bytes_per_s=rate)
+    if profile.device_kind == "cpu" and "none" in costs:
         costs["cpu"] = costs["none"]
     return costs
