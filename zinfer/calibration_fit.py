@@ -173,7 +173,7 @@ def growth(measured: list[Measured], hardware: Hardware, imported_bytes: int) ->
 
 
 def load_costs(measured: list[Measured], profile: CalibrationProfile) -> dict[str, LoadCost]:
-    """Mode -> seconds = a + bytes / b. The models are too small to show b: it is that of copying into fresh memory, or of writing to NVMe."""
+    """Mode -> seconds = a + bytes / b. The models are too small to show b: that of copying into fresh memory, or of writing to NVMe."""
     memory = profile.host_copy.median / 4  # read and written once, every page of the target touched for the first time
     writes = [row.rate.median for row in profile.nvme if row.operation == "write"]
     costs = {}
