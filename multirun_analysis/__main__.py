@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multirun_analysis.read import ReportError, Selection, read_folder, read_mlflow
+from zinfer.mlflow_store import TrackingUnavailable
 
 if TYPE_CHECKING:
     from multirun_analysis.report import Report
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         written = report(options)
-    except (ReportError, ValueError, OSError) as error:
+    except (TrackingUnavailable, OSError) as error:  # a ReportError too
         print(f"zinfer-report: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{written / 'report.html'}")
@@ -56,7 +57,10 @@ def report(options: argparse.Namespace) -> Path:
     """Read, compare, write, and show the table of the runs."""
     from multirun_analysis.ratios import parse_baseline
 
-    baseline = parse_baseline(options.baseline) if options.baseline else None
+    try:
+        baseline = parse_baseline(options.baseline) if options.baseline else None
+    except ValueError as error:
+        raise ReportError(str(error)) from None
     selection = select(options)
     from multirun_analysis.report import write_report
 

@@ -417,8 +417,3 @@ def _differences(item: Configuration, row: Published) -> list[str]:
     if _ranks(item) != row.devices:
         found.append(f"{_ranks(item)} of {row.devices} devices here")
     return found
-
-
-def published_table(source: str, table: str | None = None) -> tuple[Published, ...]:
-    """Rows of one source, or of one table of it."""
-    return tuple(row for row in read_published() if row.source == source and table in (None, row.table))

@@ -230,7 +230,8 @@ class MlflowStore:
         )
 
     def _history(self, run: Run, metric: str) -> History:
-        return tuple(sorted((point.step, point.value) for point in self.client.get_metric_history(run.run_id, metric)))
+        with store_errors(self.uri):
+            return tuple(sorted((point.step, point.value) for point in self.client.get_metric_history(run.run_id, metric)))
 
     def _environment(self, run: Run) -> Json | None:
         import tempfile
