@@ -223,13 +223,13 @@ def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
         prefill=prefill,
         decode_step=step,
         generated_tokens_per_s=tokens_per_s,
-        streamed_bytes=streamed_bytes(config, layout),
+        streamed_bytes=streamed_bytes(config, layout, device_is_host=hardware.device_kind == "cpu"),
     )
 
 
-def streamed_bytes(config: RunConfig, layout: ZeroLayout) -> int:
+def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: bool) -> int:
     """Weights that one forward pass fetches, all ranks: all that is stored below the device, whole experts too (they are one parameter)."""
-    if config.engine.name == "resident" or config.offload.device == "none":
+    if config.engine.name == "resident" or config.offload.device == "none" or (config.offload.device == "cpu" and device_is_host):
         return 0
     if config.offload.device == "nvme":
         return layout.swapped_numel * layout.itemsize_bytes * config.launcher.ranks
