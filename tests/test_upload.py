@@ -55,11 +55,9 @@ def test_runs_whose_store_was_out_of_reach_are_sent_later(tmp_path: Path) -> Non
 
 def postgres_folder() -> Path | None:
     """Where PostgreSQL's initdb and postgres are."""
-    found = shutil.which("initdb")
-    if found:
-        return Path(found).parent
-    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return versions[-1].parent if versions else None
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))  # Debian keeps them off the PATH
+    found = versions[-1] if versions else shutil.which("initdb")
+    return Path(found).resolve().parent if found else None
 
 
 def has_psycopg2() -> bool:

@@ -26,7 +26,7 @@ from zinfer.mapped_pages import touch, touched_file_ranges
 
 JOB_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 """Read when the process group is made, long after the imports: they may differ from job to job."""
-DRIVER_PREFIXES = ("MLFLOW_", "GIT_PYTHON_", "ZINFER_PARENT")
+DRIVER_PREFIXES = ("MLFLOW_", "_MLFLOW_", "GIT_PYTHON_", "ZINFER_PARENT")
 """What the driver sets for itself while it logs; no worker reads it."""
 NO_CUDA_IN_SERVER = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """torch asks NVML, not CUDA, whether there is a device; the allocator inside pyarrow starts no thread."""
