@@ -47,7 +47,7 @@ UNSEEN_FAMILIES = ("qwen3", "gpt_neox")
 OFFLOADS = ("none", "cpu", "nvme")
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 4, 16)
-LENGTHS = ("batch.prompt_tokens=48", "batch.new_tokens=12", "batch.warmup=1", "batch.repeats=3")
+LENGTHS = ("batch.prompt_tokens=48", "batch.new_tokens=12", "batch.warmup=1", "batch.repeats=2")
 SCORES = {  # metric: (what, goal of the median, goal of the 95th percentile)
     "weights": ("weight bytes, predicted / measured", 0.01, 0.01),
     "prediction_ratio_kv_cache": ("KV cache bytes", 0.01, 0.01),

@@ -1,4 +1,4 @@
-"""`zinfer task=calibrate`: measures this machine in about a minute and stores the profile that plans and predictions use from then on.
+"""`zinfer task=calibrate`: measures this machine in a minute or two and stores the profile that plans and predictions use from then on.
 
 Rates of kernels, memory and disk come from a process of its own (calibrate_kernels); what generating costs on top of them comes from real
 jobs with small models of four families, through the same driver, server and worker as every run. The driver stays free of torch.

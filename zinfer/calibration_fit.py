@@ -160,22 +160,16 @@ def stream_cost(rows: list[tuple[int, int, float]], handle_bytes_per_s: float | 
 
 
 def growth(measured: list[Measured], hardware: Hardware, imported_bytes: int) -> dict[str, int]:
-    """Mode -> what running adds to a worker that has imported everything: the median of what the plan without it leaves of the peaks.
-
-    A model without size runs fewer kernels than a real one; what larger ones add is taken from the prefills.
-    """
+    """Mode -> what running adds to a worker that has imported everything: the median of what the plan without it leaves of the peaks."""
     found: dict[str, list[int]] = {}
-    larger: list[int] = []
     for job, config, result in measured:
         plan = memory_plan(_spec(config), config, replace(hardware, profile=None))
         known = plan.peak_host_rss_bytes - IMPORTED_RSS_BYTES - GROWTH_BYTES[job.mode] + imported_bytes
-        kind = larger if config.batch.new_tokens <= 2 else found.setdefault(job.mode, [])
-        kind.append(int(result["metrics"]["peak_host_rss_bytes"]) - known)
-    medians = {mode: statistics.median(values) for mode, values in found.items()}
-    more = max(0.0, statistics.median(larger) - medians["none"]) if larger and "none" in medians else 0.0
+        found.setdefault(job.mode, []).append(int(result["metrics"]["peak_host_rss_bytes"]) - known)
+    medians = {mode: int(statistics.median(values)) for mode, values in found.items()}
     if "none" in medians and hardware.device_kind == "cpu":
         medians["cpu"] = medians["none"]
-    return {mode: int(value + more) for mode, value in medians.items()}
+    return medians
 
 
 def load_costs(measured: list[Measured], profile: CalibrationProfile) -> dict[str, LoadCost]:
