@@ -148,20 +148,24 @@ def dummy_weights(folder: Path, runs: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5, help="zinfer and bare script in turn, this many times")
+    parser.add_argument("--pairs", type=int, default=3, help="zinfer and bare script in turn, this many times")
     arguments = parser.parse_args()
     native_ops.build(native_ops.default_ops())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = start_up(folder, 5)
-        rows += against_bare_script(folder, arguments.pairs, "cpu")
-        rows += against_bare_script(folder, arguments.pairs, "nvme")
-        rows += dummy_weights(folder, 3)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
     print(f"\nzinfer {__version__}, commit {commit or 'unknown'}, {os.cpu_count()} cores; median (min to max)\n")
     print("| what | goal | measured |\n| --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        show(start_up(folder, 5))
+        show(dummy_weights(folder, 3))
+        for offload in ("cpu", "nvme"):
+            show(against_bare_script(folder, arguments.pairs, offload))
+
+
+def show(rows: list[Row]) -> None:
+    """Print lines of the table as soon as they are measured."""
     for row in rows:
-        print(f"| {row.what} | {row.goal} | {row.figure} |")
+        print(f"| {row.what} | {row.goal} | {row.figure} |", flush=True)
 
 
 if __name__ == "__main__":
