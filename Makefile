@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo demo-model test check format bench bench-prediction clean
+.PHONY: help setup demo demo-model test check format bench bench-prediction bench-sweep test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -45,6 +45,14 @@ bench: setup  ## zinfer against a bare script: start-up, tokens/s, loading, memo
 bench-prediction: setup  ## predicted against measured: calibrates, then a grid of small models; about ten minutes, prints Markdown
 	$(BIN)/zinfer task=calibrate launcher.omp_threads=1 tracking=none
 	$(BIN)/python bench/bench_prediction.py --threads 1
+
+bench-sweep: setup  ## seconds a job, seconds when everything is reused, the driver's share of a core
+	$(BIN)/python bench/bench_sweep.py
+
+test-slurm: setup  ## a sweep on a real Slurm of one node, which this installs and starts (root, Debian); also the other launchers
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hydra-joblib-launcher hydra-submitit-launcher psycopg2-binary
+	apt-get update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm slurmdbd mariadb-server >/dev/null
+	$(BIN)/python -m pytest tests/test_launchers.py tests/test_upload.py
 
 clean:  ## remove the environment and tool caches; runs, reports and ~/.cache/zinfer stay
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -114,7 +114,7 @@ def outcome_of(config: RunConfig, job_dir: Path, watched: Watched, worker: Worke
     rank = config.launcher.node_rank * config.launcher.ranks + (worker.first_failed or 0)
     who = "the worker" if len(worker.ranks) == 1 else f"rank {rank}"
     if returncode < 0:
-        status, reason = _of_signal(signal.Signals(-returncode), who, log_tail, seen)
+        status, reason = _of_signal(signal.Signals(-returncode), who, log_tail, config, seen)
         return watched.outcome(status, reason=f"{reason} {where}", traceback=log_tail)
     failures = _failures(job_dir)
     failed = min(failures, key=lambda event: event["time_s"], default=None)  # the other ranks fail because of it
@@ -132,7 +132,7 @@ def outcome_of(config: RunConfig, job_dir: Path, watched: Watched, worker: Worke
     return watched.outcome("error", reason=reason, traceback=log_tail)
 
 
-def _of_signal(sign: signal.Signals, who: str, log_tail: str | None, seen: Circumstances) -> tuple[Status, str]:
+def _of_signal(sign: signal.Signals, who: str, log_tail: str | None, config: RunConfig, seen: Circumstances) -> tuple[Status, str]:
     """A process that was killed, or that aborted in C++."""
     if sign == signal.SIGKILL and seen.oom_kills:
         return "oom_host", f"the kernel ended {who} for want of host memory"
@@ -140,7 +140,7 @@ def _of_signal(sign: signal.Signals, who: str, log_tail: str | None, seen: Circu
     if sign == signal.SIGABRT and any(hint in said for hint in HOST_MEMORY_SIGNS):
         return "oom_host", f"host memory ran out: {who} aborted"
     if sign in (signal.SIGABRT, signal.SIGBUS) and _disk_is_full(seen):
-        return "error", f"the swap disk is full ({format_bytes(seen.swap_free_bytes)} left): {who} aborted"
+        return "error", f"{_full_disk(config, seen)}: {who} aborted"
     return "killed", f"{who} was ended by {sign.name}"
 
 

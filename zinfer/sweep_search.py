@@ -59,15 +59,17 @@ def best_batch(trial: Trial, first: int, step: int, largest: int, trials: int) -
         untried = [middle for middle in between if middle not in tried and abs(middle - best) >= max(step, RESOLUTION * best)]
         if not untried or not tried[best]:
             break
-        rate(max(untried))
+        rate(untried[0])
     return tried
 
 
 def _neighbours(best: int, tried: dict[int, float | None]) -> list[int]:
-    """The nearest tried sizes on both sides."""
-    below = [size for size in tried if size < best]
-    above = [size for size in tried if size > best]
-    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+    """The nearest tried sizes on both sides, the faster one first; only the upper one where memory ended there, still on the rise."""
+    below = max((size for size in tried if size < best), default=None)
+    above = min((size for size in tried if size > best), default=None)
+    if above is not None and tried[above] is None:
+        return [above]
+    return sorted((size for size in (below, above) if size is not None), key=lambda size: tried[size] or 0.0, reverse=True)
 
 
 def _middle(one: int, other: int, step: int) -> int:
