@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from zinfer.config import METHOD_VERSION
+
 Status = Literal["ok", "planned", "refused", "does_not_fit", "oom_device", "oom_host", "killed", "timeout", "error"]
 Json = dict[str, Any]
 
@@ -59,6 +61,7 @@ class Outcome:
             "reason": self.reason,
             "run_id": self.run_id,
             "job_dir": self.job_dir,
+            "method_version": METHOD_VERSION,
             "model": self.model,
             "plan": self.plan,
             "deepspeed": self.deepspeed,

@@ -98,6 +98,8 @@ class Terminal:
         if outcome.status == "planned":
             assert outcome.plan is not None
             print(*page(outcome), sep="\n", file=self._out)
+            print("DeepSpeed JSON:", file=self._out)
+            print(json.dumps(outcome.deepspeed, indent=2), file=self._out)
         if outcome.job_dir:
             self.note(f"job folder {outcome.job_dir}" + (f", MLflow run {outcome.run_id}" if outcome.run_id else ""))
 
