@@ -100,9 +100,7 @@ def test_a_person_would_warn(overrides: tuple[str, ...], changes: dict[str, Any]
 
 @pytest.mark.parametrize("filesystem", ["ext4", "xfs", "btrfs", "zfs", None])
 def test_nothing_is_said_of_a_sound_plan(filesystem: str | None) -> None:
-    said = warnings(
-        "model=opt-30b", "offload=nvme", "dtype=float16", "hardware=a6000", "batch.batch_size=4", disk_filesystem=filesystem
-    )
+    said = warnings("model=opt-30b", "offload=nvme", "dtype=float16", "hardware=a6000", "batch.batch_size=4", disk_filesystem=filesystem)
     assert said == ""
 
 

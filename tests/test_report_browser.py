@@ -209,7 +209,7 @@ def server(store: str) -> Iterator[str]:
         "server",
         "--backend-store-uri",
         store,
-                "--port",
+        "--port",
         str(port),
         "--workers",
         "1",
