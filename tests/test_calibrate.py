@@ -9,9 +9,10 @@ import pytest
 
 from tests.composing import composed
 from tests.test_ceiling import profile
-from zinfer import hardware
-from zinfer.calibrate import FAMILIES, Job, job_config, jobs, small_model
+from zinfer import machine
+from zinfer.calibrate import job_config
 from zinfer.calibration_fit import stream_cost
+from zinfer.calibration_jobs import FAMILIES, Job, jobs, small_model
 from zinfer.calibration_profile import newest_profile, profiles_dir, read_profile, save_profile
 from zinfer.hardware import detect_hardware, machine_fingerprint
 from zinfer.model_spec import model_spec
@@ -150,5 +151,5 @@ def test_the_fingerprint_knows_the_machine_not_the_disk(monkeypatch: pytest.Monk
     config = composed("hardware.accelerator=cpu").hardware
     before = machine_fingerprint(config)
     assert machine_fingerprint(config) == before
-    monkeypatch.setattr(hardware, "cpu_model_name", lambda: "another processor")
+    monkeypatch.setattr(machine, "cpu_model_name", lambda: "another processor")
     assert machine_fingerprint(config) != before

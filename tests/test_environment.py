@@ -16,7 +16,7 @@ import pytest
 import zinfer
 from zinfer.config import HardwareConfig, RunConfig
 from zinfer.environment import GitState, container_kind, environment, git_states, gpu_facts, hardware_fingerprint, parse_git_status
-from zinfer.hardware import parse_nvidia_smi
+from zinfer.machine import parse_nvidia_smi
 
 H100 = "0, GPU-8932f937, NVIDIA H100 80GB HBM3, 81559, 81076, 9.0, 700.00, 570.86.15, 1980, 2619, Disabled\n"
 CONFIG = cast(RunConfig, SimpleNamespace(hardware=HardwareConfig(name="detect", accelerator="cpu")))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from zinfer import hardware
+from zinfer import machine
 from zinfer.config import HardwareConfig
-from zinfer.hardware import Gpu, detect_hardware, parse_nvidia_smi, visible_gpus
+from zinfer.hardware import detect_hardware
+from zinfer.machine import Gpu, parse_nvidia_smi, visible_gpus
 from zinfer.units import GIB, KIB, MIB
 
 UNLIMITED_V1 = "9223372036854771712\n"
@@ -29,7 +30,7 @@ LAPTOP = "0, GPU-cccc, NVIDIA GeForce GTX 1650, 4096, 3900, 7.5, [N/A], 535.54.0
 SLICED = "0, GPU-dddd, NVIDIA A100-SXM4-40GB, 40960, 40000, 8.0, 400.00, 535.54.03, 1410, 1215, Enabled\n"
 
 
-def machine(root: Path, files: dict[str, str]) -> Path:
+def file_system(root: Path, files: dict[str, str]) -> Path:
     """A file system with these files in /proc and /sys."""
     for name, text in files.items():
         path = root / name
@@ -45,7 +46,7 @@ def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, cuda:
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(hardware, "torch_cuda_version", lambda: cuda)
+    monkeypatch.setattr(machine, "torch_cuda_version", lambda: cuda)
 
 
 def says(text: str) -> str:
@@ -56,14 +57,14 @@ def says(text: str) -> str:
 
 
 def test_without_cgroups_memory_is_what_meminfo_says(tmp_path: Path) -> None:
-    root = machine(tmp_path, {"proc/meminfo": MEMINFO})
-    assert hardware.host_total_bytes(root) == 65536000 * KIB
-    assert hardware.host_available_bytes(root) == 50000000 * KIB
+    root = file_system(tmp_path, {"proc/meminfo": MEMINFO})
+    assert machine.host_total_bytes(root) == 65536000 * KIB
+    assert machine.host_available_bytes(root) == 50000000 * KIB
 
 
 def test_a_slurm_step_has_what_the_smallest_cgroup_above_it_leaves(tmp_path: Path) -> None:
     """v2: the step has no limit, the job above it has 16 GiB of which 6 are in use, 2 of them page cache."""
-    root = machine(
+    root = file_system(
         tmp_path,
         {
             "proc/meminfo": MEMINFO,
@@ -79,12 +80,12 @@ def test_a_slurm_step_has_what_the_smallest_cgroup_above_it_leaves(tmp_path: Pat
             "sys/fs/cgroup/system.slice/memory.current": f"{10 * GIB}\n",
         },
     )
-    assert hardware.host_total_bytes(root) == 16 * GIB
-    assert hardware.host_available_bytes(root) == 12 * GIB
+    assert machine.host_total_bytes(root) == 16 * GIB
+    assert machine.host_available_bytes(root) == 12 * GIB
 
 
 def test_memory_high_is_a_limit_too(tmp_path: Path) -> None:
-    root = machine(
+    root = file_system(
         tmp_path,
         {
             "proc/meminfo": MEMINFO,
@@ -95,7 +96,7 @@ def test_memory_high_is_a_limit_too(tmp_path: Path) -> None:
             "sys/fs/cgroup/user.slice/memory.current": f"{3 * GIB}\n",
         },
     )
-    assert hardware.host_available_bytes(root) == 5 * GIB
+    assert machine.host_available_bytes(root) == 5 * GIB
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_memory_high_is_a_limit_too(tmp_path: Path) -> None:
     ],
 )
 def test_a_container_sees_its_limit_at_the_mount(tmp_path: Path, cgroup: str, mountinfo: str) -> None:
-    root = machine(
+    root = file_system(
         tmp_path,
         {
             "proc/meminfo": MEMINFO,
@@ -118,10 +119,10 @@ def test_a_container_sees_its_limit_at_the_mount(tmp_path: Path, cgroup: str, mo
             "sys/fs/cgroup/cpu.max": "150000 100000\n",
         },
     )
-    assert hardware.host_total_bytes(root) == 4 * GIB
-    assert hardware.host_available_bytes(root) == 3 * GIB
-    assert hardware.cpu_quotas(root) == [1.5]
-    assert hardware.host_cores(root) == 1
+    assert machine.host_total_bytes(root) == 4 * GIB
+    assert machine.host_available_bytes(root) == 3 * GIB
+    assert machine.cpu_quotas(root) == [1.5]
+    assert machine.host_cores(root) == 1
 
 
 CGROUP_V1 = {
@@ -139,17 +140,17 @@ CGROUP_V1 = {
 
 def test_a_cgroup_v1_limit_counts_the_whole_subtree(tmp_path: Path) -> None:
     limited = {"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{8 * GIB}\n", "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "400000\n"}
-    root = machine(tmp_path, CGROUP_V1 | limited)
-    assert hardware.host_total_bytes(root) == 8 * GIB
-    assert hardware.host_available_bytes(root) == 6 * GIB
-    assert hardware.cpu_quotas(root) == [4.0]
+    root = file_system(tmp_path, CGROUP_V1 | limited)
+    assert machine.host_total_bytes(root) == 8 * GIB
+    assert machine.host_available_bytes(root) == 6 * GIB
+    assert machine.cpu_quotas(root) == [4.0]
 
 
 def test_a_cgroup_v1_without_a_limit_limits_nothing(tmp_path: Path) -> None:
     unlimited = {"sys/fs/cgroup/memory/memory.limit_in_bytes": UNLIMITED_V1, "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n"}
-    root = machine(tmp_path, CGROUP_V1 | unlimited)
-    assert hardware.host_total_bytes(root) == 65536000 * KIB
-    assert hardware.cpu_quotas(root) == [None]
+    root = file_system(tmp_path, CGROUP_V1 | unlimited)
+    assert machine.host_total_bytes(root) == 65536000 * KIB
+    assert machine.cpu_quotas(root) == [None]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,8 @@ def test_locked_memory_is_unlimited_only_for_the_real_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capabilities: str, uid_map: str, unlimited: bool
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (8 * MIB, 8 * MIB))
-    root = machine(tmp_path, {"proc/self/status": f"Name:\tx\nCapEff:\t{capabilities}\n", "proc/self/uid_map": uid_map})
-    assert hardware.memlock_limit_bytes(root) == (None if unlimited else 8 * MIB)
+    root = file_system(tmp_path, {"proc/self/status": f"Name:\tx\nCapEff:\t{capabilities}\n", "proc/self/uid_map": uid_map})
+    assert machine.memlock_limit_bytes(root) == (None if unlimited else 8 * MIB)
 
 
 # The processor
@@ -184,18 +185,20 @@ def test_locked_memory_is_unlimited_only_for_the_real_root(
     ],
 )
 def test_the_cpu_computes_in_float16_where_onednn_does(processor: str, flags: str, float16: bool) -> None:
-    dtypes = hardware.cpu_dtypes(frozenset(flags.split()))
+    dtypes = machine.cpu_dtypes(frozenset(flags.split()))
     assert ("float16" in dtypes) == float16, processor
     assert {"float32", "bfloat16"} <= set(dtypes)
 
 
 def test_cpuinfo_of_x86_and_arm_is_read(tmp_path: Path) -> None:
-    intel = machine(tmp_path / "intel", {"proc/cpuinfo": "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Gold 6330\nflags\t\t: fpu avx2\n"})
-    arm = machine(tmp_path / "arm", {"proc/cpuinfo": "processor\t: 0\nFeatures\t: fp fphp asimdhp\nCPU part\t: 0xd40\n"})
-    assert hardware.cpu_model_name(intel) == "Intel(R) Xeon(R) Gold 6330"
-    assert hardware.cpu_flags(intel) == {"fpu", "avx2"}
-    assert hardware.cpu_model_name(arm) is None
-    assert "asimdhp" in hardware.cpu_flags(arm)
+    intel = file_system(
+        tmp_path / "intel", {"proc/cpuinfo": "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Gold 6330\nflags\t\t: fpu avx2\n"}
+    )
+    arm = file_system(tmp_path / "arm", {"proc/cpuinfo": "processor\t: 0\nFeatures\t: fp fphp asimdhp\nCPU part\t: 0xd40\n"})
+    assert machine.cpu_model_name(intel) == "Intel(R) Xeon(R) Gold 6330"
+    assert machine.cpu_flags(intel) == {"fpu", "avx2"}
+    assert machine.cpu_model_name(arm) is None
+    assert "asimdhp" in machine.cpu_flags(arm)
 
 
 # GPUs
@@ -254,7 +257,7 @@ def test_cuda_visible_devices_is_followed(visible: str | None, indices: list[int
     ],
 )
 def test_a_gpu_computes_natively_in_these_types(capability: tuple[int, int], dtypes: tuple[str, ...]) -> None:
-    assert hardware.cuda_dtypes(capability) == dtypes
+    assert machine.cuda_dtypes(capability) == dtypes
 
 
 def test_a_gpu_machine_is_planned_with_the_fullest_gpu_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +267,7 @@ def test_a_gpu_machine_is_planned_with_the_fullest_gpu_that_is_used(tmp_path: Pa
     assert (one.device_kind, one.device_name, one.device_count) == ("cuda", "NVIDIA A100-SXM4-40GB", 2)
     assert (one.device_total_bytes, one.device_free_bytes) == (40960 * MIB, 40330 * MIB)
     assert two.device_free_bytes == 12000 * MIB
-    assert one.host_total_bytes == hardware.host_total_bytes()
+    assert one.host_total_bytes == machine.host_total_bytes()
 
 
 def test_the_memory_of_a_gpu_slice_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +279,7 @@ def test_the_memory_of_a_gpu_slice_is_unknown(tmp_path: Path, monkeypatch: pytes
     assert detect_hardware(HardwareConfig(name="detect", device_bytes=5 * GIB), None).device_free_bytes == 5 * GIB
 
 
-@pytest.mark.parametrize("exit_code", hardware.NO_GPU_EXIT_CODES)
+@pytest.mark.parametrize("exit_code", machine.NO_GPU_EXIT_CODES)
 def test_an_nvidia_smi_without_a_gpu_means_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exit_code: int) -> None:
     nvidia_smi(tmp_path, monkeypatch, f"echo 'No devices were found'; exit {exit_code}")
     assert detect_hardware(HardwareConfig(name="detect"), None).device_kind == "cpu"
@@ -293,7 +296,7 @@ def test_a_gpu_that_does_not_answer_is_refused_not_passed_over(tmp_path: Path, m
 
 def test_a_hanging_nvidia_smi_is_refused_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia_smi(tmp_path, monkeypatch, "exec sleep 60")
-    monkeypatch.setattr(hardware, "NVIDIA_SMI_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(machine, "NVIDIA_SMI_TIMEOUT_S", 0.2)
     with pytest.raises(ValueError, match="did not answer"):
         detect_hardware(HardwareConfig(name="detect"), None)
 
@@ -307,7 +310,7 @@ def test_a_torch_for_the_cpu_does_not_see_the_gpu(tmp_path: Path, monkeypatch: p
 
 def test_the_installed_torch_says_what_it_is_built_for() -> None:
     torch = pytest.importorskip("torch")
-    assert hardware.torch_cuda_version() == (torch.version.cuda or torch.version.hip)
+    assert machine.torch_cuda_version() == (torch.version.cuda or torch.version.hip)
 
 
 # Disks
@@ -335,14 +338,14 @@ MOUNTS = (
 def test_the_file_system_is_that_of_the_longest_and_latest_mount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, filesystem: str
 ) -> None:
-    monkeypatch.setattr(hardware, "existing_parent", lambda path: path)
-    root = machine(tmp_path, {"proc/self/mountinfo": MOUNTS})
-    assert hardware.filesystem_of(Path(path), root) == filesystem
+    monkeypatch.setattr(machine, "existing_parent", lambda path: path)
+    root = file_system(tmp_path, {"proc/self/mountinfo": MOUNTS})
+    assert machine.filesystem_of(Path(path), root) == filesystem
 
 
 def test_a_path_that_does_not_exist_yet_is_on_its_parents_disk(tmp_path: Path) -> None:
-    assert hardware.existing_parent(tmp_path / "a" / "b") == tmp_path
-    free, total = hardware.disk_bytes(tmp_path / "a" / "b")
+    assert machine.existing_parent(tmp_path / "a" / "b") == tmp_path
+    free, total = machine.disk_bytes(tmp_path / "a" / "b")
     assert 0 < free <= total
 
 

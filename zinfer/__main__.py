@@ -72,6 +72,10 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
         config = parse_config(composed)
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
+    if config.task == "calibrate":
+        from zinfer.calibrate import main_task
+
+        return finish(main_task(config, job_dir, terminal), job_dir, terminal)
     if config.task == "upload":
         from zinfer.upload import upload
 

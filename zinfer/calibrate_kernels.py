@@ -173,7 +173,7 @@ def nvme_rates(folder: Path, events: EventLog) -> dict[str, Any]:
     import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    from zinfer import hardware
+    from zinfer import machine
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"zinfer-calibrate-{os.getpid()}"
@@ -196,7 +196,7 @@ def nvme_rates(folder: Path, events: EventLog) -> dict[str, Any]:
     return {
         "nvme": rows,
         "nvme_page_cache": page_cache,
-        "nvme_path_filesystem": hardware.filesystem_of(folder),
+        "nvme_path_filesystem": machine.filesystem_of(folder),
         "nvme_free_bytes": shutil.disk_usage(folder).free,
     }
 

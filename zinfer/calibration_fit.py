@@ -5,22 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zinfer.calibration_jobs import Job
 from zinfer.calibration_profile import PROFILE_VERSION, CalibrationProfile, FixedCost, LoadCost, StreamCost, profile_from_document
 from zinfer.config import RunConfig
 from zinfer.hardware import Hardware
 from zinfer.host_process import GROWTH_BYTES, IMPORTED_RSS_BYTES
 from zinfer.memory_plan import memory_plan
 from zinfer.model_spec import ModelSpec, model_spec
+from zinfer.outcome import Json
 from zinfer.prediction import attention_seconds, elementwise_seconds, products_seconds
 from zinfer.zero_layout import zero_layout
 
-if TYPE_CHECKING:
-    from zinfer.calibrate import Job
-    from zinfer.outcome import Json
-
-Measured = tuple["Job", RunConfig, "Json"]
+Measured = tuple[Job, RunConfig, Json]
 NO_COST = FixedCost(model_type="*", mode="", dtype="", step_s=0.0, layer_s=0.0, element_s=0.0)
 
 

@@ -44,10 +44,6 @@ def run_job(config: RunConfig, job_dir: Path, terminal: Terminal, *, forked: boo
         stopped: asked four times a second; True ends the job as Ctrl-C does.
     """
     job_dir.mkdir(parents=True, exist_ok=True)
-    if config.task == "calibrate":
-        from zinfer.calibrate import main_task
-
-        return finish(main_task(config, job_dir, terminal), job_dir, terminal)
     with Interrupts.in_order(), driven(job_dir, "job"):
         close_abandoned(terminal)
         try:

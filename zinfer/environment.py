@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import zinfer
-from zinfer import hardware
+from zinfer import machine
 from zinfer.config import RunConfig
-from zinfer.hardware import Gpu
+from zinfer.machine import Gpu
 from zinfer.outcome import Json
 from zinfer.redact import redact
 
@@ -42,7 +42,7 @@ def environment(config: RunConfig, nvme_path: Path | None, gpus: list[Gpu] | Non
     """Everything about this machine and this installation that can move a number. `gpus`: those already listed, to save asking again."""
     checkout, working_directory = git_states(PACKAGE_FOLDER.parent, Path.cwd())
     if gpus is None:
-        gpus = hardware.usable_gpus(config.hardware) if config.hardware.name == "detect" else []
+        gpus = machine.usable_gpus(config.hardware) if config.hardware.name == "detect" else []
     found: Json = {
         "zinfer": {"version": zinfer.__version__, "commit": checkout.commit, "dirty": checkout.dirty},
         "working_directory": {"commit": working_directory.commit, "dirty": working_directory.dirty},
@@ -53,13 +53,13 @@ def environment(config: RunConfig, nvme_path: Path | None, gpus: list[Gpu] | Non
         "machine": platform.machine(),
         "host_hash": hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
         "cpu": {
-            "model": hardware.cpu_model_name(),
+            "model": machine.cpu_model_name(),
             "cores": os.cpu_count(),
-            "usable_cores": hardware.host_cores(),
+            "usable_cores": machine.host_cores(),
             "governor": cpu_governor(),
         },
-        "host_total_bytes": hardware.host_total_bytes(),
-        "host_available_bytes": hardware.host_available_bytes(),
+        "host_total_bytes": machine.host_total_bytes(),
+        "host_available_bytes": machine.host_available_bytes(),
         "gpus": [gpu_facts(gpu) for gpu in gpus],
         "disk": disk_facts(nvme_path) if nvme_path else None,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -77,7 +77,7 @@ def hardware_fingerprint(env: Json) -> str:
     decisive = {
         "cpu": env["cpu"]["model"],
         "cores": env["cpu"]["usable_cores"],
-        "host_gib": hardware.rounded_gib(env["host_total_bytes"]),
+        "host_gib": machine.rounded_gib(env["host_total_bytes"]),
         "gpus": [gpu["name"] for gpu in env["gpus"]],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
@@ -181,7 +181,7 @@ def gpu_facts(gpu: Gpu) -> Json:
     }
 
 
-def cpu_governor(root: Path = hardware.ROOT) -> str | None:
+def cpu_governor(root: Path = machine.ROOT) -> str | None:
     """Frequency governor of the first core (performance, powersave); None in most virtual machines."""
     try:
         return (root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
@@ -191,8 +191,8 @@ def cpu_governor(root: Path = hardware.ROOT) -> str | None:
 
 def disk_facts(nvme_path: Path) -> Json:
     """The file system that swapped weights will be on."""
-    free, total = hardware.disk_bytes(nvme_path)
-    mount = hardware.mount_of(nvme_path)
+    free, total = machine.disk_bytes(nvme_path)
+    mount = machine.mount_of(nvme_path)
     return {
         "filesystem": mount.filesystem if mount else None,
         "device": mount.device if mount else None,
@@ -208,10 +208,10 @@ def ulimits() -> Json:
     return {name: None if soft == resource.RLIM_INFINITY else soft for name, soft in limits.items()}
 
 
-def container_facts(root: Path = hardware.ROOT) -> Json:
+def container_facts(root: Path = machine.ROOT) -> Json:
     """Which container or batch system this runs in, as far as it shows, and what its cgroups allow."""
-    quotas = [quota for quota in hardware.cpu_quotas(root) if quota is not None]
-    limits = [group.limit_bytes for group in hardware.memory_cgroups(root)]
+    quotas = [quota for quota in machine.cpu_quotas(root) if quota is not None]
+    limits = [group.limit_bytes for group in machine.memory_cgroups(root)]
     return {
         "kind": container_kind(os.environ, root),
         "cpu_quota_cores": min(quotas, default=None),
@@ -219,7 +219,7 @@ def container_facts(root: Path = hardware.ROOT) -> Json:
     }
 
 
-def container_kind(variables: Any, root: Path = hardware.ROOT) -> str | None:
+def container_kind(variables: Any, root: Path = machine.ROOT) -> str | None:
     """docker, podman, kubernetes or slurm; None outside of any that is known."""
     if "KUBERNETES_SERVICE_HOST" in variables:
         return "kubernetes"

@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from zinfer.config import ConfigError, RunConfig, parse_config
 from zinfer.environment import environment
-from zinfer.hardware import filesystem_of
 from zinfer.job import driven
+from zinfer.machine import filesystem_of
 from zinfer.mlflow_store import tracking_uri
 from zinfer.orphans import close_abandoned
 from zinfer.outcome import Json
