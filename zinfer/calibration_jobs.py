@@ -1,0 +1,63 @@
+"""The small models that calibration runs: what they cost beyond their kernels is what a layer, an element and a step cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from zinfer.config import BatchConfig, ModelConfig
+
+FAMILIES = ("llama", "opt", "bloom", "mixtral")
+LAYERS, FEW_LAYERS = 8, 2
+HIDDEN = 64
+"""So small that a layer is nothing but its fixed cost."""
+ELEMENT_LAYERS, ELEMENT_HIDDEN = 4, 256
+"""Large enough for a prefill to show its elementwise work."""
+STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=16, warmup=1, repeats=3)
+PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One small model in one mode."""
+
+    family: str
+    mode: str
+    dtype: str
+    layers: int = LAYERS
+    hidden: int = HIDDEN
+    batch: BatchConfig = STEPS
+
+
+def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
+    """A model of that family whose weights are small: what it costs is mostly not arithmetic."""
+    heads = max(1, hidden // 64)
+    shared = {"hidden_size": hidden, "vocab_size": 512, "num_hidden_layers": layers, "num_attention_heads": heads}
+    gated = {"num_key_value_heads": max(1, heads // 2), "max_position_embeddings": 1024, "tie_word_embeddings": False}
+    overrides: dict[str, dict[str, Any]] = {
+        "llama": {**shared, **gated, "intermediate_size": hidden * 11 // 4},
+        "opt": {**shared, "word_embed_proj_dim": hidden, "ffn_dim": hidden * 15 // 4, "max_position_embeddings": 512},
+        "bloom": shared,
+        "mixtral": {**shared, **gated, "intermediate_size": hidden * 11 // 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+                    "sliding_window": None},
+    }  # fmt: skip
+    name = f"calibration-{family}-{layers}x{hidden}"
+    return ModelConfig(name=name, model_type=family, overrides=overrides[family], checkpoint_dtype="float32")
+
+
+def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[Job]:
+    """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs."""
+    for mode in ("none", "resident", *(("cpu",) if cpu_offload else ())):
+        for dtype in dtypes:
+            yield Job(family="llama", mode=mode, dtype=dtype, layers=FEW_LAYERS)
+            for family in FAMILIES:
+                yield Job(family=family, mode=mode, dtype=dtype)
+    for dtype in dtypes:
+        for family in FAMILIES:
+            yield Job(family=family, mode="none", dtype=dtype, layers=ELEMENT_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL)
+    if nvme:
+        yield Job(family="llama", mode="nvme", dtype="float32")
+        yield Job(family="opt", mode="nvme", dtype="float32")
+        yield Job(family="llama", mode="nvme", dtype="float32", layers=6, hidden=640)  # matrices of 1.6 MB and more: swapped
+        yield Job(family="llama", mode="nvme", dtype="float32", layers=2, hidden=1536)
