@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free processors stall every operator
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ZINFER_PROFILES"] = tempfile.mkdtemp(prefix="zinfer-test-profiles-")  # this machine's own calibration decides no test
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")

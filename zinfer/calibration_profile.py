@@ -169,8 +169,9 @@ def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
 
 
 def profiles_dir() -> Path:
-    """Where profiles are. Not created here."""
-    return cache_dir() / "profiles"
+    """$ZINFER_PROFILES, or profiles/ in zinfer's cache. Not created here."""
+    chosen = os.environ.get("ZINFER_PROFILES")
+    return Path(chosen).expanduser().absolute() if chosen else cache_dir() / "profiles"
 
 
 def save_profile(profile: CalibrationProfile) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from zinfer.config import RunConfig
+    from zinfer.run_config import RunConfig
 
 
 def config_problems(config: RunConfig) -> list[str]:

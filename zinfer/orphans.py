@@ -13,10 +13,12 @@ from zinfer.config import ConfigError, RunConfig, config_from_tree
 from zinfer.ending import Watched
 from zinfer.events import EventReader
 from zinfer.job import ENVIRONMENT_FILE, JOB_FILE, RESULT_FILE, WORKERS_FILE, abandoned_folders, forget, read_json, write_json
+from zinfer.mlflow_client import connect, store_errors
+from zinfer.mlflow_store import TrackingUnavailable, tracking_uri
 from zinfer.outcome import Outcome
 from zinfer.swap import is_alive, remove_swap_folder, swap_folder
 from zinfer.terminal import Terminal
-from zinfer.tracking import TrackedRun, TrackingUnavailable, connect, store_errors, tracking_uri
+from zinfer.tracking import TrackedRun
 from zinfer.worker_process import signal_group
 
 if TYPE_CHECKING:

@@ -236,7 +236,8 @@ def log_grid(config: RunConfig, folder: Path, rows: list[Row], terminal: Termina
     """One run in MLflow for the whole grid: its table as an artifact, its size as metrics."""
     if config.tracking.store == "none":
         return
-    from zinfer.tracking import TrackingUnavailable, artifact_location, connect, ensure_store, experiment, store_errors, tracking_uri
+    from zinfer.mlflow_client import connect, experiment, store_errors
+    from zinfer.mlflow_store import TrackingUnavailable, artifact_location, ensure_store, tracking_uri
 
     try:
         uri = tracking_uri(config.tracking, Path.cwd())

@@ -11,27 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from hydra.experimental.callback import Callback
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from zinfer.sweep_resume import EarlierRun
 
 SWEEP_FILE = "sweep.json"
 STOP_FILE = "stop.json"
-
-
-class SweepCallback(Callback):
-    """Hydra calls this before the first job. What follows the last one is in zinfer.sweep_end: Hydra does not call back after a failure."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Plan the sweep; a preview, and a sweep of which everything is there already, end here."""
-        from zinfer.sweep_start import start_sweep
-
-        start_sweep(config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,8 +112,8 @@ def parent_run_id(given: str | None, client: MlflowClient, experiment_id: str) -
 def close_parent(file: Path, uri: str | None, status: str, run_status: str) -> None:
     """End the parent run, if a job has created it. The jobs are complete without it, so a store that is gone is only said."""
     from zinfer.config import TrackingConfig
+    from zinfer.mlflow_client import connect, store_errors
     from zinfer.mlflow_store import TrackingUnavailable, tracking_uri
-    from zinfer.tracking import connect, store_errors
 
     run_id = json.loads(file.read_text())["run_id"]
     if run_id is None:

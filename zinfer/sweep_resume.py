@@ -7,23 +7,18 @@ hardware and the method. All of it is in the run's tag zinfer.key.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from zinfer.config import METHOD_VERSION, RunConfig, config_key
-from zinfer.environment import PACKAGE_FOLDER, hardware_fingerprint
+from zinfer.job import RESULT_FILE, REUSED_FILE, read_json, write_json
+from zinfer.job_key import KEY_TAG
 from zinfer.mlflow_store import sqlite_path
 from zinfer.outcome import Json, Status
 
-KEY_TAG = "zinfer.key"
-LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate")
 HEADLINE = "generated_tokens_per_s"
 INTERRUPTED_REASONS = ("interrupted", "the driver was killed")
 """Such a run says nothing about its job: it is run again whatever sweep.retry is."""
@@ -47,34 +42,6 @@ class EarlierRun:
     def document(self) -> Json:
         """JSON-able; EarlierRun(**document) reads it back."""
         return asdict(self)
-
-
-def job_key(config: RunConfig, environment: Json) -> str:
-    """CONFIGURATION.CODE.HARDWARE, 16, 12 and 12 hexadecimal digits."""
-    return f"{config_key(config)}.{code_key(environment)}.{hardware_fingerprint(environment)}"
-
-
-def code_key(environment: Json) -> str:
-    """Of the method, the libraries and the commit; with uncommitted changes, or without a checkout, of the source files themselves."""
-    checkout = environment["zinfer"]
-    packages = environment.get("packages") or {}
-    decisive = {
-        "method": METHOD_VERSION,
-        "commit": checkout["commit"],
-        "sources": None if checkout["commit"] and not checkout["dirty"] else sources_hash(),
-        "libraries": {name: packages.get(name) for name in LIBRARIES},
-    }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@cache
-def sources_hash() -> str:
-    """Of every Python file of the package, as it was when this process first asked."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE_FOLDER.rglob("*.py")):
-        digest.update(f"{path.relative_to(PACKAGE_FOLDER)}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def reusable_runs(uri: str, experiment: str, retry: str) -> dict[str, EarlierRun]:
@@ -133,8 +100,8 @@ def _from_sqlite(path: Path, experiment: str) -> Iterator[EarlierRun]:
 
 def _from_mlflow(uri: str, experiment: str) -> Iterator[EarlierRun]:
     """The same through MLflow, for servers and other databases."""
+    from zinfer.mlflow_client import connect, store_errors
     from zinfer.mlflow_store import TrackingUnavailable, ensure_store
-    from zinfer.tracking import connect, store_errors
 
     try:
         ensure_store(uri)
@@ -161,3 +128,14 @@ def _from_mlflow(uri: str, experiment: str) -> Iterator[EarlierRun]:
                     return
     except TrackingUnavailable:
         return
+
+
+def note_reused(earlier: EarlierRun, job_dir: Path) -> None:
+    """Leave in the job's folder which run stands for it, with all that is known of that run."""
+    job_dir.mkdir(parents=True, exist_ok=True)
+    document: Json = {"status": earlier.status, "reason": earlier.reason, "run_id": earlier.run_id, "job_dir": earlier.job_dir}
+    if earlier.tokens_per_s is not None:
+        document["metrics"] = {"generated_tokens_per_s": earlier.tokens_per_s}
+    if earlier.job_dir is not None:
+        document |= read_json(Path(earlier.job_dir) / RESULT_FILE) or {}
+    write_json(job_dir / REUSED_FILE, {**document, "reused": True, "run_id": earlier.run_id})

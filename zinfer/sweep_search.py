@@ -14,11 +14,12 @@ from zinfer.config import RunConfig
 from zinfer.driver import finish, never, run_job
 from zinfer.interrupts import Interrupts
 from zinfer.job import RESULT_FILE, REUSED_FILE, read_json
+from zinfer.job_key import key_here
 from zinfer.outcome import Json, Outcome
 from zinfer.refusals import refusal
 from zinfer.sweep import Sweep
-from zinfer.sweep_job import key_here, note_reused
 from zinfer.sweep_parent import announce_parent, close_parent
+from zinfer.sweep_resume import note_reused
 from zinfer.terminal import Terminal
 
 STILL_RISING = 1.02
@@ -118,7 +119,7 @@ def run_trial(config: RunConfig, size: int, folder: Path, terminal: Terminal, sw
     )
     earlier = sweep.reusable.get(key_here(trial)) if sweep is not None and sweep.reusable else None
     if sweep is not None and earlier is not None:
-        note_reused(sweep, earlier, folder, [f"batch.batch_size={size}"])
+        note_reused(earlier, folder)
         found: Json = read_json(folder / REUSED_FILE)
         return found
     forked = config.launcher.fork_workers

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from zinfer.config import ConfigError, RunConfig, parse_config
 from zinfer.environment import environment
 from zinfer.job import driven
+from zinfer.job_key import job_key
 from zinfer.machine import filesystem_of
 from zinfer.mlflow_store import tracking_uri
 from zinfer.orphans import close_abandoned
@@ -31,7 +32,7 @@ from zinfer.refusals import refusal
 from zinfer.sweep import Sweep, SweepJob
 from zinfer.sweep_parent import ParentRunCallback
 from zinfer.sweep_plan import plan_jobs
-from zinfer.sweep_resume import EarlierRun, job_key, reusable_runs
+from zinfer.sweep_resume import EarlierRun, note_reused, reusable_runs
 from zinfer.terminal import Terminal
 from zinfer.worker_process import Servers
 
@@ -83,10 +84,8 @@ def start_sweep(master: DictConfig) -> None:
         if sweep.preview:
             raise SweepOver
         if all(job.state == "reused" for job in sweep.jobs):
-            from zinfer.sweep_job import note_reused
-
             for job in sweep.jobs:
-                note_reused(sweep, sweep.reusable[str(job.key)], sweep.folder / str(job.num), job.overrides)
+                note_reused(sweep.reusable[str(job.key)], sweep.folder / str(job.num))
             raise SweepOver
     if sweep.tracking_uri is not None:
         Started.parent.announce(sweep.folder, list(master.hydra.overrides.task), sweep.tracking_uri)

@@ -6,10 +6,8 @@ logged after timing, in batches, through MlflowClient: no global state, no outpu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -21,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import zinfer
 from zinfer.config import METHOD_VERSION, RunConfig, config_key, config_to_tree
 from zinfer.environment import hardware_fingerprint
-from zinfer.mlflow_store import TrackingUnavailable, artifact_location, ensure_store, first_connection_lock, tracking_uri
+from zinfer.job_key import KEY_TAG, job_key
+from zinfer.mlflow_client import connect, experiment, store_errors
+from zinfer.mlflow_store import TrackingUnavailable, artifact_location, ensure_store, tracking_uri
 from zinfer.outcome import Json, Outcome, Status
 from zinfer.redact import redact
-from zinfer.sweep_resume import KEY_TAG, job_key
+from zinfer.sweep_parent import parent_run_id
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -125,52 +125,6 @@ def open_run(config: RunConfig, *, job_dir: Path, environment: Json) -> TrackedR
 # The store
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of the store, which exists. MLflow is kept from printing to stdout, phoning home and retrying for minutes."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    from mlflow import MlflowClient
-
-    with first_connection_lock(uri):
-        return MlflowClient(tracking_uri=uri)
-
-
-def experiment(client: MlflowClient, name: str, location: str | None) -> str:
-    """Id of the experiment, created if need be; another process may create it at the same moment."""
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=location))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage != "active":
-        raise TrackingUnavailable(
-            f"the experiment {name} was deleted. Type mlflow experiments restore --experiment-id {found.experiment_id}, "
-            "or tracking.experiment=another-name"
-        )
-    return str(found.experiment_id)
-
-
-@contextlib.contextmanager
-def store_errors(uri: str) -> Iterator[None]:
-    """Whatever MLflow, its database driver or its HTTP client raise becomes one sentence without credentials."""
-    try:
-        yield
-    except TrackingUnavailable:
-        raise
-    except ImportError as error:
-        raise TrackingUnavailable(f"{redact(uri)} needs a package that is not installed: {error}. Type pip install mlflow") from error
-    except Exception as error:  # MlflowException, SQLAlchemyError, requests' errors, OSError: each store has its own
-        said = str(error).strip().splitlines() or ["no message"]
-        raise TrackingUnavailable(redact(f"{uri}: {type(error).__name__}: {said[0]}")) from None
-
-
 # What is logged
 
 
@@ -220,8 +174,6 @@ def run_tags(config: RunConfig, job_dir: Path, environment: Json) -> dict[str, s
 
 def parent_tag(given: str, client: MlflowClient, experiment_id: str) -> dict[str, str]:
     """The tag that puts this run under its sweep's run in MLflow."""
-    from zinfer.sweep_parent import parent_run_id
-
     parent = parent_run_id(given, client, experiment_id)
     return {} if parent is None else {"mlflow.parentRunId": parent}
 

@@ -9,10 +9,12 @@ from zinfer.config import RunConfig
 from zinfer.ending import Watched
 from zinfer.events import EventReader
 from zinfer.job import ENVIRONMENT_FILE, NOT_LOGGED_FILE, RESULT_FILE, read_json, write_json
+from zinfer.mlflow_client import connect, store_errors
+from zinfer.mlflow_store import TrackingUnavailable, tracking_uri
 from zinfer.orphans import config_of
 from zinfer.outcome import Outcome
 from zinfer.terminal import Terminal
-from zinfer.tracking import TrackedRun, TrackingUnavailable, connect, open_run, store_errors, tracking_uri
+from zinfer.tracking import TrackedRun, open_run
 
 ROOTS = ("outputs", "multirun")
 """Where jobs of this working directory are, unless hydra.run.dir or hydra.sweep.dir say otherwise."""
