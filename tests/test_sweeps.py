@@ -87,12 +87,11 @@ def test_fail_fast_starts_no_job_after_the_first_failure(tmp_path: Path) -> None
     assert done.returncode == 1
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_sweep_ends_within_5_s_and_goes_on_where_it_was(sign: signal.Signals, tmp_path: Path) -> None:
+def test_interrupted_sweep_ends_within_5_s_and_goes_on_where_it_was(tmp_path: Path) -> None:
     seeds = f"batch.seed=1,{fate.HANG},2"
     process = start(tmp_path, "-m", *TINY, "offload=nvme", seeds, misbehaving=True)
     wait_until(lambda: len(events_of(tmp_path, "sample")) == 2, 90, "sample of the second job")
-    process.send_signal(sign)
+    process.send_signal(signal.SIGINT)
     asked_s = time.monotonic()
     assert process.wait(30) == 130
     assert time.monotonic() - asked_s < 5
