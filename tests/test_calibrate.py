@@ -22,7 +22,7 @@ from zinfer.zero_layout import zero_layout
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles of these tests are nobody else's."""
-    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ZINFER_PROFILES", str(tmp_path / "profiles"))
 
 
 def test_a_profile_is_read_back_as_it_was() -> None:
