@@ -105,7 +105,7 @@ def test_interrupted_sweep_ends_within_5_s_and_goes_on_where_it_was(tmp_path: Pa
     assert statuses(again) == ["ok"] * 3
 
 
-@pytest.mark.parametrize("forked", ["true", "false"])
+@pytest.mark.parametrize("forked", ["false"])  # tests/test_kills.py has forked ones
 def test_a_killed_driver_takes_its_worker_along_and_is_cleaned_up_after(forked: str, tmp_path: Path) -> None:
     process = start(
         tmp_path, "-m", *TINY, "offload=nvme", f"batch.seed=1,{fate.SLEEP},2", f"launcher.fork_workers={forked}", misbehaving=True
