@@ -38,6 +38,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("ZINFER_CACHE", str(folder))
+        patch.setattr("zinfer.model_spec._COUNTED", {})  # what other tests of this process have counted is not in that folder
         yield folder
 
 
