@@ -216,16 +216,16 @@ def test_importing_the_module_does_not_import_mlflow() -> None:
 
 
 def test_the_default_store_is_in_the_working_directory() -> None:
-    assert tracking_uri(TrackingConfig(store="sqlite"), Path("/work")) == "sqlite:////work/mlflow.db"
-    assert tracking_uri(TrackingConfig(store="sqlite", uri="sqlite:///runs/a.db"), Path("/work")) == "sqlite:////work/runs/a.db"
-    assert tracking_uri(TrackingConfig(store="sqlite", uri="sqlite:////data/a.db"), Path("/work")) == "sqlite:////data/a.db"
-    assert tracking_uri(TrackingConfig(store="server", uri="http://host:5000"), Path("/work")) == "http://host:5000"
+    assert tracking_uri(TrackingConfig(store="sqlite"), Path("/here")) == "sqlite:////here/mlflow.db"
+    assert tracking_uri(TrackingConfig(store="sqlite", uri="sqlite:///runs/a.db"), Path("/here")) == "sqlite:////here/runs/a.db"
+    assert tracking_uri(TrackingConfig(store="sqlite", uri="sqlite:////data/a.db"), Path("/here")) == "sqlite:////data/a.db"
+    assert tracking_uri(TrackingConfig(store="server", uri="http://host:5000"), Path("/here")) == "http://host:5000"
 
 
 def test_artifacts_are_beside_the_database() -> None:
-    assert mlflow_store.artifact_location("sqlite:////data/a.db", Path("/work")) == "/data/mlartifacts"
-    assert mlflow_store.artifact_location("postgresql+psycopg2://host/db", Path("/work")) == "/work/mlartifacts"
-    assert mlflow_store.artifact_location("http://host:5000", Path("/work")) is None
+    assert mlflow_store.artifact_location("sqlite:////data/a.db", Path("/here")) == "/data/mlartifacts"
+    assert mlflow_store.artifact_location("postgresql+psycopg2://host/db", Path("/here")) == "/here/mlartifacts"
+    assert mlflow_store.artifact_location("http://host:5000", Path("/here")) is None
 
 
 def test_a_new_store_is_made_without_mlflow_and_found_afterwards(tmp_path: Path) -> None:
