@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from zinfer.config_problems import config_problems
 from zinfer.run_config import (
-    FLOAT_DTYPES,
     ITEMSIZE_BYTES,
     METHOD_VERSION,
     QUANTISED_BITS,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 __all__ = [
-    "FLOAT_DTYPES",
     "ITEMSIZE_BYTES",
     "METHOD_VERSION",
     "QUANTISED_BITS",

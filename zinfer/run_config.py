@@ -17,7 +17,6 @@ METHOD_VERSION = 1
 """Raised whenever what is timed, or what a metric's name means, changes. Runs of different versions are never compared silently."""
 
 STRICT = ConfigDict(extra="forbid")
-FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 ITEMSIZE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

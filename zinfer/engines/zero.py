@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stage 3. The only module that imports deepspeed."""
+"""DeepSpeed ZeRO stage 3. Besides it only weights/dummy.py (zero.Init) and native_ops.adopt import deepspeed."""
 
 from __future__ import annotations
 
