@@ -87,8 +87,13 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
+def files_named(folder: Path, name: str) -> list[Path]:
+    """Files of that name at any depth, while others delete around them (rglob raises when a folder goes away)."""
+    return [Path(root) / name for root, _, files in os.walk(folder) if name in files]
+
+
 def swap_folders(folder: Path) -> list[Path]:
-    return [*folder.rglob("zinfer-swap-*")]
+    return [Path(root) / name for root, folders, _ in os.walk(folder) for name in folders if name.startswith("zinfer-swap-")]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -102,7 +107,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 def events_of(folder: Path, name: str) -> list[Path]:
     """Event logs below the folder in which the worker has got to this phase or event."""
-    return [path for path in (folder / "multirun").rglob("events.jsonl") if f'"{name}"' in path.read_text()]
+    return [path for path in files_named(folder, "events.jsonl") if f'"{name}"' in path.read_text()]
 
 
 def nothing_is_left(folder: Path) -> None:

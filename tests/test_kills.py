@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sweeping import TINY, document, job_runs, nothing_is_left, processes, run, start, statuses, wait_until
+from tests.sweeping import TINY, document, files_named, job_runs, nothing_is_left, processes, run, start, statuses, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ ENDINGS = {"ok", "killed", "error"}
 
 def fresh_workers(folder: Path, seen: set[int]) -> Iterator[int]:
     """Pids of workers that were not there before."""
-    for path in (folder / "multirun").rglob("workers.json"):
+    for path in files_named(folder / "multirun", "workers.json"):
         for worker in json.loads(path.read_text()):
             if worker["pid"] not in seen and Path(f"/proc/{worker['pid']}").exists():
                 seen.add(worker["pid"])

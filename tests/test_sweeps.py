@@ -12,7 +12,20 @@ from pathlib import Path
 import pytest
 
 from tests.misbehaving import sitecustomize as fate
-from tests.sweeping import TINY, document, events_of, job_runs, nothing_is_left, processes, run, runs, start, statuses, wait_until
+from tests.sweeping import (
+    TINY,
+    document,
+    events_of,
+    files_named,
+    job_runs,
+    nothing_is_left,
+    processes,
+    run,
+    runs,
+    start,
+    statuses,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +143,7 @@ def test_a_killed_driver_takes_its_worker_along_and_is_cleaned_up_after(forked: 
 def test_a_worker_server_that_dies_costs_one_job(tmp_path: Path) -> None:
     process = start(tmp_path, "-m", *TINY, f"batch.seed={fate.SLEEP},1", "format=json", misbehaving=True)
     wait_until(lambda: events_of(tmp_path, "sample"), 90, "sample")
-    worker = json.loads(next(tmp_path.rglob("workers.json")).read_text())[0]["pid"]
+    worker = json.loads(files_named(tmp_path, "workers.json")[0].read_text())[0]["pid"]
     server = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(server, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)
