@@ -107,7 +107,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 def events_of(folder: Path, name: str) -> list[Path]:
     """Event logs below the folder in which the worker has got to this phase or event."""
-    return [path for path in files_named(folder, "events.jsonl") if f'"{name}"' in path.read_text()]
+    return [path for path in files_named(folder / "multirun", "events.jsonl") if f'"{name}"' in path.read_text()]
 
 
 def nothing_is_left(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.misbehaving import sitecustomize as fate
-from tests.sweeping import TINY, document, events_of, nothing_is_left, processes, run, start, wait_until
+from tests.sweeping import TINY, document, files_named, nothing_is_left, processes, run, start, wait_until
 from zinfer.worker_process import free_port
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ def test_a_node_that_is_killed_ends_the_other(tmp_path: Path) -> None:
     for rank, folder in enumerate(folders):
         folder.mkdir()
         nodes.append(start(folder, *TINY, *BATCH, *meet, f"launcher.node_rank={rank}", misbehaving=True, MISBEHAVING_RANK="1"))
-    wait_until(lambda: events_of(folders[0], "generate"), 90, "generation")
+    wait_until(lambda: any('"generate"' in path.read_text() for path in files_named(folders[0], "events.jsonl")), 90, "generation")
     nodes[1].send_signal(signal.SIGKILL)
     assert nodes[0].wait(60) == 1
     wait_until(lambda: not processes(tmp_path), 10, "end of both")
