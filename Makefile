@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo demo-model test test-launchers check format bench bench-prediction bench-sweep test-slurm clean
+.PHONY: help setup demo demo-model test test-launchers check format bench bench-prediction bench-derivation bench-sweep test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ bench: setup  ## zinfer against a bare script: start-up, tokens/s, loading, memo
 bench-prediction: setup  ## predicted against measured: calibrates, then a grid of small models; about ten minutes, prints Markdown
 	$(BIN)/zinfer task=calibrate launcher.omp_threads=1 tracking=none
 	$(BIN)/python bench/bench_prediction.py --threads 1
+
+bench-derivation: setup  ## tokens/s of zero=tuned against the published derivation
+	$(BIN)/python bench/bench_derivation.py
 
 bench-sweep: setup  ## seconds a job, seconds when everything is reused, the driver's share of a core
 	$(BIN)/python bench/bench_sweep.py

@@ -101,7 +101,7 @@ def test_every_model_derives_and_tuned_keeps_the_rules(model: str, offload: str)
         if offload == "nvme":
             staging = zero["offload_param"]
             assert staging["buffer_size"] >= layout.largest_swapped_numel
-            assert staging["buffer_count"] >= min_buffer_count(layout, spec) >= 2
+            assert staging["buffer_count"] >= min_buffer_count(layout, spec, leaf="leaf_module" in zero) >= 2
             assert zero["stage3_param_persistence_threshold"] < layout.swap_min_numel, "wrong tokens from here on"
             assert not IGNORED_KEYS & (derived["aio"].keys() | staging.keys())
             assert derived["aio"]["block_size"] & (derived["aio"]["block_size"] - 1) == 0
@@ -122,7 +122,28 @@ def test_staging_buffers_stay_within_the_limit_but_never_below_what_works() -> N
     roomy = deepspeed_json(config, spec)["zero_optimization"]["offload_param"]["buffer_count"]
     tight = deepspeed_json(config, spec, staging_limit_bytes=1)["zero_optimization"]["offload_param"]["buffer_count"]
     assert roomy == 12  # twice the six swapped parameters of a layer: four of attention, two of the fused experts
-    assert tight == min_buffer_count(zero_layout(config, spec), spec) < roomy
+    assert tight == min_buffer_count(zero_layout(config, spec), spec, leaf=False) < roomy
+
+
+LEAVES = [  # overrides, classes of the leaves
+    (("model=llama-2-7b", "offload=cpu"), ["LlamaDecoderLayer"]),
+    (("model=bloom-560m", "offload=nvme"), ["BloomBlock"]),
+    (("model=mixtral-8x7b", "offload=none"), ["MixtralDecoderLayer"]),  # its experts are fused: one parameter
+    (("model=llama-2-7b", "offload=cpu", "dtype=int4"), None),
+    (("model=llama-2-7b", "offload=cpu", "zero.leaf_layers=false"), None),
+    (("model=llama-2-7b", "offload=cpu", "zero=paper"), None),
+    (("model=llama-2-7b", "offload=nvme", "offload.buffer_count=6"), None),  # a layer has seven matrices
+    (("model=llama-2-7b", "offload=nvme", "offload.buffer_count=7"), ["LlamaDecoderLayer"]),
+    (("model=llama-2-7b", "offload=nvme", "offload.buffer_count=6", "zero.leaf_layers=true"), ["LlamaDecoderLayer"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "classes"), LEAVES, ids=lambda value: "-".join(value) if isinstance(value, tuple) else "")
+def test_decoder_layers_are_leaves_where_that_is_possible(overrides: tuple[str, ...], classes: list[str] | None) -> None:
+    config = composed(*overrides)
+    spec = model_spec(config.model, compute_dtype="bfloat16")
+    zero = deepspeed_json(config, spec)["zero_optimization"]
+    assert zero.get("leaf_module", {}).get("classes") == classes
 
 
 def test_paper_says_what_it_emits_in_vain() -> None:

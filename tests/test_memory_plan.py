@@ -35,6 +35,11 @@ def item(plan: MemoryPlan, tier: Any, name: str) -> int:
     return next((entry.bytes for entry in plan.tier(tier).items if entry.name == name), 0)
 
 
+def test_buffers_that_hold_less_than_a_leaf_are_refused() -> None:
+    plan, *_ = planned("model=llama-2-7b", "offload=nvme", "dtype=bfloat16", "offload.buffer_count=6", "zero.leaf_layers=true")
+    assert plan.problems == ("6 NVMe buffers are fewer than one layer's parameters need. Type offload.buffer_count=7",)
+
+
 def test_opt_175b_on_nvme_by_hand() -> None:
     """174.6 G parameters in float16; 96 layers of KV for 32 rows of 543 cached tokens; buffers as derived."""
     plan, spec, config, hardware = planned(

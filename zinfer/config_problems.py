@@ -121,6 +121,7 @@ def _offload_problems(config: RunConfig) -> list[str]:
             "zero.prefetch_bucket_numel": config.zero.prefetch_bucket_numel,
             "zero.max_live_numel": config.zero.max_live_numel,
             "zero.persistence_threshold_numel": config.zero.persistence_threshold_numel,
+            "zero.leaf_layers": config.zero.leaf_layers,
             "zero.aio_block_size_bytes": block,
             "zero.aio_queue_depth": config.zero.aio_queue_depth,
             "zero.aio_intra_op_parallelism": config.zero.aio_intra_op_parallelism,

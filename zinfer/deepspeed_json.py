@@ -91,6 +91,10 @@ def _tuned(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None) 
         "stage3_param_persistence_threshold": _persistence_threshold(config, spec, layout),
         "stage3_max_live_parameters": _given(config.zero.max_live_numel, 2 * layout.layer_numel),
     }
+    if config.dtype.bits is None:  # quantised weights are unpacked by it
+        zero["memory_efficient_linear"] = False  # it saves memory in training; here it costs time at every product
+    if leaf_layers(config, spec, staging_limit_bytes):
+        zero["leaf_module"] = {"classes": list(spec.layer_classes)}
     derived: Json = {
         "train_micro_batch_size_per_gpu": config.batch.batch_size // config.launcher.ranks,  # wanted even to infer
         "zero_optimization": zero,
@@ -100,12 +104,12 @@ def _tuned(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None) 
     if config.offload.device == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": config.offload.pin_memory}
     if config.offload.device == "nvme":
-        numel = _given(config.offload.buffer_numel, max(layout.largest_swapped_numel, layout.swap_min_numel))
+        numel = _buffer_numel(config, layout)
         zero["offload_param"] = {
             "device": "nvme",
             "pin_memory": config.offload.pin_memory,
             "nvme_path": config.offload.nvme_path,
-            "buffer_count": _given(config.offload.buffer_count, _buffer_count(layout, spec, numel, staging_limit_bytes)),
+            "buffer_count": _buffer_count(config, layout, spec, staging_limit_bytes),
             "buffer_size": numel,
         }
         derived["aio"] = {
@@ -132,17 +136,48 @@ def _persistence_threshold(config: RunConfig, spec: ModelSpec, layout: ZeroLayou
     return min(wanted, layout.swap_min_numel - 1) if config.offload.device == "nvme" else wanted
 
 
-def min_buffer_count(layout: ZeroLayout, spec: ModelSpec) -> int:
-    """Fewest staging buffers that work: those of one module, one more where a tied embedding may hold its own throughout."""
-    return max(2, layout.swapped_per_module + int(spec.tied_embeddings))
+def leaf_layers(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None = None) -> bool:
+    """Whether a decoder layer is one leaf of ZeRO-3: fetched and released at once, without hooks on the modules inside.
+
+    Not where experts are modules of their own (all of them would be fetched, whether used or not), not for quantised weights, and not where
+    the NVMe buffers hold less than a layer.
+    """
+    if not _leaf_is_wanted(config, spec):
+        return False
+    if config.zero.leaf_layers or config.offload.device != "nvme":
+        return True
+    layout = zero_layout(config, spec)
+    return _buffer_count(config, layout, spec, staging_limit_bytes) >= min_buffer_count(layout, spec, leaf=True)
 
 
-def _buffer_count(layout: ZeroLayout, spec: ModelSpec, buffer_numel: int, staging_limit_bytes: int | None) -> int:
-    least = min_buffer_count(layout, spec)
+def _leaf_is_wanted(config: RunConfig, spec: ModelSpec) -> bool:
+    if config.zero.derivation == "paper" or not spec.layer_classes:
+        return False
+    if config.zero.leaf_layers is not None:
+        return config.zero.leaf_layers
+    separate_experts = any(parameter.is_expert and len(parameter.shape) == 2 for parameter in spec.parameters)
+    return config.dtype.bits is None and not separate_experts
+
+
+def min_buffer_count(layout: ZeroLayout, spec: ModelSpec, *, leaf: bool) -> int:
+    """Fewest staging buffers that work: those of one module or leaf, one more where a tied embedding may hold its own throughout."""
+    together = max(layout.swapped_per_module, layout.swapped_per_layer if leaf else 0)
+    return max(2, together + int(spec.tied_embeddings))
+
+
+def _buffer_numel(config: RunConfig, layout: ZeroLayout) -> int:
+    return _given(config.offload.buffer_numel, max(layout.largest_swapped_numel, layout.swap_min_numel))
+
+
+def _buffer_count(config: RunConfig, layout: ZeroLayout, spec: ModelSpec, staging_limit_bytes: int | None) -> int:
+    """As typed; else two layers' worth, as far as the limit allows and never fewer than work."""
+    if config.offload.buffer_count is not None:
+        return config.offload.buffer_count
+    least = min_buffer_count(layout, spec, leaf=bool(config.zero.leaf_layers) and _leaf_is_wanted(config, spec))
     wanted = max(MIN_TUNED_BUFFERS, 2 * layout.swapped_per_layer, least)
     if staging_limit_bytes is None:
         return wanted
-    return max(least, min(wanted, staging_limit_bytes // (buffer_numel * layout.itemsize_bytes)))
+    return max(least, min(wanted, staging_limit_bytes // (_buffer_numel(config, layout) * layout.itemsize_bytes)))
 
 
 def _float_mode(dtype: str) -> Json:

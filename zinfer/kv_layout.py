@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zinfer.meta_pass import PROBE_TOKENS, MetaPass
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-PROBE_TOKENS = 8
-"""More than the usual width of a convolution (4), so that its state has its full size."""
 
 GROWING_LAYERS = {"DynamicLayer", "DynamicIndexedLayer", "LinearAttentionAndFullAttentionLayer"}
 WINDOWED_LAYERS = {"DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
@@ -49,35 +48,18 @@ class KvLayer:
         return elements * bytes_per_element + 4 * self.const_float32_values
 
 
-def kv_layout(model: PreTrainedModel, config: PretrainedConfig) -> tuple[tuple[KvLayer, ...] | None, str | None]:
-    """Each layer's cache, or None and the reason why it could not be read. `model` is on the meta device; it is changed to bfloat16."""
+def kv_layout(model: PreTrainedModel, config: PretrainedConfig, done: MetaPass) -> tuple[tuple[KvLayer, ...] | None, str | None]:
+    """Each layer's cache after that pass of `model`, or None and the reason why it could not be read."""
     name = type(model).__name__
-    try:
-        cache = _filled_cache(model)
-    except Exception as error:  # any family may do anything here; the reason is the result
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return None, f"{name} does not run on the meta device: {type(error).__name__}: {first_line[:200]}"
-    layers = getattr(cache, "layers", [])
-    if type(cache).__name__ != "DynamicCache" or len(layers) != config.num_hidden_layers:
-        return None, f"{name} keeps no DynamicCache with one entry for each layer between steps (but {type(cache).__name__})"
+    if done.failed:
+        return None, done.failed
+    layers = getattr(done.cache, "layers", [])
+    if type(done.cache).__name__ != "DynamicCache" or len(layers) != config.num_hidden_layers:
+        return None, f"{name} keeps no DynamicCache with one entry for each layer between steps (but {type(done.cache).__name__})"
     try:
         return tuple(_kv_layer(layer, config, index) for index, layer in enumerate(layers)), None
     except ValueError as error:
         return None, f"{name}: {error}"
-
-
-def _filled_cache(model: PreTrainedModel) -> Any:
-    """The cache that generate() would use, after a prefill of PROBE_TOKENS tokens of one sequence."""
-    import torch
-    from transformers import DynamicCache
-
-    model.to(torch.bfloat16).eval()
-    model.config._experts_implementation = "batched_mm"  # the only one whose shapes do not depend on which experts are chosen
-    cache = {"past_key_values": DynamicCache(config=model.config)} if model._supports_default_dynamic_cache() else {}
-    with torch.no_grad():
-        output = model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=True, **cache)
-    filled = output.get("past_key_values")
-    return filled if filled is not None else output.get("cache_params")
 
 
 def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int) -> KvLayer:

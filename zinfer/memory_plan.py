@@ -237,17 +237,20 @@ def _layout_problems(spec: ModelSpec, config: RunConfig, hardware: Hardware, lay
     """NVMe buffers that DeepSpeed would fail on."""
     if config.offload.device != "nvme":
         return []
-    offload = derive(config, spec, hardware)["zero_optimization"]["offload_param"]
+    zero = derive(config, spec, hardware)["zero_optimization"]
+    offload = zero["offload_param"]
     problems = []
     if offload["buffer_size"] < layout.largest_swapped_numel:
         problems.append(
             f"an NVMe buffer of {offload['buffer_size']:,} elements is smaller than the largest parameter "
             f"({layout.largest_swapped_numel:,}). Type offload.buffer_numel={layout.largest_swapped_numel}, or zero=tuned"
         )
-    least = min_buffer_count(layout, spec)
+    leaf = "leaf_module" in zero
+    least = min_buffer_count(layout, spec, leaf=leaf)
     if offload["buffer_count"] < least:
         problems.append(
-            f"{offload['buffer_count']} NVMe buffers are fewer than one module's parameters need. Type offload.buffer_count={least}"
+            f"{offload['buffer_count']} NVMe buffers are fewer than one {'layer' if leaf else 'module'}'s parameters need. "
+            f"Type offload.buffer_count={least}"
         )
     return problems
 

@@ -20,7 +20,8 @@ from zinfer.cache import cache_dir
 from zinfer.config import ITEMSIZE_BYTES
 from zinfer.hf_models import check_pinned, load_checkpoint_config, load_hf_config, load_tokenizer, model_class
 from zinfer.kv_layout import KvLayer, kv_layout
-from zinfer.parameters import Parameter, meta_model, weight_tensors
+from zinfer.meta_pass import meta_pass
+from zinfer.parameters import Parameter, decoder_layers, meta_model, weight_tensors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -79,6 +80,10 @@ class ModelSpec:
     num_experts: int | None
     experts_per_token: int | None
     parameters: tuple[Parameter, ...]
+    layer_classes: tuple[str, ...]
+    """Class names of the decoder layers; empty where there is no list of them."""
+    layer_ops: float | None
+    """Operations that one decoder layer starts in a forward pass (meta_pass.MetaPass)."""
     kv_layers: tuple[KvLayer, ...] | None
     kv_unknown_reason: str | None
 
@@ -190,7 +195,9 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
         active = num_parameters - expert_numel + expert_numel * experts_per_token // num_experts
     head = empty.get_output_embeddings()
     tied = head is not None and head.weight is empty.get_input_embeddings().weight
-    kv_layers, reason = kv_layout(empty, config)
+    layers = decoder_layers(empty, config.num_hidden_layers)
+    done = meta_pass(empty, layers)
+    kv_layers, reason = kv_layout(empty, config, done)
     num_heads = _first(config, "num_attention_heads", default=0)
     return {
         "model_type": config.model_type,
@@ -209,6 +216,8 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
         "num_experts": num_experts,
         "experts_per_token": experts_per_token,
         "parameters": parameters,
+        "layer_classes": tuple(dict.fromkeys(type(layer).__name__ for layer in layers)),
+        "layer_ops": done.layer_ops,
         "kv_layers": kv_layers,
         "kv_unknown_reason": reason,
         "config_dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
@@ -271,7 +280,7 @@ def _cache_file(key: str) -> Path:
     """In zinfer's cache folder. The name covers the libraries' versions and the code that counts."""
     versions = {package: importlib.metadata.version(package) for package in ("transformers", "torch")}
     digest = hashlib.sha256(f"{key}{versions}".encode())
-    for module in ("model_spec.py", "parameters.py", "kv_layout.py", "hf_models.py"):
+    for module in ("model_spec.py", "parameters.py", "meta_pass.py", "kv_layout.py", "hf_models.py"):
         digest.update(Path(__file__).with_name(module).read_bytes())
     return cache_dir() / "model_specs" / f"{versions['transformers']}-{digest.hexdigest()[:32]}.json"
 
@@ -282,6 +291,7 @@ def _read_cached(key: str) -> dict[str, Any] | None:
     except (OSError, ValueError):  # absent, or cut short: count again
         return None
     fields["parameters"] = tuple(Parameter(name, tuple(shape), *rest) for name, shape, *rest in fields["parameters"])
+    fields["layer_classes"] = tuple(fields["layer_classes"])
     if fields["kv_layers"] is not None:
         fields["kv_layers"] = tuple(KvLayer(**layer) for layer in fields["kv_layers"])
     return fields

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from zinfer.hf_models import model_class
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from zinfer.config import ModelConfig
@@ -44,6 +45,12 @@ def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
     except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, KeyError) as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"model={model.name}: {cls.__name__} refuses this configuration: {problem}. Correct model.overrides") from error
+
+
+def decoder_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, ...]:
+    """The modules of the stack of decoder layers; none where the model has no such list."""
+    prefix = _layers_prefix(model, num_layers)
+    return () if prefix is None else tuple(model.get_submodule(prefix.removesuffix(".")).children())
 
 
 def weight_tensors(model: PreTrainedModel, num_layers: int) -> tuple[Parameter, ...]:

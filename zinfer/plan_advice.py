@@ -76,7 +76,7 @@ def fewer_buffers(spec: ModelSpec, config: RunConfig) -> str:
     """The override that makes the NVMe buffers small."""
     if config.zero.derivation == "paper":
         return "zero=tuned"
-    return f"offload.buffer_count={min_buffer_count(zero_layout(config, spec), spec)} for as few as work"
+    return f"offload.buffer_count={min_buffer_count(zero_layout(config, spec), spec, leaf=False)} for as few as work"
 
 
 def _disk_warnings(config: RunConfig, hardware: Hardware, plan: MemoryPlan) -> Iterator[str]:
@@ -182,7 +182,7 @@ def candidates(spec: ModelSpec, config: RunConfig, largest_batch: int | None) ->
             quantised: Any = replace(config.dtype, weights=dtype, compute="bfloat16")
             yield f"dtype={dtype}", replace(config, dtype=quantised)
     if config.offload.device == "nvme" and config.zero.derivation == "tuned" and config.offload.buffer_count is None:
-        least = min_buffer_count(zero_layout(config, spec), spec)
+        least = min_buffer_count(zero_layout(config, spec), spec, leaf=False)
         yield f"offload.buffer_count={least}", replace(config, offload=replace(config.offload, buffer_count=least))
 
 

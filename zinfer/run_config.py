@@ -118,6 +118,8 @@ class ZeroConfig:
     prefetch_bucket_numel: int | None = None
     max_live_numel: int | None = None
     persistence_threshold_numel: int | None = None
+    leaf_layers: bool | None = None
+    """Whole decoder layers are fetched and released at once instead of one module after the other."""
     aio_block_size_bytes: int | None = None
     aio_queue_depth: int | None = None
     aio_intra_op_parallelism: int | None = None

@@ -1,0 +1,83 @@
+"""Tokens/s of zero=tuned over those of the published derivation (on NVMe: over tuned without leaf layers), run in turn. `make bench-derivation`.
+
+The published NVMe buffers page-lock 20 GiB, so on NVMe tuned is compared with itself fetching module by module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from zinfer.__main__ import conf_dir
+from zinfer.config import RunConfig, parse_config
+from zinfer.driver import run_job
+from zinfer.environment import environment
+from zinfer.terminal import Terminal
+from zinfer.worker_process import Servers
+
+SHARED = ["tracking=none", "batch.prompt_tokens=48", "batch.new_tokens=16", "batch.warmup=1", "batch.repeats=3"]
+MODELS = ("smollm2-135m", "opt-125m")
+MODES = (("offload=none", "zero=paper"), ("offload=cpu", "zero=paper"), ("offload=nvme", "zero.leaf_layers=false"))
+BATCHES = (1, 8)
+
+
+def config_of(*overrides: str) -> RunConfig:
+    """The run that these overrides of the defaults make."""
+    return parse_config(compose("config", overrides=[*SHARED, *overrides]))
+
+
+def tokens_per_s(config: RunConfig, job_dir: Path) -> float:
+    """Of one job.
+
+    Raises:
+        RuntimeError: it did not end well.
+    """
+    outcome = run_job(config, job_dir, Terminal("text", out=io.StringIO(), err=io.StringIO()), forked=True)
+    if outcome.status != "ok":
+        raise RuntimeError(f"{outcome.status}: {outcome.reason}")
+    return outcome.metrics["generated_tokens_per_s"]
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=3)
+    arguments = parser.parse_args()
+    lines = []
+    with initialize_config_dir(conf_dir(), version_base="1.3"), tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as scratch:
+        shared = ("dtype=bfloat16", f"launcher.omp_threads={arguments.threads}")
+        facts = environment(config_of(*shared), None)
+        for model in MODELS:
+            for offload, other in MODES:
+                for batch in BATCHES:
+                    point = (f"model={model}", offload, f"batch.batch_size={batch}", *shared)
+                    point = (*point, f"offload.nvme_path={scratch}/swap") if offload == "offload=nvme" else point
+                    ratios, after = [], []
+                    for pair in range(arguments.pairs):
+                        folder = Path(scratch) / f"{model}-{offload}-{batch}-{pair}"
+                        before = tokens_per_s(config_of(*point, other), folder / "before")
+                        after.append(tokens_per_s(config_of(*point), folder / "after"))
+                        ratios.append(after[-1] / before)
+                    lines.append(
+                        f"| {model} | {offload} | {batch} | {other} | {statistics.median(after):.1f} | {statistics.median(ratios):.2f} "
+                        f"({min(ratios):.2f} to {max(ratios):.2f}) |"
+                    )
+                    print(lines[-1], file=sys.stderr, flush=True)
+        Servers.close()
+    checkout = facts["zinfer"]
+    print(f"{facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, {arguments.threads} thread a run; commit "
+          f"{(checkout['commit'] or 'unknown')[:12]}{' (changed)' if checkout['dirty'] else ''}; {arguments.pairs} pairs\n")  # fmt: skip
+    print("| model | weights | batch | compared with | tuned, tokens/s | tuned / other |\n| --- | --- | --- | --- | --- | --- |")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""One forward pass of a few tokens over a model without storage: the cache that it fills, the operations that a decoder layer starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 8
+"""More than the usual width of a convolution (4), so that its state has its full size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaPass:
+    """What the pass left. Where the model cannot run without storage, the reason why and nothing else."""
+
+    cache: Any = None
+    layer_ops: float | None = None
+    """Operations of PyTorch's dispatcher (views too) that one decoder layer starts, the mean over the layers. None: not known."""
+    failed: str | None = None
+
+
+def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
+    """Run PROBE_TOKENS tokens of one sequence. `model` is on the meta device; it is changed to bfloat16.
+
+    Args:
+        layers: the decoder layers, in which operations are counted.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import DynamicCache
+
+    class Counter(TorchDispatchMode):
+        inside, operations = False, 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.operations += self.inside
+            return func(*args, **(kwargs or {}))
+
+    counter = Counter()
+    hooks = [layer.register_forward_pre_hook(lambda *_: setattr(counter, "inside", True)) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: setattr(counter, "inside", False)) for layer in layers]
+    model.to(torch.bfloat16).eval()
+    model.config._experts_implementation = "batched_mm"  # the only one whose shapes do not depend on which experts are chosen
+    try:
+        cache = {"past_key_values": DynamicCache(config=model.config)} if model._supports_default_dynamic_cache() else {}
+        with torch.no_grad(), counter:
+            output = model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=True, **cache)
+    except Exception as error:  # any family may do anything here; the reason is the result
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return MetaPass(failed=f"{type(model).__name__} does not run on the meta device: {type(error).__name__}: {first_line[:200]}")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    filled = output.get("past_key_values")
+    return MetaPass(
+        cache=filled if filled is not None else output.get("cache_params"),
+        layer_ops=counter.operations / len(layers) if layers and counter.operations else None,
+    )
