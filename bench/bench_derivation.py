@@ -1,4 +1,4 @@
-"""Tokens/s of zero=tuned over those of the published derivation (on NVMe: over tuned without leaf layers), run in turn. `make bench-derivation`.
+"""Tokens/s of zero=tuned over those of the published derivation (on NVMe: of tuned without leaves), in turn. `make bench-derivation`.
 
 The published NVMe buffers page-lock 20 GiB, so on NVMe tuned is compared with itself fetching module by module.
 """
@@ -22,7 +22,7 @@ from zinfer.terminal import Terminal
 from zinfer.worker_process import Servers
 
 SHARED = ["tracking=none", "batch.prompt_tokens=48", "batch.new_tokens=16", "batch.warmup=1", "batch.repeats=3"]
-MODELS = ("smollm2-135m", "opt-125m")
+MODELS = ("smollm2-135m",)
 MODES = (("offload=none", "zero=paper"), ("offload=cpu", "zero=paper"), ("offload=nvme", "zero.leaf_layers=false"))
 BATCHES = (1, 8)
 
