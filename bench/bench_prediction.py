@@ -47,7 +47,7 @@ UNSEEN_FAMILIES = ("qwen3", "gpt_neox")
 OFFLOADS = ("none", "cpu", "nvme")
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 4, 16)
-LENGTHS = ("batch.prompt_tokens=48", "batch.new_tokens=12", "batch.warmup=1", "batch.repeats=2")
+LENGTHS = ("batch.prompt_tokens=48", "batch.new_tokens=12", "batch.warmup=1", "batch.repeats=3")
 SCORES = {  # metric: (what, goal of the median, goal of the 95th percentile)
     "weights": ("weight bytes, predicted / measured", 0.01, 0.01),
     "prediction_ratio_kv_cache": ("KV cache bytes", 0.01, 0.01),
@@ -95,6 +95,20 @@ def measured(names: Row, config: RunConfig, job_dir: Path) -> Row:
     return row
 
 
+def merged(passes: Sequence[Row]) -> Row:
+    """One point from all its runs: the median of every number; `apart`: the fastest over the slowest in tokens/s. A failed run stays."""
+    failed = next((row for row in passes if row["status"] != "ok"), None)
+    if failed:
+        return failed
+    middle = {
+        name: statistics.median(row[name] for row in passes)
+        for name, value in passes[0].items()
+        if isinstance(value, int | float) and all(isinstance(row.get(name), int | float) for row in passes)
+    }
+    rates = [row["generated_tokens_per_s"] for row in passes]
+    return {**passes[0], **middle, "apart": max(rates) / min(rates)}
+
+
 def error(row: Row, metric: str) -> float | None:
     """How far predicted / measured is from 1."""
     return abs(row[metric] - 1) if row.get(metric) else None
@@ -121,6 +135,17 @@ def table(rows: list[Row]) -> list[str]:
         goal = "" if median_goal is None else f"{median_goal:.0%}, {tail_goal:.0%}"
         reached = "" if median_goal is None else "yes" if median <= median_goal and tail <= (tail_goal or 0) else "no"
         lines.append(f"| {what} | {len(errors)} | {median:.1%} | {tail:.1%} | {largest:.1%} | {goal} | {reached} |")
+    return lines
+
+
+def apart(rows: list[Row]) -> list[str]:
+    """How far the runs of one point lie from each other: no prediction can be nearer than that."""
+    lines = []
+    for offload in OFFLOADS:
+        ratios = [row["apart"] - 1 for row in rows if row["offload"] == offload and row.get("apart")]
+        if ratios:
+            median, tail, _ = quantiles(ratios)
+            lines.append(f"- runs of the same point, fastest over slowest, weights in {offload}: {median:.1%} apart, 95th {tail:.1%}")
     return lines
 
 
@@ -171,6 +196,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("prediction.csv"))
     parser.add_argument("--every", type=int, default=1, help="take only every n-th point")
+    parser.add_argument("--passes", type=int, default=3, help="runs of every point, the whole grid in turn; their median is scored")
     arguments = parser.parse_args()
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-prediction-", dir=Path.cwd()) as scratch:
@@ -182,10 +208,12 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-        rows: list[Row] = []
-        for number, (names, config) in enumerate(points):
-            rows.append(measured(names, config, Path(scratch) / f"job{number}"))
-            print(f"\r{number + 1} of {len(points)}", end="", file=sys.stderr, flush=True)
+        runs: list[list[Row]] = [[] for _ in points]
+        for number in range(arguments.passes * len(points)):
+            which = number % len(points)
+            runs[which].append(measured(*points[which], Path(scratch) / f"job{number}"))
+            print(f"\r{number + 1} of {arguments.passes * len(points)}", end="", file=sys.stderr, flush=True)
+        rows = [merged(passes) for passes in runs]
         print(file=sys.stderr)
         Servers.close()
         facts = environment(points[0][1], None)
@@ -196,9 +224,10 @@ def main() -> int:
         writer.writerows(rows)
     checkout = facts["zinfer"]
     commit = f"{(checkout['commit'] or 'unknown')[:12]}{' (changed)' if checkout['dirty'] else ''}"
-    print(f"{len(rows)} runs in {time.perf_counter() - started_s:.0f} s on {facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, "
+    seconds = time.perf_counter() - started_s
+    print(f"{arguments.passes} x {len(rows)} runs in {seconds:.0f} s on {facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, "
           f"{arguments.threads} thread a run; commit {commit}; calibrated {profile.created} in {profile.seconds:.0f} s\n")  # fmt: skip
-    print("\n".join([*table(rows), "", *verdicts(rows), "", *by_kind(rows)]))
+    print("\n".join([*table(rows), "", *apart(rows), *verdicts(rows), "", *by_kind(rows)]))
     return 0
 
 

@@ -11,11 +11,12 @@ from tests.composing import composed
 from tests.test_ceiling import profile
 from zinfer import machine
 from zinfer.calibrate import job_config
-from zinfer.calibration_fit import stream_cost
+from zinfer.calibration_fit import line, plane, stream_cost
 from zinfer.calibration_jobs import FAMILIES, Job, jobs, small_model
 from zinfer.calibration_profile import newest_profile, profiles_dir, read_profile, save_profile
 from zinfer.hardware import detect_hardware, machine_fingerprint
 from zinfer.model_spec import model_spec
+from zinfer.prediction import fetches
 from zinfer.zero_layout import zero_layout
 
 
@@ -45,7 +46,7 @@ def test_a_broken_or_older_profile_is_passed_over_and_a_named_one_is_refused() -
     (profiles_dir() / f"{'0' * 12}-t1-20270101T000000Z.json").write_text("{")
     found = newest_profile("0" * 12, 1)
     assert found is not None and found[1] == path
-    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
     with pytest.raises(ValueError, match="Type zinfer task=calibrate"):
         read_profile(path)
 
@@ -71,20 +72,44 @@ def test_a_published_box_never_takes_this_machine_s_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "parameter_s", "bytes_per_s"),
+    ("rows", "fetch_s", "bytes_per_s"),
     [
         ([(10, 10_000_000, 0.020), (4, 100_000_000, 0.104)], 0.001, 1e9),  # 1 ms each and 1 GB/s
+        ([(10, 10_000_000, 0.020), (4, 100_000_000, 0.104), (20, 20_000_000, 0.040)], 0.001, 1e9),
         ([(10, 10_000_000, 0.010), (10, 20_000_000, 0.020)], 0.0, 1e9),
         ([(10, 1_000_000, 0.0), (4, 2_000_000, 0.0)], 0.0, 2e9),  # nothing was seen: the handle's own rate
     ],
 )
-def test_streaming_is_so_much_a_parameter_and_so_much_a_byte(
-    rows: list[tuple[int, int, float]], parameter_s: float, bytes_per_s: float
-) -> None:
+def test_streaming_is_so_much_a_fetch_and_so_much_a_byte(rows: list[tuple[int, int, float]], fetch_s: float, bytes_per_s: float) -> None:
     cost = stream_cost(rows, 2e9)
     assert cost is not None
-    assert cost.parameter_s == pytest.approx(parameter_s, abs=1e-9)
+    assert cost.fetch_s == pytest.approx(fetch_s, abs=1e-9)
     assert cost.bytes_per_s == pytest.approx(bytes_per_s)
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(0, 1.0), (1, 3.0), (2, 5.0)], (1.0, 2.0)),
+        ([(1, 1.0), (2, 1.5), (3, 1.0), (4, 1.5)], (1.0, 0.1)),  # by hand: slope 0.5 / 5
+        ([(1, 1.0), (2, 3.0)], (0.0, 7 / 5)),  # it would begin below zero
+        ([(1, 3.0), (2, 1.0)], (2.0, 0.0)),  # it would fall
+    ],
+)
+def test_a_line_of_costs_never_begins_below_zero_and_never_falls(points: list[tuple[float, float]], expected: tuple[float, float]) -> None:
+    assert line(points) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(1.0, 0.0, 2.0), (0.0, 1.0, 3.0), (1.0, 1.0, 5.0)], (2.0, 3.0)),
+        ([(0.4, 0.5, 1.0), (0.2, 0.6, 1.0)], (0.1 / 0.14, 0.2 / 0.14)),  # by hand: Cramer's rule
+        ([(0.5, 0.5, 1.0), (0.25, 0.25, 1.0)], (0.75 / 0.3125, 0.0)),  # nothing tells the two apart
+    ],
+)
+def test_two_costs_are_told_apart_by_least_squares(rows: list[tuple[float, float, float]], expected: tuple[float, float]) -> None:
+    assert plane(rows) == pytest.approx(expected)
 
 
 def test_kernels_between_measured_points_lie_on_a_line_in_logarithms() -> None:
@@ -94,16 +119,18 @@ def test_kernels_between_measured_points_lie_on_a_line_in_logarithms() -> None:
     assert box.kernel_s("float16", 1, 4096) is None
 
 
-def test_calibration_jobs_are_of_four_families_and_two_swap() -> None:
+def test_calibration_jobs_are_of_four_families_and_three_swap() -> None:
     chosen = list(jobs(("float32",), nvme=True, cpu_offload=False))
-    assert {job.family for job in chosen if job.mode == "none"} == set(FAMILIES)
+    assert {job.family for job in chosen if job.mode == "none" and job.leaf} == set(FAMILIES)
     config = composed("hardware.accelerator=cpu", "offload=nvme")
-    swapping = []
+    swapped = []
     for job in chosen:
         if job.mode == "nvme":
             job_config_ = job_config(job, config)
-            swapping.append(zero_layout(job_config_, model_spec(job_config_.model, compute_dtype="float32")).swapped_numel > 0)
-    assert swapping == [False, False, True, True]
+            layout = zero_layout(job_config_, model_spec(job_config_.model, compute_dtype="float32"))
+            swapped.append((fetches(layout, leaf=True), layout.swapped_numel))
+    assert [count > 0 for count, _ in swapped] == [False, True, True, True]
+    assert len({round(numel / count, -5) for count, numel in swapped[1:]}) == 3  # fetches of three sizes, so that both costs show
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tests.composing import composed
-from zinfer.calibration_profile import CalibrationProfile, FixedCost, KernelTime, LoadCost, Rate, StreamCost
+from zinfer.calibration_profile import CalibrationProfile, FamilyCost, KernelTime, LoadCost, ModeCost, Rate, StreamCost
 from zinfer.ceiling import Ceiling, ceiling, implied_bandwidth_bytes_per_s, matrix_products, pass_flops, touched_experts
 from zinfer.config import RunConfig
 from zinfer.hardware import Hardware, detect_hardware
@@ -112,10 +112,12 @@ def profile() -> CalibrationProfile:
         host_read=ten, host_copy=ten, device_read=None, host_to_device_pageable=None, host_to_device_pinned=None,
         device_to_host_pinned=None,
         kernels=kernels, attention={"float32": ten}, attention_flops={"float32": ten},
-        fixed=tuple(
-            FixedCost(model_type="*", mode=mode, dtype="float32", step_s=0.002, layer_s=0.001, element_s=0.0) for mode in ("none", "nvme")
+        families=(FamilyCost(model_type="*", dtype="float32", op_s=1e-6, value_s=0.0),),
+        modes=tuple(
+            ModeCost(mode=mode, dtype="float32", step_s=0.002, layer_s=0.001, part_s=part_s)
+            for mode, part_s in (("none", 1e-5), ("nvme", 1e-5), ("none, by module", 1e-4), ("nvme, by module", 1e-4))
         ),
-        stream=StreamCost(parameter_s=0.0005, bytes_per_s=1e9), load={"none": LoadCost(fixed_s=0.5, bytes_per_s=1e9)},
+        stream=StreamCost(fetch_s=0.0005, bytes_per_s=1e9), load={"none": LoadCost(fixed_s=0.5, parameter_s=0.001, bytes_per_s=1e9)},
         imported_rss_bytes=500 << 20,
     )  # fmt: skip
 
@@ -127,11 +129,43 @@ def test_a_calibrated_prediction_is_the_sum_of_its_parts() -> None:
     said = predict(spec, config, hardware)
     products = matrix_products(spec)
     multiplied = sum(numel * count for numel, count in products.dense.items()) + products.head
-    assert said.parts["layers"] == pytest.approx(3 * 0.001)
+    assert spec.layer_ops == 111
+    assert said.parts["layers"] == pytest.approx(3 * (111 * 1e-6 + 0.001 + 9 * 1e-5))  # nine parameters a layer
     assert said.parts["loop"] == pytest.approx(0.002)
     assert said.parts["matrix products"] == pytest.approx(2 * multiplied / 10e9, rel=1e-6)
     assert said.decode_step_s == pytest.approx(sum(said.parts.values()))
-    assert said.load_s == pytest.approx(0.5 + spec.num_parameters * 4 / 1e9)
+    assert said.load_s == pytest.approx(0.5 + (3 * 9 + 3) * 0.001 + spec.num_parameters * 4 / 1e9)
+
+
+def test_weights_that_no_cache_holds_make_what_is_fixed_and_thin_products_dearer() -> None:
+    cold = dataclasses.replace(profile(), cold_factor=1.5, thin_factor=1.25)
+    for model, beyond in (("tiny-llama", False), ("opt-125m", True)):
+        spec, config, hardware = planned(f"model={model}", "dtype=float32", "hardware.accelerator=cpu", "batch.prompt_tokens=65")
+        before = predict(spec, config, dataclasses.replace(hardware, profile=profile()))
+        after = predict(spec, config, dataclasses.replace(hardware, profile=cold))
+        for part, factor in (("loop", 1.5), ("layers", 1.5), ("matrix products", 1.25), ("attention", 1.0)):
+            assert after.parts[part] == pytest.approx(before.parts[part] * (factor if beyond else 1.0)), part
+        assert before.prefill_s is not None and after.prefill_s is not None
+        fixed_s = 0.5 * (before.parts["loop"] + before.parts["layers"]) if beyond else 0.0
+        assert after.prefill_s - before.prefill_s == pytest.approx(fixed_s, abs=1e-9)  # 65 rows and more are not thin
+
+
+def test_fetching_module_by_module_costs_each_module() -> None:
+    spec, config, hardware = planned("model=tiny-llama", "dtype=float32", "hardware.accelerator=cpu", "zero.leaf_layers=false")
+    said = predict(spec, config, dataclasses.replace(hardware, profile=profile()))
+    assert spec.layer_modules == 13
+    assert said.parts["layers"] == pytest.approx(3 * (111 * 1e-6 + 0.001 + 13 * 1e-4))
+
+
+@pytest.mark.parametrize(("leaf", "fetches"), [("null", 12 + 2), ("false", 12 * 6 + 2)])
+def test_a_leaf_waits_once_for_its_weights(leaf: str, fetches: int) -> None:
+    """OPT-125m in float32: six matrices of each of 12 layers are swapped, and both embeddings (50,272 and 2,050 x 768)."""
+    spec, config, hardware = planned(
+        "model=opt-125m", "dtype=float32", "offload=nvme", "hardware.accelerator=cpu", f"zero.leaf_layers={leaf}"
+    )
+    said = predict(spec, config, dataclasses.replace(hardware, profile=profile(), host_available_bytes=None))
+    swapped = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + (50_272 + 2050) * 768
+    assert said.parts["streaming"] == pytest.approx(fetches * 0.0005 + swapped * 4 / 1e9)
 
 
 def test_what_nobody_measured_is_not_predicted() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.calibration_fit import fitted_profile
-from zinfer.calibration_jobs import Job, jobs, small_model
+from zinfer.calibration_jobs import ROUNDS, Job, jobs, small_model
 from zinfer.calibration_profile import CalibrationProfile, now_text, save_profile
-from zinfer.config import DtypeConfig, EngineConfig, RunConfig, TrackingConfig
+from zinfer.config import DtypeConfig, EngineConfig, RunConfig, TrackingConfig, ZeroConfig
 from zinfer.environment import package_versions
 from zinfer.events import EventReader
 from zinfer.hardware import Hardware, detect_hardware, machine_fingerprint
@@ -49,6 +48,7 @@ def job_config(job: Job, config: RunConfig) -> RunConfig:
         offload=replace(config.offload, device=device, nvme_path=config.offload.nvme_path if device == "nvme" else None, use_gds=False),
         dtype=DtypeConfig(weights=dtype, compute=dtype),
         batch=job.batch,
+        zero=ZeroConfig(derivation="tuned", leaf_layers=None if job.leaf else False),
         tracking=TrackingConfig(store="none"),
         launcher=replace(config.launcher, ranks=1),
         plan=replace(config.plan, enforce=False),
@@ -62,9 +62,13 @@ def main_task(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
     config = replace(config, offload=replace(config.offload, nvme_path=config.offload.nvme_path or str(job_dir / "swap")))
     hardware = replace(detect_hardware(config.hardware, Path(str(config.offload.nvme_path)), 1), profile=None)
     dtypes = tuple(kind for kind in ("float32", "bfloat16", "float16") if kind in hardware.device_dtypes)[:2]
+    on_gpu = hardware.device_kind != "cpu"
     try:
-        measured = run_jobs(config, job_dir, dtypes, hardware, terminal)
+        measured = run_jobs(config, job_dir / "round0", list(jobs(dtypes, nvme=True, cpu_offload=on_gpu)), terminal)
         kernels = measure_kernels(config, job_dir, dtypes, hardware, terminal)
+        for number in range(1, ROUNDS):
+            again = list(jobs(dtypes, nvme=True, cpu_offload=on_gpu, again=True))
+            measured += run_jobs(config, job_dir / f"round{number}", again, terminal)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return Outcome(status="error", reason=f"calibration failed: {error}", job_dir=str(job_dir))
     profile = fitted_profile(
@@ -89,9 +93,7 @@ def threads_of(config: RunConfig) -> int:
     return config.launcher.omp_threads or max(1, len(os.sched_getaffinity(0)) // config.launcher.ranks)
 
 
-def run_jobs(
-    config: RunConfig, job_dir: Path, dtypes: tuple[str, ...], hardware: Hardware, terminal: Terminal
-) -> list[tuple[Job, RunConfig, Json]]:
+def run_jobs(config: RunConfig, job_dir: Path, all_jobs: list[Job], terminal: Terminal) -> list[tuple[Job, RunConfig, Json]]:
     """Each job's own result document, through the driver that every run uses.
 
     Raises:
@@ -99,7 +101,6 @@ def run_jobs(
     """
     from zinfer.driver import run_job
 
-    all_jobs = list(jobs(dtypes, nvme=True, cpu_offload=hardware.device_kind != "cpu"))
     terminal.event({"event": "phase", "name": "small models"})
     quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
     results = []
@@ -175,6 +176,7 @@ def summary(profile: CalibrationProfile) -> Iterator[str]:
             f"NVMe ({profile.nvme_path_filesystem}, page cache {profile.nvme_page_cache}): reads {format_rate(best.rate.median)} "
             f"with blocks of {best.block_bytes >> 20} MiB, depth {best.queue_depth}, {best.intra_op_parallelism} threads"
         )
-    layers = [cost.layer_s for cost in profile.fixed if cost.mode == "none"]
-    if layers:
-        yield f"fixed cost of a layer under ZeRO-3: {format_seconds(statistics.median(layers))}"
+    for cost in profile.modes:
+        if cost.mode == "none":
+            yield f"ZeRO-3 adds {format_seconds(cost.layer_s)} to each layer and {format_seconds(cost.part_s)} for each of its parameters"
+            break

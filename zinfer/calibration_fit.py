@@ -1,167 +1,275 @@
-"""From what was measured to a profile: what a run costs beyond its kernels is the rest that small models leave."""
+"""From what was measured to a profile: what a run costs beyond its kernels is the rest that small models leave.
+
+Plain transformers shows what an operation and an element cost; ZeRO-3's jobs what it adds to a pass, a layer and a parameter; those on NVMe
+what waiting for weights adds.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from zinfer.calibration_jobs import Job
-from zinfer.calibration_profile import PROFILE_VERSION, CalibrationProfile, FixedCost, LoadCost, StreamCost, profile_from_document
+from zinfer.calibration_jobs import FEW_LAYERS, HIDDEN, Job
+from zinfer.calibration_profile import (
+    ANY_FAMILY,
+    BY_MODULE,
+    PROFILE_VERSION,
+    CalibrationProfile,
+    FamilyCost,
+    LoadCost,
+    ModeCost,
+    StreamCost,
+    profile_from_document,
+)
 from zinfer.config import RunConfig
 from zinfer.hardware import Hardware
 from zinfer.host_process import GROWTH_BYTES, IMPORTED_RSS_BYTES
 from zinfer.memory_plan import memory_plan
 from zinfer.model_spec import ModelSpec, model_spec
 from zinfer.outcome import Json
-from zinfer.prediction import attention_seconds, elementwise_seconds, products_seconds
+from zinfer.prediction import (
+    CACHES_BYTES,
+    attention_seconds,
+    elementwise_seconds,
+    fetches,
+    layer_parts,
+    layers_seconds,
+    products_seconds,
+)
 from zinfer.zero_layout import zero_layout
 
 Measured = tuple[Job, RunConfig, Json]
-NO_COST = FixedCost(model_type="*", mode="", dtype="", step_s=0.0, layer_s=0.0, element_s=0.0)
 
 
-def fitted_profile(kernels: Json, measured: list[Measured], hardware: Hardware, **facts: Any) -> CalibrationProfile:
+@dataclass(frozen=True, kw_only=True)
+class Rest:
+    """One job, and what its passes took beyond products, attention and the choice of the next token."""
+
+    job: Job
+    config: RunConfig
+    spec: ModelSpec
+    calm_s: float
+    """Of a decode step in the calmest generation (of the calmest prefill, where the job is there for its prefill)."""
+    usual_s: float
+    """Of a decode step in the middle generation."""
+    products_s: float
+    """What the products of that pass are taken to need."""
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.job.batch.new_tokens <= 2
+
+    @property
+    def is_small(self) -> bool:
+        """Nothing but fixed cost."""
+        return self.job.hidden == HIDDEN
+
+
+def fitted_profile(kernels: Json, measured: Sequence[Measured], hardware: Hardware, **facts: Any) -> CalibrationProfile:
     """The whole profile: kernels first, then what jobs cost on top."""
-    fields = {name: kernels[name] for name in kernels if name not in ("nvme",)}
-    empty = {"fixed": [], "stream": None, "load": {}, "nvme": kernels.get("nvme", []), "version": PROFILE_VERSION, "growth_bytes": {}}
-    base = profile_from_document({**empty, **fields, **facts, "device_kind": hardware.device_kind, "device_name": hardware.device_name})
-    plain = [entry for entry in measured if entry[0].mode != "nvme"]
-    fixed = tuple(fixed_costs(base, plain))
+    empty: Json = {"families": [], "modes": [], "stream": None, "load": {}, "nvme": [], "growth_bytes": {}, "version": PROFILE_VERSION}
+    profile = profile_from_document({**empty, **kernels, **facts, "device_kind": hardware.device_kind, "device_name": hardware.device_name})
+    rests = [rest_of(profile, *entry) for entry in measured]
+    plain = list(calmest(rest for rest in rests if rest.job.mode == "resident"))
+    modes = [resident_cost(kind, plain) for kind in sorted({rest.job.dtype for rest in plain})]
+    profile = replace(profile, families=tuple(cost for mode in modes for cost in family_costs(mode, plain)))
+    for mode in sorted({rest.job.mode for rest in rests} - {"resident", "nvme"}):
+        added = zero_costs(profile, mode, list(calmest(rest for rest in rests if rest.job.mode == mode and rest.is_small)))
+        modes += [replace(cost, dtype=resident.dtype) for resident in modes if resident.mode == "resident" for cost in added]
     if hardware.device_kind == "cpu":
-        fixed += tuple(replace(cost, mode="cpu") for cost in fixed if cost.mode == "none")
-    nvme = [entry for entry in measured if entry[0].mode == "nvme"]
-    profile = replace(base, fixed=fixed)
-    if nvme:
-        profile = with_streaming(profile, nvme)
-    return replace(
-        profile,
-        growth_bytes=growth(measured, hardware, base.imported_rss_bytes),
-        load=load_costs(measured, profile),
-        packages=dict(facts.get("packages", {})),
+        modes += [replace(cost, mode=cost.mode.replace("none", "cpu")) for cost in modes if cost.mode.startswith("none")]
+    profile = replace(profile, modes=tuple(modes), growth_bytes=growth(measured, hardware, profile.imported_rss_bytes))
+    profile = replace(profile, load=load_costs(measured, profile))
+    cold, thin = context_factors(profile, [rest for rest in rests if rest.job.mode == "none" and not rest.is_small])
+    profile = replace(profile, cold_factor=cold, thin_factor=thin)
+    return with_streaming(profile, [rest for rest in rests if rest.job.mode == "nvme"])
+
+
+def calmest(rests: Iterable[Rest]) -> Iterable[Rest]:
+    """Of each job the round in which it took least: whatever else the machine does only adds."""
+    least: dict[Job, Rest] = {}
+    for rest in rests:
+        if rest.job not in least or rest.calm_s < least[rest.job].calm_s:
+            least[rest.job] = rest
+    return least.values()
+
+
+def rest_of(profile: CalibrationProfile, job: Job, config: RunConfig, result: Json) -> Rest:
+    """What this job's kernels do not explain."""
+    spec, batch = model_spec(config.model, compute_dtype=config.dtype.compute), config.batch
+    timed = [sample for sample in result["samples"] if sample["kind"] == "timed"]
+    if batch.new_tokens <= 2:
+        seconds, new, context = [sample["prefill_s"] for sample in timed], batch.prompt_tokens, float(batch.prompt_tokens)
+    else:
+        seconds = [statistics.median(sample["decode_step_s"]) for sample in timed]
+        new, context = 1, batch.prompt_tokens + batch.new_tokens / 2
+    products_s = products_seconds(spec, profile, batch.batch_size, new) or 0.0
+    kernels_s = (
+        products_s
+        + attention_seconds(spec, profile, batch.batch_size, new, context)
+        + elementwise_seconds(spec, 0.0, profile, batch.batch_size, new)
+    )
+    calm_s, usual_s = min(seconds) - kernels_s, statistics.median(seconds) - kernels_s
+    return Rest(job=job, config=config, spec=spec, calm_s=calm_s, usual_s=usual_s, products_s=products_s)
+
+
+def line(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b) of y = a + b * x with the least squares, neither below zero."""
+    xs, ys = zip(*points, strict=True)
+    x, y = statistics.fmean(xs), statistics.fmean(ys)
+    spread = sum((one - x) ** 2 for one in xs)
+    b = sum((one - x) * (other - y) for one, other in zip(xs, ys, strict=True)) / spread if spread else 0.0
+    if b < 0:
+        return max(0.0, y), 0.0
+    if y - b * x >= 0:
+        return y - b * x, b
+    return 0.0, max(0.0, sum(one * other for one, other in zip(xs, ys, strict=True)) / sum(one * one for one in xs))
+
+
+def loop_s(rests: Iterable[Rest]) -> float:
+    """What a pass costs without any layer: through models of one family that differ in their layers only."""
+    leaves = [rest for rest in rests if rest.job.leaf]
+    families = {rest.job.family for rest in leaves if rest.job.layers == FEW_LAYERS}
+    through = [line((rest.job.layers, rest.calm_s) for rest in leaves if rest.job.family == family)[0] for family in sorted(families)]
+    return statistics.median(through)
+
+
+def resident_cost(dtype: str, plain: Sequence[Rest]) -> ModeCost:
+    """Of plain transformers: the loop. Its layers are the families' own cost."""
+    steps = [rest for rest in plain if rest.job.dtype == dtype and not rest.is_prefill]
+    return ModeCost(mode="resident", dtype=dtype, step_s=loop_s(steps), layer_s=0.0, part_s=0.0)
+
+
+def family_costs(mode: ModeCost, plain: Sequence[Rest]) -> Iterator[FamilyCost]:
+    """An operation from decode steps, an element from prefills; last what a family not measured is taken to cost."""
+    here = [rest for rest in plain if rest.job.dtype == mode.dtype]
+    prefills = {rest.job.family: rest for rest in here if rest.is_prefill}
+    layers = max(rest.job.layers for rest in here if not rest.is_prefill)
+    found = []
+    for rest in here:
+        if rest.is_prefill or rest.job.layers != layers:
+            continue
+        op_s = max(0.0, (rest.calm_s - mode.step_s) / layers / (rest.spec.layer_ops or 1.0))
+        prefill = prefills[rest.job.family]
+        tokens, spec = prefill.job.batch.batch_size * prefill.job.batch.prompt_tokens, prefill.spec
+        elementwise_s = prefill.calm_s - mode.step_s - spec.num_layers * (spec.layer_ops or 1.0) * op_s
+        value_s = max(0.0, elementwise_s / (tokens * spec.num_layers * (spec.layer_values or 1.0)))
+        found.append(FamilyCost(model_type=rest.job.family, dtype=mode.dtype, op_s=op_s, value_s=value_s))
+    yield from found
+    dense = [cost for cost in found if cost.model_type != "mixtral"]
+    yield FamilyCost(
+        model_type=ANY_FAMILY,
+        dtype=mode.dtype,
+        op_s=statistics.median(cost.op_s for cost in dense),
+        value_s=statistics.median(cost.value_s for cost in dense),
     )
 
 
-def _spec(config: RunConfig) -> ModelSpec:
-    return model_spec(config.model, compute_dtype=config.dtype.compute)
+def zero_costs(profile: CalibrationProfile, mode: str, rests: Sequence[Rest]) -> list[ModeCost]:
+    """What ZeRO-3 adds when it fetches whole layers, and when it fetches module by module."""
+    added = [replace(rest, calm_s=rest.calm_s - rest.spec.num_layers * _plain_layer_s(profile, rest)) for rest in rests]
+    step_s = loop_s(added)
+    dtype = rests[0].job.dtype
+
+    def of_a_layer(rest: Rest, mode: str) -> tuple[float, float]:
+        return layer_parts(rest.spec, mode), (rest.calm_s - step_s) / rest.spec.num_layers
+
+    layers = max(rest.job.layers for rest in added)
+    layer_s, part_s = line(of_a_layer(rest, mode) for rest in added if rest.job.leaf and rest.job.layers == layers)
+    costs = [ModeCost(mode=mode, dtype=dtype, step_s=step_s, layer_s=layer_s, part_s=part_s)]
+    modules = [of_a_layer(rest, mode + BY_MODULE) for rest in added if not rest.job.leaf]
+    if modules:
+        module_s = statistics.median(max(0.0, seconds) / count for count, seconds in modules)
+        costs.append(ModeCost(mode=mode + BY_MODULE, dtype=dtype, step_s=step_s, layer_s=0.0, part_s=module_s))
+    return costs
 
 
-def _timed(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [sample for sample in result["samples"] if sample["kind"] == "timed"]
+def _plain_layer_s(profile: CalibrationProfile, rest: Rest) -> float:
+    cost = profile.family_cost(rest.spec.model_type, rest.spec.dtype)
+    return (rest.spec.layer_ops or 0.0) * cost.op_s if cost else 0.0
 
 
-def calm_decode_s(result: Mapping[str, Any]) -> float:
-    """The least of the generations' median steps: whatever else the machine does only adds."""
-    return min(statistics.median(sample["decode_step_s"]) for sample in _timed(result))
-
-
-def kernel_seconds(profile: CalibrationProfile, config: RunConfig, *, new: int, context: float) -> float:
-    """Of one pass, without anything fixed."""
-    spec, rows = _spec(config), config.batch.batch_size
-    return (
-        (products_seconds(spec, profile, rows, new) or 0.0)
-        + attention_seconds(spec, profile, rows, new, context)
-        + elementwise_seconds(spec, NO_COST, profile, rows, new)
-    )
-
-
-def fixed_costs(profile: CalibrationProfile, measured: list[Measured]) -> Iterable[FixedCost]:
-    """By family, mode and dtype: the loop's share from two LLaMAs that differ in layers only, elementwise work from prefills."""
-    steps: dict[tuple[str, str, str, int], float] = {}
-    prefills: dict[tuple[str, str], tuple[int, int, float]] = {}
-    for job, config, result in measured:
-        batch = config.batch
-        if batch.new_tokens > 2:
-            steps[job.family, job.mode, job.dtype, job.layers] = _decode_rest(profile, config, result)
-        else:
-            seconds = min(sample["prefill_s"] for sample in _timed(result))
-            rest = seconds - kernel_seconds(profile, config, new=batch.prompt_tokens, context=batch.prompt_tokens)
-            elements = job.layers * batch.batch_size * batch.prompt_tokens * job.hidden
-            prefills[job.family, job.dtype] = (job.layers, elements, rest)
-    costs: list[FixedCost] = []
-    for mode, dtype in sorted({(mode, dtype) for _, mode, dtype, _ in steps}):
-        here = {(family, layers): rest for (family, m, d, layers), rest in steps.items() if (m, d) == (mode, dtype)}
-        few, many = (min(layers for _, layers in here), max(layers for _, layers in here))
-        slope = max(0.0, (here["llama", many] - here["llama", few]) / (many - few))
-        step_s = max(0.0, here["llama", few] - few * slope)
-        for family in sorted({family for family, layers in here if layers == many}):
-            layer_s = max(0.0, (here[family, many] - step_s) / many)
-            costs.append(FixedCost(model_type=family, mode=mode, dtype=dtype, step_s=step_s, layer_s=layer_s, element_s=0.0))
-    costs = [replace(cost, element_s=_element_s(cost, costs, prefills)) for cost in costs]
-    yield from costs
-    for mode, dtype in sorted({(cost.mode, cost.dtype) for cost in costs}):
-        dense = [cost for cost in costs if (cost.mode, cost.dtype) == (mode, dtype) and cost.model_type != "mixtral"]
-        yield replace(
-            dense[0],
-            model_type="*",
-            layer_s=statistics.median(cost.layer_s for cost in dense),
-            element_s=statistics.median(cost.element_s for cost in dense),
-        )
-
-
-def _element_s(cost: FixedCost, costs: list[FixedCost], prefills: Mapping[tuple[str, str], tuple[int, int, float]]) -> float:
-    """What this family's prefill takes beyond kernels and fixed cost, for each token and hidden element of a layer, whatever the mode."""
-    if (cost.model_type, cost.dtype) not in prefills:
-        return 0.0
-    layers, elements, rest = prefills[cost.model_type, cost.dtype]
-    none = next(other for other in costs if (other.model_type, other.dtype, other.mode) == (cost.model_type, cost.dtype, "none"))
-    return max(0.0, (rest - none.step_s - layers * none.layer_s) / elements)
-
-
-def with_streaming(profile: CalibrationProfile, measured: list[Measured]) -> CalibrationProfile:
-    """NVMe: first what its bookkeeping adds to a layer where nothing is swapped, then what each swapped parameter and byte costs."""
-    none = {(cost.model_type, cost.dtype): cost for cost in profile.fixed if cost.mode == "none"}
-    added = []
-    for job, config, result in measured:
-        if zero_layout(config, _spec(config)).swapped_numel == 0:
-            cost = none[job.family, job.dtype]
-            rest = _decode_rest(profile, config, result) - cost.step_s - job.layers * cost.layer_s
-            added.append(max(0.0, rest / job.layers))
-    extra = statistics.median(added) if added else 0.0
-    fixed = profile.fixed + tuple(replace(cost, mode="nvme", layer_s=cost.layer_s + extra) for cost in none.values())
+def context_factors(profile: CalibrationProfile, rests: Sequence[Rest]) -> tuple[float, float]:
+    """(cold_factor, thin_factor) of models that no cache holds: the least squares of the relative error, neither below 1."""
     rows = []
-    for job, config, result in measured:
-        layout = zero_layout(config, _spec(config))
+    for rest in rests:
+        fixed_s, extra_s = _fixed_s(profile, rest, "none"), rest.usual_s - _elements_s(profile, rest)
+        whole_s = extra_s + rest.products_s
+        rows.append((fixed_s / whole_s, rest.products_s / whole_s, 1.0))
+    if not rows:
+        return 1.0, 1.0
+    cold, thin = plane(rows)
+    if thin < 1:
+        cold, thin = statistics.median((1 - products) / fixed for fixed, products, _ in rows), 1.0
+    return max(1.0, cold), thin
+
+
+def plane(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """(a, b) of z = a * x + b * y with the least squares; b is 0 where the rows do not tell them apart."""
+    xx, xy, yy = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    xz, yz = sum(row[0] * row[2] for row in rows), sum(row[1] * row[2] for row in rows)
+    determinant = xx * yy - xy * xy
+    if determinant <= 1e-9 * xx * yy:
+        return (xz / xx if xx else 0.0), 0.0
+    return (xz * yy - yz * xy) / determinant, (yz * xx - xz * xy) / determinant
+
+
+def _elements_s(profile: CalibrationProfile, rest: Rest) -> float:
+    family = profile.family_cost(rest.spec.model_type, rest.spec.dtype)
+    assert family is not None, "every family of the jobs was fitted"
+    return family.value_s * rest.job.batch.batch_size * (rest.spec.layer_values or 0.0) * rest.spec.num_layers
+
+
+def _fixed_s(profile: CalibrationProfile, rest: Rest, mode: str) -> float:
+    """Loop and layers of one pass, with warm caches."""
+    family, cost = profile.family_cost(rest.spec.model_type, rest.spec.dtype), profile.mode_cost(mode, rest.spec.dtype)
+    assert family is not None and cost is not None, "every family and mode of the jobs was fitted"
+    return cost.step_s + layers_seconds(rest.spec, family, cost)
+
+
+def with_streaming(profile: CalibrationProfile, rests: Sequence[Rest]) -> CalibrationProfile:
+    """NVMe: first what its bookkeeping adds to a layer where nothing is swapped, then what each fetch and byte costs."""
+    small = [(rest.calm_s - _fixed_s(profile, rest, "none")) / rest.spec.num_layers for rest in calmest(rests) if rest.is_small]
+    extra_s = max(0.0, statistics.median(small)) if small else 0.0
+    modes = [
+        replace(cost, mode=cost.mode.replace("none", "nvme"), layer_s=cost.layer_s + extra_s)
+        for cost in profile.modes
+        if cost.mode.startswith("none")
+    ]
+    profile = replace(profile, modes=(*profile.modes, *modes))
+    rows = []
+    for rest in rests:
+        layout = zero_layout(rest.config, rest.spec)
         if layout.swapped_numel:
-            cost = none[job.family, job.dtype]
-            rest = _decode_rest(profile, config, result) - cost.step_s - job.layers * (cost.layer_s + extra)
-            rows.append((layout.swapped_count, layout.swapped_numel * layout.itemsize_bytes, max(0.0, rest)))
-    return replace(profile, fixed=fixed, stream=stream_cost(rows, profile.nvme_read_bytes_per_s))
+            fixed_s = profile.cold_factor * _fixed_s(profile, rest, "nvme") + _elements_s(profile, rest)
+            waited_s = rest.usual_s - fixed_s - (profile.thin_factor - 1) * rest.products_s
+            rows.append((fetches(layout, leaf=True), layout.swapped_numel * layout.itemsize_bytes, waited_s))
+    return replace(profile, stream=stream_cost(rows, profile.nvme_read_bytes_per_s))
 
 
-def _decode_rest(profile: CalibrationProfile, config: RunConfig, result: Mapping[str, Any]) -> float:
-    batch = config.batch
-    return calm_decode_s(result) - kernel_seconds(profile, config, new=1, context=batch.prompt_tokens + batch.new_tokens / 2)
-
-
-def stream_cost(rows: list[tuple[int, int, float]], handle_bytes_per_s: float | None) -> StreamCost | None:
-    """Seconds = parameters * a + bytes / b through two measurements; where that gives nonsense, all of it goes to the bytes.
+def stream_cost(rows: Sequence[tuple[int, int, float]], handle_bytes_per_s: float | None) -> StreamCost | None:
+    """Seconds = fetches * a + bytes / b, the least squares of the relative error; where nothing was seen, the handle's own rate.
 
     Args:
-        rows: (swapped parameters, swapped bytes, seconds that swapping added) of each.
+        rows: (fetches, swapped bytes, seconds that swapping added) of each model.
     """
-    if not rows:
-        return None
-    if len(rows) >= 2:
-        (p0, s0, t0), (p1, s1, t1) = rows[0], rows[1]
-        determinant = p0 * s1 - p1 * s0
-        if determinant:
-            a = (t0 * s1 - t1 * s0) / determinant
-            c = (p0 * t1 - p1 * t0) / determinant
-            if a >= 0 and c > 0:
-                return StreamCost(parameter_s=a, bytes_per_s=1 / c)
-    seconds, count = sum(row[2] for row in rows), sum(row[1] for row in rows)
-    if seconds <= 0:
-        return StreamCost(parameter_s=0.0, bytes_per_s=handle_bytes_per_s or float(count))
-    return StreamCost(parameter_s=0.0, bytes_per_s=count / seconds)
+    seen = [(count / seconds, size / seconds, 1.0) for count, size, seconds in rows if seconds > 0]
+    if not seen:
+        return StreamCost(fetch_s=0.0, bytes_per_s=handle_bytes_per_s) if rows and handle_bytes_per_s else None
+    fetch_s, byte_s = plane(seen)
+    if fetch_s < 0 or byte_s <= 0:
+        fetch_s, byte_s = 0.0, statistics.median(1 / size for _, size, _ in seen)
+    return StreamCost(fetch_s=fetch_s, bytes_per_s=1 / byte_s)
 
 
-def growth(measured: list[Measured], hardware: Hardware, imported_bytes: int) -> dict[str, int]:
+def growth(measured: Sequence[Measured], hardware: Hardware, imported_bytes: int) -> dict[str, int]:
     """Mode -> what running adds to a worker that has imported everything: the median of what the plan without it leaves of the peaks."""
     found: dict[str, list[int]] = {}
     for job, config, result in measured:
-        plan = memory_plan(_spec(config), config, replace(hardware, profile=None))
+        spec = model_spec(config.model, compute_dtype=config.dtype.compute)
+        plan = memory_plan(spec, config, replace(hardware, profile=None))
         known = plan.peak_host_rss_bytes - IMPORTED_RSS_BYTES - GROWTH_BYTES[job.mode] + imported_bytes
         found.setdefault(job.mode, []).append(int(result["metrics"]["peak_host_rss_bytes"]) - known)
     medians = {mode: int(statistics.median(values)) for mode, values in found.items()}
@@ -170,19 +278,22 @@ def growth(measured: list[Measured], hardware: Hardware, imported_bytes: int) ->
     return medians
 
 
-def load_costs(measured: list[Measured], profile: CalibrationProfile) -> dict[str, LoadCost]:
-    """Mode -> seconds = a + bytes / b. The models are too small to show b: that of copying into fresh memory, or of writing to NVMe."""
+def load_costs(measured: Sequence[Measured], profile: CalibrationProfile) -> dict[str, LoadCost]:
+    """Mode -> seconds = a + parameters * b + bytes / c: a and b from the small models, c from the others, else from memory and NVMe."""
     memory = profile.host_copy.median / 4  # read and written once, every page of the target touched for the first time
     writes = [row.rate.median for row in profile.nvme if row.operation == "write"]
     costs = {}
     for mode in sorted({job.mode for job, _, _ in measured}):
-        rate = 1 / (1 / memory + 1 / max(writes)) if mode == "nvme" and writes else memory
-        rests = []
+        loads = []
         for job, config, result in measured:
             if job.mode == mode:
-                layout = zero_layout(config, _spec(config))
-                rests.append(result["metrics"]["load_s"] - layout.stored_numel * layout.itemsize_bytes / rate)
-        costs[mode] = LoadCost(fixed_s=max(0.0, statistics.median(rests)), bytes_per_s=rate)
+                spec = model_spec(config.model, compute_dtype=config.dtype.compute)
+                loads.append((job.hidden == HIDDEN, len(spec.parameters), spec.weight_bytes, result["metrics"]["load_s"]))
+        fixed_s, parameter_s = line((count, seconds) for is_small, count, _, seconds in loads if is_small)
+        rests = [(size, seconds - fixed_s - count * parameter_s) for is_small, count, size, seconds in loads if not is_small]
+        rates = [size / seconds for size, seconds in rests if size > CACHES_BYTES and seconds > 0]
+        rate = 1 / (1 / memory + 1 / max(writes)) if mode == "nvme" and writes else memory
+        costs[mode] = LoadCost(fixed_s=fixed_s, parameter_s=parameter_s, bytes_per_s=statistics.median(rates) if rates else rate)
     if profile.device_kind == "cpu" and "none" in costs:
         costs["cpu"] = costs["none"]
     return costs

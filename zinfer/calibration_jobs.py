@@ -10,12 +10,17 @@ from zinfer.config import BatchConfig, ModelConfig
 
 FAMILIES = ("llama", "opt", "bloom", "mixtral")
 LAYERS, FEW_LAYERS = 8, 2
+FEW_LAYERS_FAMILIES = ("llama", "opt")
+ROUNDS = 2
+"""Every job so often, the kernels in between: a neighbour on the same processor slows everything for seconds, a swap file may lie badly."""
 HIDDEN = 64
 """So small that a layer is nothing but its fixed cost."""
 ELEMENT_LAYERS, ELEMENT_HIDDEN = 4, 256
 """Large enough for a prefill to show its elementwise work."""
-STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=16, warmup=1, repeats=3)
-PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=3)
+STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=16, warmup=1, repeats=5)
+PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=5)
+MIDDLE = tuple(BatchConfig(batch_size=rows, prompt_tokens=32, new_tokens=9, warmup=1, repeats=3) for rows in (1, 16))
+STREAM = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=5, warmup=1, repeats=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,8 @@ class Job:
     layers: int = LAYERS
     hidden: int = HIDDEN
     batch: BatchConfig = STEPS
+    leaf: bool = True
+    """Of ZeRO-3: whole layers are fetched; else module by module."""
 
 
 def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
@@ -46,18 +53,34 @@ def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
     return ModelConfig(name=name, model_type=family, overrides=overrides[family], checkpoint_dtype="float32")
 
 
-def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[Job]:
-    """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs."""
-    for mode in ("none", "resident", *(("cpu",) if cpu_offload else ())):
-        for dtype in dtypes:
-            yield Job(family="llama", mode=mode, dtype=dtype, layers=FEW_LAYERS)
-            for family in FAMILIES:
-                yield Job(family=family, mode=mode, dtype=dtype)
+def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool, again: bool = False) -> Iterator[Job]:
+    """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs.
+
+    Args:
+        again: a later round, without what matters less: prefills, and ZeRO-3 module by module.
+    """
     for dtype in dtypes:
+        for family in FEW_LAYERS_FAMILIES:
+            yield Job(family=family, mode="resident", dtype=dtype, layers=FEW_LAYERS)
         for family in FAMILIES:
-            yield Job(family=family, mode="none", dtype=dtype, layers=ELEMENT_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL)
+            yield Job(family=family, mode="resident", dtype=dtype)
+            if not again:
+                yield Job(family=family, mode="resident", dtype=dtype, layers=ELEMENT_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL)
+    plain = dtypes[0]  # what ZeRO-3 adds is Python: the type does not matter
+    for mode in ("none", *(("cpu",) if cpu_offload else ())):
+        for family in FEW_LAYERS_FAMILIES:
+            yield Job(family=family, mode=mode, dtype=plain, layers=FEW_LAYERS)
+        for family in FAMILIES:
+            yield Job(family=family, mode=mode, dtype=plain)
+        if not again:
+            for family in FEW_LAYERS_FAMILIES:
+                yield Job(family=family, mode=mode, dtype=plain, leaf=False)
+    for dtype in dtypes:  # of more weights than the caches hold
+        for batch in MIDDLE:
+            yield Job(family="llama", mode="none", dtype=dtype, layers=6, hidden=640, batch=batch)
+            yield Job(family="opt", mode="none", dtype=dtype, layers=8, hidden=576, batch=batch)
     if nvme:
-        yield Job(family="llama", mode="nvme", dtype="float32")
-        yield Job(family="opt", mode="nvme", dtype="float32")
-        yield Job(family="llama", mode="nvme", dtype="float32", layers=6, hidden=640)  # matrices of 1.6 MB and more: swapped
-        yield Job(family="llama", mode="nvme", dtype="float32", layers=2, hidden=1536)
+        yield Job(family="opt", mode="nvme", dtype=plain)  # too small to be swapped
+        yield Job(family="llama", mode="nvme", dtype=plain, layers=6, hidden=640, batch=STREAM)  # matrices of 1.6 MB and more
+        yield Job(family="opt", mode="nvme", dtype=plain, layers=8, hidden=384, batch=STREAM)
+        yield Job(family="llama", mode="nvme", dtype=plain, layers=2, hidden=1536, batch=STREAM)

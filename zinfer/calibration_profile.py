@@ -19,7 +19,7 @@ from typing import Any
 
 from zinfer.cache import cache_dir
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 """Raised when what is measured, or what a field means, changes; older profiles are not read."""
 
 
@@ -58,18 +58,34 @@ class NvmeRate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedCost:
-    """What a mode (resident, none, cpu, nvme) costs on top of the kernels, by model family ('*': any other)."""
+class FamilyCost:
+    """What a decoder layer costs beside its products and attention, in plain transformers, by model family (ANY_FAMILY: any other)."""
 
     model_type: str
+    dtype: str
+    op_s: float
+    """For each operation that a layer starts (ModelSpec.layer_ops)."""
+    value_s: float
+    """For each element that its elementwise operations write (ModelSpec.layer_values)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeCost:
+    """What a mode adds to a forward pass, whatever the model: resident, none, cpu, nvme, or one of these with BY_MODULE behind it."""
+
     mode: str
     dtype: str
     step_s: float
-    """Once for each forward pass: generate's own loop, embedding, final norm."""
+    """Once: generate's own loop, embedding, final norm, head."""
     layer_s: float
     """For each decoder layer."""
-    element_s: float
-    """For each token and hidden element of a layer: norms, activations, residuals."""
+    part_s: float
+    """For each parameter of a layer that is fetched as a whole; for each module of one that is fetched module by module."""
+
+
+ANY_FAMILY = "*"
+BY_MODULE = ", by module"
+"""Of ZeRO-3 without leaf layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +93,7 @@ class LoadCost:
     """Building a model with random weights in one mode."""
 
     fixed_s: float
+    parameter_s: float
     bytes_per_s: float
 
 
@@ -84,8 +101,8 @@ class LoadCost:
 class StreamCost:
     """Reading weights from NVMe while generating, as a whole run shows it."""
 
-    parameter_s: float
-    """For each swapped parameter and forward pass: request, wait, copy bookkeeping."""
+    fetch_s: float
+    """For each layer or module that waits for its weights."""
     bytes_per_s: float
 
 
@@ -119,7 +136,12 @@ class CalibrationProfile:
     nvme_free_bytes: int | None = None
     nvme_page_cache: str | None = None
     """'bypassed' (O_DIRECT), or why not."""
-    fixed: tuple[FixedCost, ...] = ()
+    families: tuple[FamilyCost, ...] = ()
+    modes: tuple[ModeCost, ...] = ()
+    cold_factor: float = 1.0
+    """What the costs of families and modes grow by where the weights fit no cache of the processor and evict the interpreter's data."""
+    thin_factor: float = 1.0
+    """The same of products with few rows, which wait for their weights."""
     stream: StreamCost | None = None
     load: dict[str, LoadCost] = field(default_factory=dict)
     """Mode -> what loading costs."""
@@ -149,11 +171,14 @@ class CalibrationProfile:
         by_rows = [(rows_, _interpolate(sorted(times.items()), weight_numel)) for rows_, times in sorted(table.items())]
         return _interpolate(by_rows, max(rows, by_rows[0][0]))
 
-    def fixed_cost(self, model_type: str, mode: str, dtype: str) -> FixedCost | None:
-        """Of this family, else of any; of this dtype, else of another."""
-        candidates = [cost for cost in self.fixed if cost.mode == mode]
-        ranked = sorted(candidates, key=lambda cost: (cost.model_type != model_type, cost.model_type != "*", cost.dtype != dtype))
-        return ranked[0] if ranked and ranked[0].model_type in (model_type, "*") else None
+    def family_cost(self, model_type: str, dtype: str) -> FamilyCost | None:
+        """Of this family, else of any. None: dtype not measured."""
+        found = {cost.model_type: cost for cost in self.families if cost.dtype == dtype}
+        return found.get(model_type) or found.get(ANY_FAMILY)
+
+    def mode_cost(self, mode: str, dtype: str) -> ModeCost | None:
+        """None: not measured."""
+        return next((cost for cost in self.modes if (cost.mode, cost.dtype) == (mode, dtype)), None)
 
 
 def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
@@ -212,7 +237,8 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
         values[name] = {dtype: Rate(**rate) for dtype, rate in values[name].items()}
     values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
     values["nvme"] = tuple(NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"])
-    values["fixed"] = tuple(FixedCost(**row) for row in values["fixed"])
+    values["families"] = tuple(FamilyCost(**row) for row in values["families"])
+    values["modes"] = tuple(ModeCost(**row) for row in values["modes"])
     values["load"] = {mode: LoadCost(**cost) for mode, cost in values["load"].items()}
     values["stream"] = StreamCost(**values["stream"]) if values["stream"] else None
     return CalibrationProfile(**values)

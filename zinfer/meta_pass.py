@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 8
 """More than the usual width of a convolution (4), so that its state has its full size."""
+NOT_ELEMENTWISE = frozenset({
+    "mm", "addmm", "bmm", "baddbmm", "index", "_softmax", "_safe_softmax", "_scaled_dot_product_attention_math", "_unsafe_view",
+})  # fmt: skip
+"""Products and attention, which are counted from the model's sizes; `index` gathers whole experts here, which no real run does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +23,8 @@ class MetaPass:
     cache: Any = None
     layer_ops: float | None = None
     """Operations of PyTorch's dispatcher (views too) that one decoder layer starts, the mean over the layers. None: not known."""
+    layer_values: float | None = None
+    """Elements that one decoder layer's elementwise operations (norms, activations, residuals, copies) write for each token, the mean."""
     failed: str | None = None
 
 
@@ -33,11 +39,16 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
     from transformers import DynamicCache
 
     class Counter(TorchDispatchMode):
-        inside, operations = False, 0
+        inside, operations, values = False, 0, 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.operations += self.inside
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if self.inside:
+                self.operations += 1
+                if func.overloadpacket.__name__ not in NOT_ELEMENTWISE and not _is_view(func):
+                    written = result if isinstance(result, tuple | list) else (result,)
+                    self.values += sum(tensor.numel() for tensor in written[:1] if isinstance(tensor, torch.Tensor))
+            return result
 
     counter = Counter()
     hooks = [layer.register_forward_pre_hook(lambda *_: setattr(counter, "inside", True)) for layer in layers]
@@ -57,5 +68,11 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
     filled = output.get("past_key_values")
     return MetaPass(
         cache=filled if filled is not None else output.get("cache_params"),
-        layer_ops=counter.operations / len(layers) if layers and counter.operations else None,
+        layer_ops=counter.operations / len(layers) if counter.operations else None,
+        layer_values=counter.values / PROBE_TOKENS / len(layers) if counter.operations else None,
     )
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the operation only looks at its argument's memory in another way."""
+    return any(found.alias_info is not None and not found.alias_info.is_write for found in func._schema.returns)

@@ -82,8 +82,12 @@ class ModelSpec:
     parameters: tuple[Parameter, ...]
     layer_classes: tuple[str, ...]
     """Class names of the decoder layers; empty where there is no list of them."""
+    layer_modules: float | None
+    """Modules of a decoder layer, itself included, the mean. None: there is no list of layers."""
     layer_ops: float | None
-    """Operations that one decoder layer starts in a forward pass (meta_pass.MetaPass)."""
+    """Operations that one decoder layer starts in a forward pass; None where it was not seen running (see meta_pass.MetaPass)."""
+    layer_values: float | None
+    """Elements that they write for each token, products and attention apart."""
     kv_layers: tuple[KvLayer, ...] | None
     kv_unknown_reason: str | None
 
@@ -217,7 +221,9 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
         "experts_per_token": experts_per_token,
         "parameters": parameters,
         "layer_classes": tuple(dict.fromkeys(type(layer).__name__ for layer in layers)),
+        "layer_modules": sum(1 for layer in layers for _ in layer.modules()) / len(layers) if layers else None,
         "layer_ops": done.layer_ops,
+        "layer_values": done.layer_values,
         "kv_layers": kv_layers,
         "kv_unknown_reason": reason,
         "config_dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),

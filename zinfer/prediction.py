@@ -9,14 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zinfer.calibration_profile import CalibrationProfile, FixedCost
+from zinfer.calibration_profile import BY_MODULE, CalibrationProfile, FamilyCost, ModeCost
 from zinfer.ceiling import Ceiling, ceiling, kv_read_bytes, matrix_products, touched_experts
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.deepspeed_json import leaf_layers
 from zinfer.hardware import Hardware
 from zinfer.host_process import mode_of
-from zinfer.memory_plan import MemoryPlan
+from zinfer.memory_plan import MemoryPlan, staging_limit_bytes
 from zinfer.model_spec import ModelSpec
+from zinfer.units import MIB
 from zinfer.zero_layout import ZeroLayout, zero_layout
+
+CACHES_BYTES = 32 * MIB
+"""Weights of a model beyond which the caches of a processor's cores are taken to hold nothing from one layer to the next."""
+THIN_ROWS = 64
+"""A product with more rows than this spends its time on arithmetic, not on waiting for weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +85,10 @@ def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Predictio
     if profile is None or config.dtype.bits is not None or config.launcher.ranks > 1:
         return Prediction(ceiling=bound, load_s=None, prefill_s=None, decode_step_s=None, generated_tokens_per_s=None, parts={})
     layout = zero_layout(config, spec)
+    leaf = leaf_layers(config, spec, staging_limit_bytes(config, hardware))
     context = batch.prompt_tokens + batch.new_tokens / 2
-    prefill = pass_parts(spec, config, profile, layout, rows=batch.batch_size, new=batch.prompt_tokens, context=batch.prompt_tokens)
-    step = pass_parts(spec, config, profile, layout, rows=batch.batch_size, new=1, context=context)
+    prefill = pass_parts(spec, config, profile, layout, leaf=leaf, new=batch.prompt_tokens, context=batch.prompt_tokens)
+    step = pass_parts(spec, config, profile, layout, leaf=leaf, new=1, context=context)
     on_cpu = hardware.device_kind == "cpu"
     prefill_s = _together(prefill, bound.prefill.ceiling_s, on_cpu=on_cpu)
     step_s = _together(step, bound.decode_step.ceiling_s, on_cpu=on_cpu)
@@ -89,7 +97,7 @@ def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Predictio
         tokens_per_s = batch.batch_size * batch.new_tokens / (prefill_s + (batch.new_tokens - 1) * step_s)
     return Prediction(
         ceiling=bound,
-        load_s=_load_s(config, profile, layout),
+        load_s=_load_s(spec, config, profile, layout),
         prefill_s=prefill_s,
         decode_step_s=step_s,
         generated_tokens_per_s=tokens_per_s,
@@ -109,22 +117,47 @@ def _together(parts: Mapping[str, float] | None, ceiling_s: float | None, *, on_
 
 
 def pass_parts(
-    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout, *, rows: int, new: int, context: float
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout, *, leaf: bool, new: int, context: float
 ) -> dict[str, float] | None:
-    """Seconds of one forward pass by cause; None where this dtype or mode was not calibrated."""
-    fixed = profile.fixed_cost(spec.model_type, mode_of(config), spec.dtype)
+    """Seconds of one forward pass by cause; None where this dtype or mode was not calibrated, or the layers were not seen running.
+
+    Args:
+        leaf: decoder layers are leaves of ZeRO-3.
+    """
+    rows = config.batch.batch_size
+    family, mode = profile.family_cost(spec.model_type, spec.dtype), profile.mode_cost(fixed_mode(config, leaf=leaf), spec.dtype)
     products_s = products_seconds(spec, profile, rows, new)
-    streaming_s = streaming_seconds(config, profile, layout)
-    if fixed is None or products_s is None or streaming_s is None:
+    streaming_s = streaming_seconds(config, profile, layout, leaf=leaf)
+    if family is None or mode is None or spec.layer_ops is None or products_s is None or streaming_s is None:
         return None
+    cold = layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES
+    factor = profile.cold_factor if cold else 1.0
+    thin_factor = profile.thin_factor if cold and rows * new <= THIN_ROWS else 1.0
     return {
-        "loop": fixed.step_s,
-        "layers": spec.num_layers * fixed.layer_s,
-        "matrix products": products_s,
+        "loop": factor * mode.step_s,
+        "layers": factor * layers_seconds(spec, family, mode),
+        "matrix products": thin_factor * products_s,
         "attention": attention_seconds(spec, profile, rows, new, context),
-        "elementwise": elementwise_seconds(spec, fixed, profile, rows, new),
+        "elementwise": elementwise_seconds(spec, family.value_s, profile, rows, new),
         "streaming": streaming_s,
     }
+
+
+def layers_seconds(spec: ModelSpec, family: FamilyCost, mode: ModeCost) -> float:
+    """What all decoder layers cost in a pass whatever the number of tokens, with warm caches."""
+    return spec.num_layers * ((spec.layer_ops or 0.0) * family.op_s + mode.layer_s + layer_parts(spec, mode.mode) * mode.part_s)
+
+
+def fixed_mode(config: RunConfig, *, leaf: bool) -> str:
+    """The name of the run's ModeCost."""
+    return mode_of(config) + ("" if leaf or config.engine.name == "resident" else BY_MODULE)
+
+
+def layer_parts(spec: ModelSpec, mode: str) -> float:
+    """What ModeCost.part_s is multiplied by: of a decoder layer its modules where ZeRO-3 fetches them one by one, else its parameters."""
+    if mode.endswith(BY_MODULE):
+        return spec.layer_modules or 0.0
+    return sum(parameter.layer is not None for parameter in spec.parameters) / spec.num_layers
 
 
 def products_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int) -> float | None:
@@ -155,13 +188,13 @@ def attention_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, n
     return (kv / rate.median if rate else 0.0) + kv / profile.host_copy.median
 
 
-def elementwise_seconds(spec: ModelSpec, fixed: FixedCost, profile: CalibrationProfile, rows: int, new: int) -> float:
+def elementwise_seconds(spec: ModelSpec, value_s: float, profile: CalibrationProfile, rows: int, new: int) -> float:
     """Norms, activations, residuals; and the logits, copied to float32 and searched."""
     logits = rows * spec.vocab_size * (ITEMSIZE_BYTES[spec.dtype] + 2 * 4)
-    return fixed.element_s * rows * new * spec.hidden_size * spec.num_layers + logits / profile.host_copy.median
+    return value_s * rows * new * (spec.layer_values or 0.0) * spec.num_layers + logits / profile.host_copy.median
 
 
-def streaming_seconds(config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:
+def streaming_seconds(config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout, *, leaf: bool) -> float | None:
     """What fetching weights adds to a pass; None where that was not calibrated."""
     if config.engine.name == "resident" or config.offload.device == "none":
         return 0.0
@@ -174,15 +207,20 @@ def streaming_seconds(config: RunConfig, profile: CalibrationProfile, layout: Ze
         return 0.0
     if profile.stream is None:
         return None
-    return layout.swapped_count * profile.stream.parameter_s + layout.swapped_numel * layout.itemsize_bytes / profile.stream.bytes_per_s
+    return fetches(layout, leaf=leaf) * profile.stream.fetch_s + layout.swapped_numel * layout.itemsize_bytes / profile.stream.bytes_per_s
 
 
-def _load_s(config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:
+def fetches(layout: ZeroLayout, *, leaf: bool) -> int:
+    """How often a pass waits for weights from NVMe."""
+    return layout.swapping_layers + layout.swapped_outside if leaf else layout.swapped_count
+
+
+def _load_s(spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:
     """Random weights only: how fast a checkpoint is read depends on where it is."""
     cost = profile.load.get(mode_of(config))
     if cost is None or config.weights != "dummy":
         return None
-    return cost.fixed_s + layout.stored_numel * layout.itemsize_bytes / cost.bytes_per_s
+    return cost.fixed_s + len(spec.parameters) * cost.parameter_s + layout.stored_numel * layout.itemsize_bytes / cost.bytes_per_s
 
 
 def scored(metrics: Mapping[str, float], prediction: Prediction, plan: MemoryPlan) -> dict[str, float]:

@@ -38,6 +38,10 @@ class ZeroLayout:
     swapped_per_module: int
     """Most swapped parameters that one module owns: all of them are in buffers at once."""
     swapped_per_layer: int
+    swapping_layers: int
+    """Decoder layers with swapped parameters."""
+    swapped_outside: int
+    """Swapped parameters of no decoder layer: embeddings, output head."""
     layer_numel: int
     """Stored elements of the largest decoder layer, over all ranks."""
     largest_numel: int
@@ -122,6 +126,8 @@ def _layout(
         largest_swapped_numel=max(swapped, default=0),
         swapped_per_module=max(per_module.values(), default=0),
         swapped_per_layer=max(per_layer.values(), default=0),
+        swapping_layers=len(per_layer),
+        swapped_outside=len(swapped) - per_layer.total(),
         layer_numel=max(layer_numel.values(), default=total),
         largest_numel=max(parameter.numel for parameter in model.parameters),
         small_numel=small,
