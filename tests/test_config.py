@@ -90,3 +90,16 @@ def test_every_setting_can_be_typed_without_a_plus_sign() -> None:
     settings = {(group, item.name) for group, kind in groups.items() for item in fields(kind)}
     absent = {f"{group}.{name}" for group, name in settings if name not in tree[group]}
     assert not absent
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("dtype=float16",), False),
+        (("dtype=int4",), False),  # computes in bfloat16
+        (("dtype=int4", "dtype.compute=float16"), True),
+        (("dtype=int8", "dtype.compute=auto"), True),
+    ],
+)
+def test_quantised_weights_in_float16_need_the_kernel_that_unpacks_them(overrides: tuple[str, ...], expected: bool) -> None:
+    assert composed(*overrides).dtype.unpacks_to_float16 is expected

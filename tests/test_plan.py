@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.composing import choices, composed
+from tests.test_ceiling import profile
 from zinfer.config import RunConfig
 from zinfer.hardware import Hardware, detect_hardware
 from zinfer.memory_plan import memory_plan
@@ -96,6 +97,21 @@ WARNED = [  # overrides, changes of the box, words of the warning
 @pytest.mark.parametrize(("overrides", "changes", "words"), WARNED)
 def test_a_person_would_warn(overrides: tuple[str, ...], changes: dict[str, Any], words: str) -> None:
     assert words in warnings(*overrides, "dtype=float16", "hardware=a6000", **changes)
+
+
+@pytest.mark.parametrize(
+    ("page_cache", "host_available_bytes", "is_said"),
+    [
+        ("used: O_DIRECT is refused (Invalid argument), so these may be rates of memory", 200 * GIB, True),
+        ("used: O_DIRECT is refused (Invalid argument), so these may be rates of memory", 40 * GIB, False),  # 24 GiB are swapped
+        ("bypassed", 200 * GIB, False),
+    ],
+)
+def test_a_page_cache_that_holds_all_swapped_weights_is_said(page_cache: str, host_available_bytes: int, is_said: bool) -> None:
+    measured = dataclasses.replace(profile(), nvme_page_cache=page_cache)
+    box: dict[str, Any] = {"profile": measured, "host_available_bytes": host_available_bytes}
+    said = warnings("model=opt-13b", "offload=nvme", "dtype=float16", "hardware=a6000", "batch.batch_size=1", **box)
+    assert ("what is measured as NVMe would be RAM" in said) is is_said
 
 
 @pytest.mark.parametrize("filesystem", ["ext4", "xfs", "btrfs", "zfs", None])

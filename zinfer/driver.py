@@ -133,7 +133,7 @@ def _build_ops(config: RunConfig, terminal: Terminal) -> None:
     """Compile what this run loads, apart from the run and said so. Raises RuntimeError when it cannot be built."""
     if config.engine.name != "zero":
         return
-    ops = native_ops.ops_needed(config.offload.device, use_gds=config.offload.use_gds)
+    ops = native_ops.ops_needed(config.offload.device, quantised_float16=config.dtype.unpacks_to_float16, use_gds=config.offload.use_gds)
     for message in native_ops.remove_stale_locks(ops):
         terminal.note(message)
     with Interrupts.at_once():  # minutes, the first time on a machine

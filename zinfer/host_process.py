@@ -71,3 +71,10 @@ def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int
         return pool
     copies = LARGEST_WHILE_LOADING["tied" if spec.tied_embeddings else "untied"]
     return pool + int(copies * layout.largest_numel * size)
+
+
+def mapped_bytes(config: RunConfig, spec: ModelSpec) -> int:
+    """Pages of the checkpoint's files in the first rank's memory once all were read: transformers maps every shard until the end."""
+    if config.weights == "dummy":
+        return 0
+    return spec.num_parameters * ITEMSIZE_BYTES[config.model.checkpoint_dtype or spec.dtype]

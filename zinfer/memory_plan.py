@@ -8,7 +8,7 @@ from typing import Any, Literal
 from zinfer.config import RunConfig
 from zinfer.deepspeed_json import deepspeed_json, min_buffer_count
 from zinfer.hardware import Hardware
-from zinfer.host_process import host_process, kept_after_loading, kept_free_factor, loading_bytes
+from zinfer.host_process import host_process, kept_after_loading, kept_free_factor, loading_bytes, mapped_bytes
 from zinfer.model_spec import ModelSpec, kv_cache_bytes
 from zinfer.units import format_bytes
 from zinfer.working_memory import CUDA_CONTEXT_BYTES, prefill_bytes
@@ -62,6 +62,9 @@ class MemoryPlan:
     kv_cache_bytes: int | None
     weight_bytes: int
     device_is_host: bool
+    mapped_checkpoint_bytes: int = 0
+    """By how much pages of the checkpoint's files raise the peak while it is loaded. The system drops them when memory runs short: they are
+    no reason to refuse."""
     problems: tuple[str, ...] = ()
     """Why this cannot run although the bytes may fit."""
 
@@ -72,7 +75,7 @@ class MemoryPlan:
     @property
     def peak_host_rss_bytes(self) -> int:
         """Resident memory of all ranks' processes at their highest; on a machine without an accelerator the device's share is in it."""
-        return self.tier("host").needed_bytes
+        return self.tier("host").needed_bytes + self.mapped_checkpoint_bytes
 
     @property
     def peak_device_bytes(self) -> int | None:
@@ -108,10 +111,10 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
         if config.offload.device == "nvme"
         else [],
     }
+    later = sum(item.bytes for item in items["device"] if item.name not in LOADED) if hardware.device_kind == "cpu" else 0
     loading = loading_bytes(config, spec, layout)
-    if hardware.device_kind == "cpu":  # what generating takes later covers it
-        loading = max(0, loading - sum(item.bytes for item in items["device"] if item.name not in LOADED))
-    items["host"].append(Item(name="more while loading", bytes=loading))
+    more = max(0, loading - later)  # what generating takes later covers the rest
+    items["host"].append(Item(name="more while loading", bytes=more))
     per_rank = {name: sum(item.bytes for item in items[name]) for name in TIERS}
     needed: dict[TierName, int] = {
         "device": per_rank["device"],
@@ -142,6 +145,7 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
         kv_cache_bytes=_kv_bytes(spec, config, config.batch.batch_size),
         weight_bytes=layout.stored_numel * layout.itemsize_bytes,
         device_is_host=hardware.device_kind == "cpu",
+        mapped_checkpoint_bytes=max(0, loading + mapped_bytes(config, spec) - later) - more,
         problems=tuple(_layout_problems(spec, config, hardware, layout)),
     )
 

@@ -41,7 +41,9 @@ def require_possible(config: RunConfig, hardware: Hardware, terminal: Terminal) 
             terminal.warning(problem)
         problems = []
     if config.task == "run" and config.engine.name == "zero":
-        problems += native_ops.missing_requirements(config.offload.device, use_gds=config.offload.use_gds)
+        problems += native_ops.missing_requirements(
+            config.offload.device, quantised_float16=config.dtype.unpacks_to_float16, use_gds=config.offload.use_gds
+        )
     if config.task == "run" and config.offload.device == "nvme" and not problems:
         problems += _unwritable(config)
     if problems:

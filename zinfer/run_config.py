@@ -85,6 +85,11 @@ class DtypeConfig:
         """Bits of a quantised weight, None when weights are stored as computed."""
         return QUANTISED_BITS.get(self.weights)
 
+    @property
+    def unpacks_to_float16(self) -> bool:
+        """Whether quantised weights are (where compute is auto: may be) computed with in float16: a GPU needs DeepSpeed's kernel for it."""
+        return self.bits is not None and self.compute in ("auto", "float16")
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BatchConfig:

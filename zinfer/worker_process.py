@@ -130,6 +130,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     env.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     env.setdefault("PYTHONUNBUFFERED", "1")
+    env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which the driver has looked at the GPUs
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [env.get("PYTHONPATH")])])
     if config.hardware.accelerator != "auto":
         env["DS_ACCELERATOR"] = config.hardware.accelerator

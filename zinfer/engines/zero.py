@@ -23,7 +23,8 @@ from zinfer.weights.pretrained import pretrained_model
 def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
     """Build the model partitioned and offloaded as ds_json says."""
     accelerator = get_accelerator()
-    native_ops.adopt(native_ops.ops_needed(config.offload.device, use_gds=config.offload.use_gds))
+    quantised_float16 = config.dtype.unpacks_to_float16
+    native_ops.adopt(native_ops.ops_needed(config.offload.device, quantised_float16=quantised_float16, use_gds=config.offload.use_gds))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     gc.freeze()  # the garbage collector need not walk the libraries again while the model is built and timed
     alive = HfDeepSpeedConfig(ds_json)  # while this lives, transformers builds models under zero.Init
