@@ -196,7 +196,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("prediction.csv"))
     parser.add_argument("--every", type=int, default=1, help="take only every n-th point")
-    parser.add_argument("--passes", type=int, default=3, help="runs of every point, the whole grid in turn; their median is scored")
+    parser.add_argument("--passes", type=int, default=1, help="runs of every point, the whole grid in turn; their median is scored")
     arguments = parser.parse_args()
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-prediction-", dir=Path.cwd()) as scratch:

@@ -82,8 +82,7 @@ def fitted_profile(kernels: Json, measured: Sequence[Measured], hardware: Hardwa
         modes += [replace(cost, mode=cost.mode.replace("none", "cpu")) for cost in modes if cost.mode.startswith("none")]
     profile = replace(profile, modes=tuple(modes), growth_bytes=growth(measured, hardware, profile.imported_rss_bytes))
     profile = replace(profile, load=load_costs(measured, profile))
-    cold, thin = context_factors(profile, [rest for rest in rests if rest.job.mode == "none" and not rest.is_small])
-    profile = replace(profile, cold_factor=cold, thin_factor=thin)
+    profile = replace(profile, cold_factor=cold_factor(profile, [rest for rest in rests if rest.job.mode == "none" and not rest.is_small]))
     return with_streaming(profile, [rest for rest in rests if rest.job.mode == "nvme"])
 
 
@@ -191,19 +190,16 @@ def _plain_layer_s(profile: CalibrationProfile, rest: Rest) -> float:
     return (rest.spec.layer_ops or 0.0) * cost.op_s if cost else 0.0
 
 
-def context_factors(profile: CalibrationProfile, rests: Sequence[Rest]) -> tuple[float, float]:
-    """(cold_factor, thin_factor) of models that no cache holds: the least squares of the relative error, neither below 1."""
-    rows = []
+def cold_factor(profile: CalibrationProfile, rests: Sequence[Rest]) -> float:
+    """Of models that no cache holds: what a usual step takes over what its fixed costs and products should, the median, at least 1.
+
+    One factor for both: fitted apart they trade places from one calibration to the next.
+    """
+    ratios = []
     for rest in rests:
-        fixed_s, extra_s = _fixed_s(profile, rest, "none"), rest.usual_s - _elements_s(profile, rest)
-        whole_s = extra_s + rest.products_s
-        rows.append((fixed_s / whole_s, rest.products_s / whole_s, 1.0))
-    if not rows:
-        return 1.0, 1.0
-    cold, thin = plane(rows)
-    if thin < 1:
-        cold, thin = statistics.median((1 - products) / fixed for fixed, products, _ in rows), 1.0
-    return max(1.0, cold), thin
+        should_s = _fixed_s(profile, rest, "none") + rest.products_s
+        ratios.append((rest.usual_s + rest.products_s - _elements_s(profile, rest)) / should_s)
+    return max(1.0, statistics.median(ratios)) if ratios else 1.0
 
 
 def plane(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
@@ -244,7 +240,7 @@ def with_streaming(profile: CalibrationProfile, rests: Sequence[Rest]) -> Calibr
         layout = zero_layout(rest.config, rest.spec)
         if layout.swapped_numel:
             fixed_s = profile.cold_factor * _fixed_s(profile, rest, "nvme") + _elements_s(profile, rest)
-            waited_s = rest.usual_s - fixed_s - (profile.thin_factor - 1) * rest.products_s
+            waited_s = rest.usual_s - fixed_s - (profile.cold_factor - 1) * rest.products_s
             rows.append((fetches(layout, leaf=True), layout.swapped_numel * layout.itemsize_bytes, waited_s))
     return replace(profile, stream=stream_cost(rows, profile.nvme_read_bytes_per_s))
 

@@ -139,9 +139,7 @@ class CalibrationProfile:
     families: tuple[FamilyCost, ...] = ()
     modes: tuple[ModeCost, ...] = ()
     cold_factor: float = 1.0
-    """What the costs of families and modes grow by where the weights fit no cache of the processor and evict the interpreter's data."""
-    thin_factor: float = 1.0
-    """The same of products with few rows, which wait for their weights."""
+    """What fixed costs and products of few rows grow by where the weights fit no cache of the processor: each layer finds it cold."""
     stream: StreamCost | None = None
     load: dict[str, LoadCost] = field(default_factory=dict)
     """Mode -> what loading costs."""

@@ -130,13 +130,11 @@ def pass_parts(
     streaming_s = streaming_seconds(config, profile, layout, leaf=leaf)
     if family is None or mode is None or spec.layer_ops is None or products_s is None or streaming_s is None:
         return None
-    cold = layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES
-    factor = profile.cold_factor if cold else 1.0
-    thin_factor = profile.thin_factor if cold and rows * new <= THIN_ROWS else 1.0
+    factor = profile.cold_factor if layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES else 1.0
     return {
         "loop": factor * mode.step_s,
         "layers": factor * layers_seconds(spec, family, mode),
-        "matrix products": thin_factor * products_s,
+        "matrix products": (factor if rows * new <= THIN_ROWS else 1.0) * products_s,
         "attention": attention_seconds(spec, profile, rows, new, context),
         "elementwise": elementwise_seconds(spec, family.value_s, profile, rows, new),
         "streaming": streaming_s,
