@@ -106,7 +106,7 @@ def merged(passes: Sequence[Row]) -> Row:
         if isinstance(value, int | float) and all(isinstance(row.get(name), int | float) for row in passes)
     }
     rates = [row["generated_tokens_per_s"] for row in passes]
-    return {**passes[0], **middle, "apart": max(rates) / min(rates)}
+    return {**passes[0], **middle, **({"apart": max(rates) / min(rates)} if len(passes) > 1 else {})}
 
 
 def error(row: Row, metric: str) -> float | None:
