@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 PROBE_TOKENS = 8
 """More than the usual width of a convolution (4), so that its state has its full size."""
+FIRST, LAST = 8, 4
+"""Decoder layers of a long stack in which operations are counted: counting makes each of them ten times as slow."""
 NOT_ELEMENTWISE = frozenset({
     "mm", "addmm", "bmm", "baddbmm", "index", "_softmax", "_safe_softmax", "_scaled_dot_product_attention_math", "_unsafe_view",
 })  # fmt: skip
@@ -39,37 +41,43 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
     from transformers import DynamicCache
 
     class Counter(TorchDispatchMode):
-        inside, operations, values = False, 0, 0
+        is_on, operations, values = False, 0, 0
+
+        def turn(self, on: bool) -> None:
+            if on != self.is_on:
+                self.is_on = on
+                self.__enter__() if on else self.__exit__(None, None, None)
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            if self.inside:
-                self.operations += 1
-                if func.overloadpacket.__name__ not in NOT_ELEMENTWISE and not _is_view(func):
-                    written = result if isinstance(result, tuple | list) else (result,)
-                    self.values += sum(tensor.numel() for tensor in written[:1] if isinstance(tensor, torch.Tensor))
+            self.operations += 1
+            if func.overloadpacket.__name__ not in NOT_ELEMENTWISE and not _is_view(func):
+                written = result if isinstance(result, tuple | list) else (result,)
+                self.values += sum(tensor.numel() for tensor in written[:1] if isinstance(tensor, torch.Tensor))
             return result
 
     counter = Counter()
-    hooks = [layer.register_forward_pre_hook(lambda *_: setattr(counter, "inside", True)) for layer in layers]
-    hooks += [layer.register_forward_hook(lambda *_: setattr(counter, "inside", False)) for layer in layers]
+    counted = layers if len(layers) <= FIRST + LAST else layers[:FIRST] + layers[-LAST:]
+    hooks = [layer.register_forward_pre_hook(lambda *_: counter.turn(True)) for layer in counted]
+    hooks += [layer.register_forward_hook(lambda *_: counter.turn(False)) for layer in counted]
     model.to(torch.bfloat16).eval()
     model.config._experts_implementation = "batched_mm"  # the only one whose shapes do not depend on which experts are chosen
     try:
         cache = {"past_key_values": DynamicCache(config=model.config)} if model._supports_default_dynamic_cache() else {}
-        with torch.no_grad(), counter:
+        with torch.no_grad():
             output = model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=True, **cache)
     except Exception as error:  # any family may do anything here; the reason is the result
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return MetaPass(failed=f"{type(model).__name__} does not run on the meta device: {type(error).__name__}: {first_line[:200]}")
     finally:
+        counter.turn(False)
         for hook in hooks:
             hook.remove()
     filled = output.get("past_key_values")
     return MetaPass(
         cache=filled if filled is not None else output.get("cache_params"),
-        layer_ops=counter.operations / len(layers) if counter.operations else None,
-        layer_values=counter.values / PROBE_TOKENS / len(layers) if counter.operations else None,
+        layer_ops=counter.operations / len(counted) if counter.operations else None,
+        layer_values=counter.values / PROBE_TOKENS / len(counted) if counter.operations else None,
     )
 
 
