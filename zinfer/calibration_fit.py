@@ -173,7 +173,7 @@ def zero_costs(profile: CalibrationProfile, mode: str, rests: Sequence[Rest]) ->
     dtype = rests[0].job.dtype
 
     def of_a_layer(rest: Rest, mode: str) -> tuple[float, float]:
-        return layer_parts(rest.spec, mode), (rest.calm_s - step_s) / rest.spec.num_layers
+        return layer_parts(rest.spec, zero_layout(rest.config, rest.spec), mode), (rest.calm_s - step_s) / rest.spec.num_layers
 
     layers = max(rest.job.layers for rest in added)
     layer_s, part_s = line(of_a_layer(rest, mode) for rest in added if rest.job.leaf and rest.job.layers == layers)
@@ -222,7 +222,7 @@ def _fixed_s(profile: CalibrationProfile, rest: Rest, mode: str) -> float:
     """Loop and layers of one pass, with warm caches."""
     family, cost = profile.family_cost(rest.spec.model_type, rest.spec.dtype), profile.mode_cost(mode, rest.spec.dtype)
     assert family is not None and cost is not None, "every family and mode of the jobs was fitted"
-    return cost.step_s + layers_seconds(rest.spec, family, cost)
+    return cost.step_s + layers_seconds(rest.spec, zero_layout(rest.config, rest.spec), family, cost)
 
 
 def with_streaming(profile: CalibrationProfile, rests: Sequence[Rest]) -> CalibrationProfile:

@@ -155,8 +155,7 @@ def _leaf_is_wanted(config: RunConfig, spec: ModelSpec) -> bool:
         return False
     if config.zero.leaf_layers is not None:
         return config.zero.leaf_layers
-    separate_experts = any(parameter.is_expert and len(parameter.shape) == 2 for parameter in spec.parameters)
-    return config.dtype.bits is None and not separate_experts
+    return config.dtype.bits is None and not zero_layout(config, spec).separate_experts
 
 
 def min_buffer_count(layout: ZeroLayout, spec: ModelSpec, *, leaf: bool) -> int:

@@ -133,7 +133,7 @@ def pass_parts(
     factor = profile.cold_factor if layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES else 1.0
     return {
         "loop": factor * mode.step_s,
-        "layers": factor * layers_seconds(spec, family, mode),
+        "layers": factor * layers_seconds(spec, layout, family, mode),
         "matrix products": (factor if rows * new <= THIN_ROWS else 1.0) * products_s,
         "attention": attention_seconds(spec, profile, rows, new, context),
         "elementwise": elementwise_seconds(spec, family.value_s, profile, rows, new),
@@ -141,9 +141,9 @@ def pass_parts(
     }
 
 
-def layers_seconds(spec: ModelSpec, family: FamilyCost, mode: ModeCost) -> float:
+def layers_seconds(spec: ModelSpec, layout: ZeroLayout, family: FamilyCost, mode: ModeCost) -> float:
     """What all decoder layers cost in a pass whatever the number of tokens, with warm caches."""
-    return spec.num_layers * ((spec.layer_ops or 0.0) * family.op_s + mode.layer_s + layer_parts(spec, mode.mode) * mode.part_s)
+    return spec.num_layers * ((spec.layer_ops or 0.0) * family.op_s + mode.layer_s + layer_parts(spec, layout, mode.mode) * mode.part_s)
 
 
 def fixed_mode(config: RunConfig, *, leaf: bool) -> str:
@@ -151,11 +151,11 @@ def fixed_mode(config: RunConfig, *, leaf: bool) -> str:
     return mode_of(config) + ("" if leaf or config.engine.name == "resident" else BY_MODULE)
 
 
-def layer_parts(spec: ModelSpec, mode: str) -> float:
+def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: str) -> float:
     """What ModeCost.part_s is multiplied by: of a decoder layer its modules where ZeRO-3 fetches them one by one, else its parameters."""
     if mode.endswith(BY_MODULE):
         return spec.layer_modules or 0.0
-    return sum(parameter.layer is not None for parameter in spec.parameters) / spec.num_layers
+    return layout.parameters_per_layer
 
 
 def products_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int) -> float | None:

@@ -42,6 +42,10 @@ class ZeroLayout:
     """Decoder layers with swapped parameters."""
     swapped_outside: int
     """Swapped parameters of no decoder layer: embeddings, output head."""
+    parameters_per_layer: float
+    """The mean over the decoder layers."""
+    separate_experts: bool
+    """Each routed expert is a module of its own; else all of a layer are one parameter."""
     layer_numel: int
     """Stored elements of the largest decoder layer, over all ranks."""
     largest_numel: int
@@ -103,7 +107,7 @@ def _layout(
     per_module: Counter[str] = Counter()
     per_layer: Counter[int] = Counter()
     layer_numel: defaultdict[int, int] = defaultdict(int)
-    total = small = 0
+    total = small = in_layers = 0
     for parameter in model.parameters:
         numel = stored_numel(parameter, bits=bits, group_size=group_size, itemsize_bytes=itemsize)
         total += numel
@@ -111,6 +115,7 @@ def _layout(
             small += numel
         if parameter.layer is not None:
             layer_numel[parameter.layer] += numel
+            in_layers += 1
         partition = -(-numel // ranks)
         if partition >= swap_min:
             swapped.append(partition)
@@ -128,6 +133,8 @@ def _layout(
         swapped_per_layer=max(per_layer.values(), default=0),
         swapping_layers=len(per_layer),
         swapped_outside=len(swapped) - per_layer.total(),
+        parameters_per_layer=in_layers / max(1, len(layer_numel)),
+        separate_experts=any(parameter.is_expert and len(parameter.shape) == 2 for parameter in model.parameters),
         layer_numel=max(layer_numel.values(), default=total),
         largest_numel=max(parameter.numel for parameter in model.parameters),
         small_numel=small,
