@@ -19,6 +19,9 @@ from zinfer.model_spec import ModelSpec
 from zinfer.weights.dummy import dummy_model_partitioned
 from zinfer.weights.pretrained import pretrained_model
 
+GATHERS, GATHERED_NUMEL = 16, 1 << 17
+"""More than gloo has threads, and each long enough for the next to find another thread; PyTorch copies that much in parallel."""
+
 
 def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
     """Build the model partitioned and offloaded as ds_json says."""
@@ -26,6 +29,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     quantised_float16 = config.dtype.unpacks_to_float16
     native_ops.adopt(native_ops.ops_needed(config.offload.device, quantised_float16=quantised_float16, use_gds=config.offload.use_gds))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    gather_in_one_thread()
     gc.freeze()  # the garbage collector need not walk the libraries again while the model is built and timed
     alive = HfDeepSpeedConfig(ds_json)  # while this lives, transformers builds models under zero.Init
     dtype = getattr(torch, spec.dtype)
@@ -46,6 +50,25 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         ranks=comm.get_world_size(),
         weight_bytes=partition_bytes(module, dtype.itemsize),
     )
+
+
+def gather_in_one_thread() -> None:
+    """Gloo's threads copy what they gather with one thread each, not with a team of OMP_NUM_THREADS of their own.
+
+    DeepSpeed gathers parameters while a checkpoint is loaded. The teams that gloo's threads would start then stay, and OpenMP, which counts
+    more threads than processors, lets the main thread's team sleep between operations instead of wait for them: decode steps of a small
+    model take 1.4 times as long for the rest of the run. A thread takes the number that is set when it first copies. Source: libgomp,
+    gomp_throttled_spin_count_var; ATen/Parallel.h, lazy_init_num_threads.
+    """
+    if torch.distributed.get_backend() != "gloo" or torch.get_num_threads() == 1:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    piece = torch.zeros(GATHERED_NUMEL)
+    pieces = [[torch.empty_like(piece) for _ in range(torch.distributed.get_world_size())] for _ in range(GATHERS)]
+    for handle in [torch.distributed.all_gather(into, piece, async_op=True) for into in pieces]:  # at once, so that every thread gets one
+        handle.wait()
+    torch.set_num_threads(threads)
 
 
 def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
