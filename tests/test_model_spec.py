@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from zinfer import hf_models
 from zinfer.config import ModelConfig
 from zinfer.hf_models import check_pinned, load_checkpoint_config, load_hf_config, load_tokenizer, model_class
 from zinfer.model_spec import ModelSpec, hidden_bytes, kv_bytes_per_token, kv_cache_bytes, kv_cache_bytes_paper, model_spec
+from zinfer.spec_cache import CATALOGUE, cache_key, entry_name, from_json, read_counted
 from zinfer.units import KIB
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +28,7 @@ CONF = ROOT / "conf" / "model"
 FACTS = json.loads((Path(__file__).parent / "data" / "model_facts.json").read_text())["models"]
 PUBLISHED = [facts for facts in FACTS if facts["published_parameters"] is not None and facts["conf"] != "deepseek-v3"]
 TINY = ["tiny-opt", "tiny-bloom", "tiny-llama", "tiny-mixtral"]
+TESTED_TRANSFORMERS = dict(re.findall(r"^(\S+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))["transformers"]
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "custom")
 
 
@@ -34,11 +39,12 @@ def by_conf(rows: list[dict[str, Any]]) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Count anew, not from what an earlier run of zinfer left in the user's cache."""
+    """Count anew, not from what came with zinfer or what an earlier run left in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("ZINFER_CACHE", str(folder))
         patch.setattr("zinfer.model_spec._COUNTED", {})  # what other tests of this process have counted is not in that folder
+        patch.setattr("zinfer.spec_cache.CATALOGUE", folder / "none.zip")
         yield folder
 
 
@@ -415,21 +421,56 @@ def test_counting_while_zero3_is_configured_is_our_mistake(monkeypatch: pytest.M
         model_spec(pinned("opt", num_hidden_layers=1))
 
 
-# ---- the cache on disk ----
+# ---- what is kept ----
+
+WITHOUT_TORCH = """
+import sys, yaml
+from zinfer.config import ModelConfig
+from zinfer.model_spec import model_spec
+print(model_spec(ModelConfig(**yaml.safe_load(sys.stdin))))
+assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)
+"""
+
+
+def spec_without_torch(tree: dict[str, Any]) -> str:
+    """What another process finds that imports neither torch nor transformers."""
+    answer = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=ROOT, input=yaml.safe_dump(tree), capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
 
 
 def test_second_plan_of_a_model_imports_no_torch(own_cache: Path) -> None:
-    spec = spec_of("tiny-mixtral")
-    program = (
-        "import sys, yaml\n"
-        "from zinfer.config import ModelConfig\n"
-        "from zinfer.model_spec import model_spec\n"
-        f"print(model_spec(ModelConfig(**yaml.safe_load(open({str(CONF / 'tiny-mixtral.yaml')!r})))))\n"
-        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
-    )
-    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.strip() == str(spec)
+    tree = {**compose("tiny-mixtral"), "overrides": {**compose("tiny-mixtral")["overrides"], "num_hidden_layers": 3}}
+    spec = model_spec(ModelConfig(**tree))
+    assert spec_without_torch(tree) == str(spec)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comes_with_zinfer_is_what_is_counted(name: str) -> None:
+    if importlib.metadata.version("transformers") != TESTED_TRANSFORMERS:
+        pytest.skip(f"the catalogue was counted with transformers {TESTED_TRANSFORMERS} of constraints.txt")
+    key, _ = cache_key(catalogue(name))
+    with zipfile.ZipFile(CATALOGUE) as archive:
+        assert entry_name(key) in archive.namelist(), "the code that counts, or the catalogue, was changed: make catalogue-specs"
+        kept = from_json(archive.read(entry_name(key)))
+    spec_of(name)
+    assert kept == read_counted(key)
+
+
+def test_first_plan_of_a_catalogue_model_imports_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "empty"))
+    assert "ModelSpec(name='opt-175b'" in spec_without_torch(compose("opt-175b"))
+
+
+def test_a_catalogue_that_is_damaged_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zinfer import model_spec as module
+
+    damaged = tmp_path / "specs.zip"
+    damaged.write_bytes(CATALOGUE.read_bytes()[:-100])
+    monkeypatch.setattr(module, "_COUNTED", {})
+    monkeypatch.setattr("zinfer.spec_cache.CATALOGUE", damaged)
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path))
+    assert spec_of("tiny-opt").num_layers == 3
 
 
 def test_cached_spec_is_the_counted_spec(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

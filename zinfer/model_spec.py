@@ -1,30 +1,23 @@
 """ModelSpec: what a model's architecture says before any weight exists. Parameters, their owners, and bytes of the KV cache.
 
-Counted on the meta device from transformers' own classes, then cached on disk: the second plan of a model imports neither torch nor
-transformers and takes milliseconds.
+Counted on the meta device from transformers' own classes, then kept (spec_cache): the second plan of a model, and the first of a catalogue
+model, imports neither torch nor transformers and takes milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
-import hashlib
-import importlib.metadata
-import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinfer.cache import cache_dir
 from zinfer.config import ITEMSIZE_BYTES
 from zinfer.hf_models import check_pinned, load_checkpoint_config, load_hf_config, load_tokenizer, model_class
 from zinfer.kv_layout import KvLayer, kv_layout
 from zinfer.meta_pass import meta_pass
 from zinfer.parameters import Parameter, decoder_layers, meta_model, weight_tensors
+from zinfer.spec_cache import Fields, cache_key, is_kept, read_counted, write_counted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -163,13 +156,12 @@ def hidden_bytes(spec: ModelSpec, batch_size: int, tokens: int) -> int:
 
 def model_spec(model: ModelConfig, *, compute_dtype: str | None = None) -> ModelSpec:
     """The architecture of `model`. ValueError, with what to type instead, when it cannot be read or is no causal language model."""
-    key, on_disk = _cache_key(model)
-    fields = _COUNTED.get(key) or (_read_cached(key) if on_disk else None)
+    key, is_stored = cache_key(model)
+    fields = _COUNTED.get(key) or (read_counted(key) if is_stored else None)
     if fields is None:
-        with _no_garbage_collection():
-            fields = _count(load_hf_config(model), model)
-        if on_disk:
-            _write_cached(key, fields)
+        fields = count(model)
+        if is_stored:
+            write_counted(key, fields)
     _COUNTED[key] = fields
     fields = dict(fields)
     config_dtype = fields.pop("config_dtype")
@@ -180,11 +172,21 @@ def model_spec(model: ModelConfig, *, compute_dtype: str | None = None) -> Model
 
 def is_counted(model: ModelConfig) -> bool:
     """Whether model_spec knows this architecture from before, and imports neither torch nor transformers for it."""
-    key, on_disk = _cache_key(model)
-    return key in _COUNTED or (on_disk and _cache_file(key).is_file())
+    key, is_stored = cache_key(model)
+    return key in _COUNTED or (is_stored and is_kept(key))
+
+
+_COUNTED: dict[str, Fields] = {}
+"""Known in this process: cache key -> fields."""
 
 
 # ---- counting ----
+
+
+def count(model: ModelConfig) -> Fields:
+    """Count this architecture now, whatever is kept of it. Imports torch and transformers. Raises ValueError as model_spec does."""
+    with _no_garbage_collection():
+        return _count(load_hf_config(model), model)
 
 
 @contextlib.contextmanager
@@ -199,8 +201,7 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _count(config: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
-    """Every field of ModelSpec but name and dtype, and the config's own dtype as `config_dtype`."""
+def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
     if missing := [name for name in ("num_hidden_layers", "hidden_size", "vocab_size") if not isinstance(_first(config, name), int)]:
         raise ValueError(f"model={model.name} ({config.model_type}) names no {', '.join(missing)}: it is not one stack of decoder layers")
     empty = meta_model(config, model)
@@ -280,55 +281,3 @@ def _first(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
         if value is not None:
             return value
     return default
-
-
-# ---- the cache on disk ----
-
-_COUNTED: dict[str, dict[str, Any]] = {}
-"""Counted in this process: cache key -> fields."""
-
-
-def _cache_key(model: ModelConfig) -> tuple[str, bool]:
-    """What the counted numbers depend on, and whether that is all known here: a hub's files and a model's own code are not."""
-    folder = Path(os.path.expanduser(model.source)) if model.source else None
-    config_file = folder / "config.json" if folder else None
-    config_hash = hashlib.sha256(config_file.read_bytes()).hexdigest() if config_file and config_file.is_file() else None
-    key = [model.model_type, model.overrides, model.source, config_hash, model.trust_remote_code, model.gguf_file]
-    on_disk = not model.trust_remote_code and not model.gguf_file and (model.source is None or config_hash is not None)
-    return json.dumps(key, sort_keys=True, default=str), on_disk
-
-
-def _cache_file(key: str) -> Path:
-    """In zinfer's cache folder. The name covers the libraries' versions and the code that counts."""
-    versions = {package: importlib.metadata.version(package) for package in ("transformers", "torch")}
-    digest = hashlib.sha256(f"{key}{versions}".encode())
-    for module in ("model_spec.py", "parameters.py", "meta_pass.py", "kv_layout.py", "hf_models.py"):
-        digest.update(Path(__file__).with_name(module).read_bytes())
-    return cache_dir() / "model_specs" / f"{versions['transformers']}-{digest.hexdigest()[:32]}.json"
-
-
-def _read_cached(key: str) -> dict[str, Any] | None:
-    try:
-        fields = json.loads(_cache_file(key).read_text())
-    except (OSError, ValueError):  # absent, or cut short: count again
-        return None
-    fields["parameters"] = tuple(Parameter(name, tuple(shape), *rest) for name, shape, *rest in fields["parameters"])
-    fields["layer_classes"] = tuple(fields["layer_classes"])
-    if fields["kv_layers"] is not None:
-        fields["kv_layers"] = tuple(KvLayer(**layer) for layer in fields["kv_layers"])
-    return fields
-
-
-def _write_cached(key: str, fields: dict[str, Any]) -> None:
-    """Whole or not at all. A cache that cannot be written costs the next plan a few seconds, nothing else."""
-    rows = fields | {"parameters": [dataclasses.astuple(parameter) for parameter in fields["parameters"]]}
-    if fields["kv_layers"] is not None:
-        rows["kv_layers"] = [dataclasses.asdict(layer) for layer in fields["kv_layers"]]
-    path = _cache_file(key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(rows, file)
-        os.replace(file.name, path)
-    except OSError:
-        return
