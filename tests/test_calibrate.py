@@ -13,7 +13,7 @@ from zinfer import machine
 from zinfer.calibrate import job_config
 from zinfer.calibration_fit import line, plane, stream_cost
 from zinfer.calibration_jobs import FAMILIES, Job, jobs, small_model
-from zinfer.calibration_profile import newest_profile, profiles_dir, read_profile, save_profile
+from zinfer.calibration_profile import PROFILE_VERSION, newest_profile, profiles_dir, read_profile, save_profile
 from zinfer.hardware import detect_hardware, machine_fingerprint
 from zinfer.model_spec import model_spec
 from zinfer.prediction import fetches
@@ -46,7 +46,7 @@ def test_a_broken_or_older_profile_is_passed_over_and_a_named_one_is_refused() -
     (profiles_dir() / f"{'0' * 12}-t1-20270101T000000Z.json").write_text("{")
     found = newest_profile("0" * 12, 1)
     assert found is not None and found[1] == path
-    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    path.write_text(path.read_text().replace(f'"version": {PROFILE_VERSION}', '"version": 1'))
     with pytest.raises(ValueError, match="Type zinfer task=calibrate"):
         read_profile(path)
 
@@ -137,6 +137,17 @@ def test_calibration_jobs_are_of_four_families_and_three_swap() -> None:
 def test_every_calibration_model_is_one_of_its_family(family: str) -> None:
     spec = model_spec(small_model(family, 8, 256))
     assert spec.model_type == family and spec.num_layers == 8 and spec.hidden_size == 256
+
+
+def test_dequantising_more_takes_longer_and_four_bits_longer_than_eight() -> None:
+    import torch
+
+    from zinfer.calibrate_kernels import DEQUANTISE_SIZES, dequantise_times
+
+    times = {bits: [row["seconds"] for row in dequantise_times(bits, "bfloat16", torch.device("cpu"))] for bits in (8, 4)}
+    assert [len(seconds) for seconds in times.values()] == [len(DEQUANTISE_SIZES)] * 2
+    assert all(seconds[-1] > 4 * seconds[-2] / 2 > seconds[0] for seconds in times.values())
+    assert times[4][-1] > times[8][-1]
 
 
 def test_page_cache_is_declared_where_direct_reads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 
 from tests.composing import composed
-from zinfer.calibration_profile import CalibrationProfile, FamilyCost, KernelTime, LoadCost, ModeCost, Rate, StreamCost
+from zinfer.calibration_profile import CalibrationProfile, DequantiseTime, FamilyCost, KernelTime, LoadCost, ModeCost, Rate, StreamCost
 from zinfer.ceiling import Ceiling, ceiling, implied_bandwidth_bytes_per_s, matrix_products, pass_flops, touched_experts
 from zinfer.config import RunConfig
 from zinfer.hardware import Hardware, detect_hardware
 from zinfer.memory_plan import memory_plan
 from zinfer.model_spec import ModelSpec, model_spec
-from zinfer.prediction import predict, scored
+from zinfer.prediction import predict, quantised_matrices, scored
 
 
 def planned(*overrides: str) -> tuple[ModelSpec, RunConfig, Hardware]:
@@ -166,6 +166,25 @@ def test_a_leaf_waits_once_for_its_weights(leaf: str, fetches: int) -> None:
     said = predict(spec, config, dataclasses.replace(hardware, profile=profile(), host_available_bytes=None))
     swapped = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + (50_272 + 2050) * 768
     assert said.parts["streaming"] == pytest.approx(fetches * 0.0005 + swapped * 4 / 1e9)
+
+
+def test_quantised_matrices_are_unpacked_at_every_use() -> None:
+    """int8 at 1 ns an element: every linear weight and the untied embedding and head, once each; fetched module by module."""
+    spec, config, hardware = planned("model=tiny-llama", "dtype=int8", "hardware.accelerator=cpu")
+    spec = dataclasses.replace(spec, dtype="float32")  # what the round machine was measured in
+    times = tuple(DequantiseTime(bits=8, dtype="float32", weight_numel=n, seconds=n * 1e-9, spread=0.0) for n in (1024, 1_048_576))
+    said = predict(spec, config, dataclasses.replace(hardware, profile=dataclasses.replace(profile(), dequantise=times)))
+    matrices = sum(parameter.numel for parameter in spec.parameters if len(parameter.shape) == 2)
+    assert not spec.tied_embeddings
+    assert said.parts["dequantisation"] == pytest.approx(matrices * 1e-9, rel=1e-6)
+    assert said.parts["layers"] == pytest.approx(3 * (111 * 1e-6 + 0.001 + 13 * 1e-4))
+    assert said.load_s is None
+
+
+def test_a_tied_head_is_unpacked_twice() -> None:
+    spec, _, _ = planned("model=opt-125m", "dtype=int4", "hardware.accelerator=cpu")
+    assert spec.tied_embeddings
+    assert quantised_matrices(spec) == {50_272 * 768: (2, 0), 768 * 768: (12 * 4, 0), 768 * 3072: (12 * 2, 0)}
 
 
 def test_what_nobody_measured_is_not_predicted() -> None:

@@ -1,7 +1,7 @@
-"""`zinfer task=calibrate`: measures this machine in a minute or two and stores the profile that plans and predictions use from then on.
+"""`zinfer task=calibrate`: measures this machine in about a minute and stores the profile that plans and predictions use from then on.
 
-Rates of kernels, memory and disk come from a process of its own (calibrate_kernels); what generating costs on top of them comes from real
-jobs with small models of four families, through the same driver, server and worker as every run. The driver stays free of torch.
+Rates of kernels, memory and disk come from a worker that runs no model (calibrate_kernels); what generating costs on top of them comes from
+real jobs with small models of four families. All of them go through the driver and the server that every run uses; neither imports torch.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,20 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.calibration_fit import fitted_profile
-from zinfer.calibration_jobs import ROUNDS, Job, jobs, small_model
+from zinfer.calibration_jobs import KERNELS_FILE, ROUNDS, Job, calibrated_dtypes, jobs, small_model
 from zinfer.calibration_profile import CalibrationProfile, now_text, save_profile
 from zinfer.config import DtypeConfig, EngineConfig, RunConfig, TrackingConfig, ZeroConfig
 from zinfer.environment import package_versions
-from zinfer.events import EventReader
-from zinfer.hardware import Hardware, detect_hardware, machine_fingerprint
+from zinfer.events import Event
+from zinfer.hardware import detect_hardware, machine_fingerprint
 from zinfer.outcome import Outcome
 from zinfer.terminal import Terminal
 from zinfer.units import format_rate, format_seconds
 
 if TYPE_CHECKING:
     from zinfer.outcome import Json
-
-KERNELS_TIMEOUT_S = 180.0
 
 
 def job_config(job: Job, config: RunConfig) -> RunConfig:
@@ -61,15 +57,14 @@ def main_task(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
     job_dir.mkdir(parents=True, exist_ok=True)
     config = replace(config, offload=replace(config.offload, nvme_path=config.offload.nvme_path or str(job_dir / "swap")))
     hardware = replace(detect_hardware(config.hardware, Path(str(config.offload.nvme_path)), 1), profile=None)
-    dtypes = tuple(kind for kind in ("float32", "bfloat16", "float16") if kind in hardware.device_dtypes)[:2]
-    on_gpu = hardware.device_kind != "cpu"
+    dtypes, on_gpu = calibrated_dtypes(hardware.device_dtypes), hardware.device_kind != "cpu"
     try:
         measured = run_jobs(config, job_dir / "round0", list(jobs(dtypes, nvme=True, cpu_offload=on_gpu)), terminal)
-        kernels = measure_kernels(config, job_dir, dtypes, hardware, terminal)
+        kernels = measure_kernels(config, job_dir / "kernels", terminal)
         for number in range(1, ROUNDS):
             again = list(jobs(dtypes, nvme=True, cpu_offload=on_gpu, again=True))
             measured += run_jobs(config, job_dir / f"round{number}", again, terminal)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError) as error:
         return Outcome(status="error", reason=f"calibration failed: {error}", job_dir=str(job_dir))
     profile = fitted_profile(
         kernels,
@@ -93,6 +88,18 @@ def threads_of(config: RunConfig) -> int:
     return config.launcher.omp_threads or max(1, len(os.sched_getaffinity(0)) // config.launcher.ranks)
 
 
+class OneOfMany(Terminal):
+    """Of a job of the calibration: what goes on inside it shows on the calibration's own terminal if at all, its end nowhere."""
+
+    def __init__(self, outer: Terminal | None = None) -> None:
+        super().__init__("text", out=io.StringIO(), err=io.StringIO())
+        self._outer = outer
+
+    def event(self, event: Event) -> None:
+        if self._outer is not None:
+            self._outer.event(event)
+
+
 def run_jobs(config: RunConfig, job_dir: Path, all_jobs: list[Job], terminal: Terminal) -> list[tuple[Job, RunConfig, Json]]:
     """Each job's own result document, through the driver that every run uses.
 
@@ -102,12 +109,11 @@ def run_jobs(config: RunConfig, job_dir: Path, all_jobs: list[Job], terminal: Te
     from zinfer.driver import run_job
 
     terminal.event({"event": "phase", "name": "small models"})
-    quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
     results = []
     for done, job in enumerate(all_jobs):
         terminal.event({"event": "progress", "done": done, "total": len(all_jobs), "unit": "jobs"})
         job_config_ = job_config(job, config)
-        outcome = run_job(job_config_, job_dir / f"job{done}", quiet, forked=True)
+        outcome = run_job(job_config_, job_dir / f"job{done}", OneOfMany(), forked=True)
         if outcome.status != "ok":
             raise RuntimeError(f"{job.family} with {job.mode} in {job.dtype}: {outcome.status}: {outcome.reason}")
         document = {**outcome.document(), "samples": list(outcome.samples)}
@@ -115,37 +121,19 @@ def run_jobs(config: RunConfig, job_dir: Path, all_jobs: list[Job], terminal: Te
     return results
 
 
-def measure_kernels(config: RunConfig, job_dir: Path, dtypes: tuple[str, ...], hardware: Hardware, terminal: Terminal) -> Json:
-    """What the kernels' process found, its progress shown."""
-    from zinfer.worker_process import worker_environment
+def measure_kernels(config: RunConfig, job_dir: Path, terminal: Terminal) -> Json:
+    """What a worker found that runs kernels instead of a model.
 
-    folder = job_dir / "kernels"
-    folder.mkdir(exist_ok=True)
-    request = {
-        "dtypes": dtypes,
-        "device": "cpu" if hardware.device_kind == "cpu" else "cuda:0",
-        "nvme_path": config.offload.nvme_path,
-    }
-    (folder / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-m", "zinfer.calibrate_kernels", str(folder / "request.json"), str(folder / "found.json")]
-    reader = EventReader(folder)
-    deadline_s = time.monotonic() + KERNELS_TIMEOUT_S
-    with (folder / "kernels.log").open("wb") as log:
-        process = subprocess.Popen(command, env=worker_environment(config), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        while process.poll() is None:
-            for event in reader.new_events():
-                terminal.event(event)
-            if time.monotonic() > deadline_s:
-                raise RuntimeError(f"measuring took more than {KERNELS_TIMEOUT_S:.0f} s")
-            time.sleep(0.1)
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode != 0:
-        tail = (folder / "kernels.log").read_text(errors="replace").strip().splitlines()[-3:]
-        raise RuntimeError(" ".join(tail) or f"exit code {process.returncode}")
-    found: Json = json.loads((folder / "found.json").read_text())
+    Raises:
+        RuntimeError: it failed.
+    """
+    from zinfer.driver import run_job
+
+    kernels = replace(job_config(Job(family="llama", mode="nvme", dtype="float32"), config), task="calibrate")
+    outcome = run_job(kernels, job_dir, OneOfMany(terminal), forked=True)
+    if outcome.status != "ok":
+        raise RuntimeError(f"kernels: {outcome.status}: {outcome.reason}")
+    found: Json = json.loads((job_dir / KERNELS_FILE).read_text())
     return found
 
 

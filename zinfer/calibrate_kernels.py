@@ -1,41 +1,49 @@
-"""Rates of this machine's processor, memory, link and disk. `python -m zinfer.calibrate_kernels REQUEST OUT`, in a process of its own.
+"""Rates of this machine's processor, memory, link and disk, measured by a worker that runs no model.
 
 Matrices are taken in turn from a set that is larger than the processor's caches, as the layers of a model are. Every number is a median.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from zinfer import native_ops
+from zinfer.calibration_jobs import KERNELS_FILE, calibrated_dtypes
+from zinfer.config import RunConfig
 from zinfer.events import EventLog
+from zinfer.hardware import detect_hardware
+from zinfer.job import write_json
+from zinfer.swap import swap_folder
 from zinfer.units import MIB
 
 ROWS = (1, 4, 16, 64, 256, 1024)
 SQUARE_SIZES = (64, 256, 512, 1024, 2048)
 WIDE_SHAPES = ((512, 2048), (512, 16384))
-"""(K, N) of output heads."""
+"""(K, N) of output heads, which see the last token of each row only."""
+WIDE_ROWS = (1, 4, 16, 64)
 COLD_BYTES = 96 * MIB
 """Larger than the last-level cache of most processors' cores."""
 KERNEL_BUDGET_S = 0.02
 KERNEL_ROUNDS = 2
 """All shapes in turn, so often; the calmest counts. A neighbour on the same processor slows everything for a second or so."""
+DEQUANTISE_SIZES = (64, 256, 1024, 2048, 4096)
+DEQUANTISE_GROUP = 64
+"""Elements with one scale, as in dtype=int8 and dtype=int4."""
 COPY_BYTES = 128 * MIB
 NVME_FILE_BYTES = 256 * MIB
 NVME_POINTS = ((MIB, 16, 1), (MIB, 16, 4), (MIB, 64, 4), (8 * MIB, 16, 4))
 """(block bytes, queue depth, intra_op_parallelism); the second is what zero=tuned uses."""
-NVME_READS = 3
+NVME_READS = 2
 
 
-def measure(request: dict[str, Any], events: EventLog) -> dict[str, Any]:
-    """Everything, in the order of the progress line."""
+def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
+    """Everything, in the order of the progress line, into JOB_DIR/kernels.json. The file for NVMe lies in the job's swap folder."""
     import importlib
 
     from zinfer.worker_server import IMPORTS
@@ -46,12 +54,15 @@ def measure(request: dict[str, Any], events: EventLog) -> dict[str, Any]:
     import torch
 
     torch.set_grad_enabled(False)
-    device = torch.device(request["device"])
+    assert config.offload.nvme_path is not None, "every calibration measures a disk"
+    hardware = detect_hardware(config.hardware, None, 1)
+    device = torch.device("cpu" if hardware.device_kind == "cpu" else "cuda:0")
+    dtypes = calibrated_dtypes(hardware.device_dtypes)
     found: dict[str, Any] = {"imported_rss_bytes": imported_rss}
     events.phase("memory bandwidth")
     found |= memory_rates(device)
     events.phase("matrix products")
-    kinds = {name: getattr(torch, name) for name in request["dtypes"]}
+    kinds = {name: getattr(torch, name) for name in dtypes}
     points = [(dtype, shape) for dtype in kinds for shape in _shapes()]
     pools = {name: torch.randn(COLD_BYTES // kind.itemsize, dtype=kind, device=device) for name, kind in kinds.items()}
     rounds: list[list[dict[str, Any]]] = [[] for _ in range(KERNEL_ROUNDS)]
@@ -60,13 +71,16 @@ def measure(request: dict[str, Any], events: EventLog) -> dict[str, Any]:
         rounds[done // len(points)] += kernel_times(dtype, k, n, wide, pools[dtype])
         events.progress(done + 1, KERNEL_ROUNDS * len(points), "shapes")
     found["kernels"] = [min(times, key=lambda row: row["seconds"]) for times in zip(*rounds, strict=True)]
+    events.phase("dequantisation")
+    found["dequantise"] = [row for dtype in kinds for bits in (8, 4) for row in dequantise_times(bits, dtype, device)]
     events.phase("attention")
-    found["attention"] = {dtype: attention_read(dtype, device) for dtype in request["dtypes"]}
-    found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in request["dtypes"]}
-    if request["nvme_path"]:
-        events.phase("NVMe")
-        found |= nvme_rates(Path(request["nvme_path"]), events)
-    return found
+    found["attention"] = {dtype: attention_read(dtype, device) for dtype in dtypes}
+    found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in dtypes}
+    events.phase("NVMe")
+    native_ops.adopt(native_ops.ops_needed("nvme", quantised_float16=False, use_gds=False))
+    found |= nvme_rates(swap_folder(config.offload.nvme_path, job_dir), events)
+    write_json(job_dir / KERNELS_FILE, found)
+    events.write("result", status="ok", metrics={})
 
 
 def _shapes() -> Iterator[tuple[int, int, bool]]:
@@ -137,14 +151,39 @@ def kernel_times(dtype: str, k: int, n: int, wide: bool, pool: Any) -> Iterator[
     import torch
 
     weights = [pool[start : start + k * n].view(n, k) for start in range(0, len(pool) - k * n + 1, k * n)][:256]
-    for rows in ROWS:
+    for rows in WIDE_ROWS if wide else ROWS:
         inputs = torch.randn(1, rows, k, device=pool.device).to(pool.dtype)
 
         def product(index: int, inputs: Any = inputs) -> object:
             return torch.nn.functional.linear(inputs, weights[index % len(weights)])
 
-        seconds, spread = median_and_spread(samples_s(product, pool.device, budget_s=KERNEL_BUDGET_S))
+        seconds, spread = median_and_spread(samples_s(product, pool.device, budget_s=KERNEL_BUDGET_S, least=2))
         yield {"dtype": dtype, "rows": rows, "weight_numel": k * n, "wide": wide, "seconds": seconds, "spread": spread}
+
+
+def dequantise_times(bits: int, dtype: str, device: Any) -> Iterator[dict[str, Any]]:
+    """Through DeepSpeed's own code, square matrices, one of the pool after the other.
+
+    Nothing for float16 on a GPU, where DeepSpeed has a kernel that must be compiled first.
+    """
+    import torch
+    from deepspeed.inference.quantization.utils import DeQuantizer
+
+    kind = getattr(torch, dtype)
+    if device.type != "cpu" and kind is torch.float16:
+        return
+    unpack = DeQuantizer({"num_bits": bits, "group_size": DEQUANTISE_GROUP, "group_dim": 1, "symmetric": False}, kind).dequantize
+    pool = torch.ones(COLD_BYTES, dtype=torch.uint8, device=device)
+    for size in DEQUANTISE_SIZES:
+        packed = size * size * bits // 8
+        weights = [pool[start : start + packed].view(size, -1) for start in range(0, COLD_BYTES - packed + 1, packed)][:256]
+        scale = torch.ones(size, size // DEQUANTISE_GROUP, 1, dtype=kind, device=device)
+
+        def dequantise(index: int, weights: Any = weights, scale: Any = scale) -> object:
+            return unpack(weights[index % len(weights)], scale, scale)
+
+        seconds, spread = median_and_spread(samples_s(dequantise, device, budget_s=KERNEL_BUDGET_S))
+        yield {"bits": bits, "dtype": dtype, "weight_numel": size * size, "seconds": seconds, "spread": spread}
 
 
 def attention_read(dtype: str, device: Any) -> dict[str, float]:
@@ -219,10 +258,3 @@ def _page_cache(folder: Path) -> str:
         return f"used: O_DIRECT is refused ({error.strerror}), so these may be rates of memory"
     finally:
         probe.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    request_file, out_file = Path(sys.argv[1]), Path(sys.argv[2])
-    out_file.write_text(json.dumps(measure(json.loads(request_file.read_text()), EventLog(out_file.parent))))
-    sys.stdout.flush()
-    os._exit(0)

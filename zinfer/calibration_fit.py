@@ -69,8 +69,10 @@ class Rest:
 
 def fitted_profile(kernels: Json, measured: Sequence[Measured], hardware: Hardware, **facts: Any) -> CalibrationProfile:
     """The whole profile: kernels first, then what jobs cost on top."""
-    empty: Json = {"families": [], "modes": [], "stream": None, "load": {}, "nvme": [], "growth_bytes": {}, "version": PROFILE_VERSION}
-    profile = profile_from_document({**empty, **kernels, **facts, "device_kind": hardware.device_kind, "device_name": hardware.device_name})
+    unfitted: Json = {"version": PROFILE_VERSION, "families": [], "modes": [], "stream": None, "load": {}, "growth_bytes": {}}
+    profile = profile_from_document(
+        {**unfitted, **kernels, **facts, "device_kind": hardware.device_kind, "device_name": hardware.device_name}
+    )
     rests = [rest_of(profile, *entry) for entry in measured]
     plain = list(calmest(rest for rest in rests if rest.job.mode == "resident"))
     modes = [resident_cost(kind, plain) for kind in sorted({rest.job.dtype for rest in plain})]

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from zinfer.config import BatchConfig, ModelConfig
 
+KERNELS_FILE = "kernels.json"
+"""In the folder of the job that measures kernels."""
 FAMILIES = ("llama", "opt", "bloom", "mixtral")
-LAYERS, FEW_LAYERS = 8, 2
+LAYERS, SOME_LAYERS, FEW_LAYERS = 8, 4, 2
 FEW_LAYERS_FAMILIES = ("llama", "opt")
 ROUNDS = 2
 """Every job so often, the kernels in between: a neighbour on the same processor slows everything for seconds, a swap file may lie badly."""
 HIDDEN = 64
 """So small that a layer is nothing but its fixed cost."""
-ELEMENT_LAYERS, ELEMENT_HIDDEN = 4, 256
+ELEMENT_HIDDEN = 256
 """Large enough for a prefill to show its elementwise work."""
-STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=16, warmup=1, repeats=5)
-PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=5)
-MIDDLE = tuple(BatchConfig(batch_size=rows, prompt_tokens=32, new_tokens=9, warmup=1, repeats=3) for rows in (1, 16))
-STREAM = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=5, warmup=1, repeats=2)
+STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=16, warmup=1, repeats=3)
+PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=3)
+MIDDLE = tuple(BatchConfig(batch_size=rows, prompt_tokens=8, new_tokens=6, warmup=1, repeats=2) for rows in (1, 16))
+STREAM = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=5, warmup=1, repeats=1)
+
+
+def calibrated_dtypes(device_dtypes: Collection[str]) -> tuple[str, ...]:
+    """At most two: full precision, and the 16 bits that this device computes in."""
+    return tuple(kind for kind in ("float32", "bfloat16", "float16") if kind in device_dtypes)[:2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,7 @@ def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool, again: bool 
     """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs.
 
     Args:
-        again: a later round, without what matters less: prefills, and ZeRO-3 module by module.
+        again: a later round, without what matters less or takes long: prefills, ZeRO-3 module by module, large batches.
     """
     for dtype in dtypes:
         for family in FEW_LAYERS_FAMILIES:
@@ -65,7 +72,7 @@ def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool, again: bool 
         for family in FAMILIES:
             yield Job(family=family, mode="resident", dtype=dtype)
             if not again:
-                yield Job(family=family, mode="resident", dtype=dtype, layers=ELEMENT_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL)
+                yield Job(family=family, mode="resident", dtype=dtype, layers=SOME_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL)
     plain = dtypes[0]  # what ZeRO-3 adds is Python: the type does not matter
     for mode in ("none", *(("cpu",) if cpu_offload else ())):
         for family in FEW_LAYERS_FAMILIES:
@@ -74,13 +81,14 @@ def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool, again: bool 
             yield Job(family=family, mode=mode, dtype=plain)
         if not again:
             for family in FEW_LAYERS_FAMILIES:
-                yield Job(family=family, mode=mode, dtype=plain, leaf=False)
+                yield Job(family=family, mode=mode, dtype=plain, layers=SOME_LAYERS, leaf=False)
     for dtype in dtypes:  # of more weights than the caches hold
-        for batch in MIDDLE:
+        for batch in MIDDLE[:1] if again else MIDDLE:
             yield Job(family="llama", mode="none", dtype=dtype, layers=6, hidden=640, batch=batch)
             yield Job(family="opt", mode="none", dtype=dtype, layers=8, hidden=576, batch=batch)
     if nvme:
-        yield Job(family="opt", mode="nvme", dtype=plain)  # too small to be swapped
+        if not again:
+            yield Job(family="opt", mode="nvme", dtype=plain)  # too small to be swapped
         yield Job(family="llama", mode="nvme", dtype=plain, layers=6, hidden=640, batch=STREAM)  # matrices of 1.6 MB and more
         yield Job(family="opt", mode="nvme", dtype=plain, layers=8, hidden=384, batch=STREAM)
         yield Job(family="llama", mode="nvme", dtype=plain, layers=2, hidden=1536, batch=STREAM)

@@ -19,7 +19,7 @@ from typing import Any
 
 from zinfer.cache import cache_dir
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 """Raised when what is measured, or what a field means, changes; older profiles are not read."""
 
 
@@ -41,6 +41,17 @@ class KernelTime:
     """K * N."""
     wide: bool
     """Many more columns than rows of weights, as in an output head."""
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DequantiseTime:
+    """Unpacking one quantised matrix into a new one of `dtype`, which DeepSpeed does at every use of it."""
+
+    bits: int
+    dtype: str
+    weight_numel: int
     seconds: float
     spread: float
 
@@ -127,6 +138,7 @@ class CalibrationProfile:
     host_to_device_pinned: Rate | None
     device_to_host_pinned: Rate | None
     kernels: tuple[KernelTime, ...]
+    dequantise: tuple[DequantiseTime, ...] = ()
     attention: dict[str, Rate]
     """dtype -> bytes of keys and values that one decode step's attention reads per second."""
     attention_flops: dict[str, Rate]
@@ -168,6 +180,11 @@ class CalibrationProfile:
             return None
         by_rows = [(rows_, _interpolate(sorted(times.items()), weight_numel)) for rows_, times in sorted(table.items())]
         return _interpolate(by_rows, max(rows, by_rows[0][0]))
+
+    def dequantise_s(self, bits: int, dtype: str, weight_numel: int) -> float | None:
+        """Seconds of unpacking one matrix, interpolated as kernel_s. None: these bits were not measured in this dtype."""
+        points = sorted((row.weight_numel, row.seconds) for row in self.dequantise if (row.bits, row.dtype) == (bits, dtype))
+        return _interpolate(points, weight_numel) if points else None
 
     def family_cost(self, model_type: str, dtype: str) -> FamilyCost | None:
         """Of this family, else of any. None: dtype not measured."""
@@ -234,6 +251,7 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
     for name in ("attention", "attention_flops"):
         values[name] = {dtype: Rate(**rate) for dtype, rate in values[name].items()}
     values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
+    values["dequantise"] = tuple(DequantiseTime(**row) for row in values["dequantise"])
     values["nvme"] = tuple(NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"])
     values["families"] = tuple(FamilyCost(**row) for row in values["families"])
     values["modes"] = tuple(ModeCost(**row) for row in values["modes"])

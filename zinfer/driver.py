@@ -99,7 +99,7 @@ def run_worker(
 @contextmanager
 def swap_folder_of(config: RunConfig, job_dir: Path, terminal: Terminal) -> Iterator[Path | None]:
     """The job's swap folder while it runs; gone afterwards, whatever happened."""
-    if config.task != "run" or config.offload.device != "nvme":
+    if config.task not in ("run", "calibrate") or config.offload.device != "nvme":
         yield None
         return
     assert config.offload.nvme_path is not None, "config_problems refuses nvme without a path"
@@ -115,7 +115,7 @@ def swap_folder_of(config: RunConfig, job_dir: Path, terminal: Terminal) -> Iter
 @contextmanager
 def worker_of(config: RunConfig, job_dir: Path, terminal: Terminal, *, forked: bool) -> Iterator[Worker]:
     """The job's worker processes; they and all that they started are gone afterwards."""
-    if config.task == "run":
+    if config.task in ("run", "calibrate"):
         _build_ops(config, terminal)
     write_job(job_dir, config)
     server = Servers.ready(config, lambda: Interrupts.received) if forked else None

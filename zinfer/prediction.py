@@ -1,6 +1,6 @@
 """How long a run will take: its ceiling, and where this machine is calibrated, what the kernels, the loop and the streaming really cost.
 
-Without a calibration profile, for quantised weights and for several ranks the predictions are None: nobody measured what they depend on.
+Without a calibration profile and for several ranks the predictions are None: nobody measured what they depend on.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Predictio
     bound = ceiling(spec, config, hardware)
     profile = hardware.profile
     batch = config.batch
-    if profile is None or config.dtype.bits is not None or config.launcher.ranks > 1:
+    if profile is None or config.launcher.ranks > 1:
         return Prediction(ceiling=bound, load_s=None, prefill_s=None, decode_step_s=None, generated_tokens_per_s=None, parts={})
     layout = zero_layout(config, spec)
     leaf = leaf_layers(config, spec, staging_limit_bytes(config, hardware))
@@ -112,7 +112,7 @@ def _together(parts: Mapping[str, float] | None, ceiling_s: float | None, *, on_
     if on_cpu:
         return max(sum(parts.values()), ceiling_s or 0.0)
     host = parts["loop"] + parts["layers"]
-    device = parts["matrix products"] + parts["attention"] + parts["elementwise"]
+    device = sum(parts[name] for name in ("matrix products", "dequantisation", "attention", "elementwise"))
     return max(host, device, parts["streaming"], ceiling_s or 0.0)
 
 
@@ -127,14 +127,16 @@ def pass_parts(
     rows = config.batch.batch_size
     family, mode = profile.family_cost(spec.model_type, spec.dtype), profile.mode_cost(fixed_mode(config, leaf=leaf), spec.dtype)
     products_s = products_seconds(spec, profile, rows, new)
+    unpacking_s = dequantise_seconds(spec, config, profile, rows * new)
     streaming_s = streaming_seconds(config, profile, layout, leaf=leaf)
-    if family is None or mode is None or spec.layer_ops is None or products_s is None or streaming_s is None:
+    if family is None or mode is None or spec.layer_ops is None or products_s is None or unpacking_s is None or streaming_s is None:
         return None
     factor = profile.cold_factor if layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES else 1.0
     return {
         "loop": factor * mode.step_s,
         "layers": factor * layers_seconds(spec, layout, family, mode),
         "matrix products": (factor if rows * new <= THIN_ROWS else 1.0) * products_s,
+        "dequantisation": unpacking_s,
         "attention": attention_seconds(spec, profile, rows, new, context),
         "elementwise": elementwise_seconds(spec, family.value_s, profile, rows, new),
         "streaming": streaming_s,
@@ -173,6 +175,31 @@ def products_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, ne
         each = tokens * (spec.experts_per_token or 1) / max(1.0, touched)
         total += count * touched * (profile.kernel_s(spec.dtype, each, numel) or 0.0)
     return total
+
+
+def dequantise_seconds(spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, tokens: int) -> float | None:
+    """Unpacking every quantised matrix once for each use in a pass, embeddings whole; None where it was not calibrated."""
+    if config.dtype.bits is None:
+        return 0.0
+    used = touched_experts(spec, tokens) / spec.num_experts if spec.num_experts else 1.0
+    total = 0.0
+    for numel, (outside, of_experts) in quantised_matrices(spec).items():
+        seconds = profile.dequantise_s(config.dtype.bits, spec.dtype, numel)
+        if seconds is None:
+            return None
+        total += (outside + of_experts * used) * seconds
+    return total
+
+
+def quantised_matrices(spec: ModelSpec) -> dict[int, tuple[int, int]]:
+    """Elements -> uses in a pass of matrices of that size that DeepSpeed quantises: (of all tokens, of routed experts)."""
+    uses: dict[int, tuple[int, int]] = {}
+    for parameter in spec.parameters:
+        if parameter.kind in ("linear", "embedding"):
+            outside, of_experts = uses.get(parameter.numel, (0, 0))
+            times = 2 if parameter.kind == "embedding" and spec.tied_embeddings and spec.vocab_size in parameter.shape else 1
+            uses[parameter.numel] = (outside, of_experts + 1) if parameter.is_expert else (outside + times, of_experts)
+    return uses
 
 
 def attention_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int, context: float) -> float:
@@ -214,9 +241,9 @@ def fetches(layout: ZeroLayout, *, leaf: bool) -> int:
 
 
 def _load_s(spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:
-    """Random weights only: how fast a checkpoint is read depends on where it is."""
+    """Random weights in the compute dtype only: how fast a checkpoint is read depends on where it is, quantising was not timed."""
     cost = profile.load.get(mode_of(config))
-    if cost is None or config.weights != "dummy":
+    if cost is None or config.weights != "dummy" or config.dtype.bits is not None:
         return None
     return cost.fixed_s + len(spec.parameters) * cost.parameter_s + layout.stored_numel * layout.itemsize_bytes / cost.bytes_per_s
 

@@ -267,7 +267,11 @@ def main(job_dir: Path) -> int:
     config = config_from_tree(tree)
     threading.Thread(target=_end_with_driver, args=(driver_pid, driver_start_ticks, config, job_dir), daemon=True).start()
     try:
-        if work(config, job_dir, events) is None and rank == 0:
+        if config.task == "calibrate":
+            from zinfer.calibrate_kernels import kernels_task
+
+            kernels_task(config, job_dir, events)
+        elif work(config, job_dir, events) is None and rank == 0:
             events.write("result", status="planned", metrics={})
     except BaseException as error:  # whatever it was, the driver must learn the reason
         status, reason = failure(error)
