@@ -11,8 +11,8 @@ from tests.composing import composed
 from tests.test_ceiling import profile
 from zinfer import machine
 from zinfer.calibrate import job_config
-from zinfer.calibration_fit import line, plane, stream_cost
-from zinfer.calibration_jobs import FAMILIES, Job, jobs, small_model
+from zinfer.calibration_fit import calm_and_usual_s, line, plane, stream_cost
+from zinfer.calibration_jobs import FAMILIES, PREFILL, Job, jobs, small_model, to_run_again
 from zinfer.calibration_profile import PROFILE_VERSION, newest_profile, profiles_dir, read_profile, save_profile
 from zinfer.hardware import detect_hardware, machine_fingerprint
 from zinfer.model_spec import model_spec
@@ -131,6 +131,35 @@ def test_calibration_jobs_are_of_four_families_and_three_swap() -> None:
             swapped.append((fetches(layout, leaf=True), layout.swapped_numel))
     assert [count > 0 for count, _ in swapped] == [False, True, True, True]
     assert len({round(numel / count, -5) for count, numel in swapped[1:]}) == 3  # fetches of three sizes, so that both costs show
+
+
+@pytest.mark.parametrize(
+    ("rounds", "times_s", "is_run_again"),
+    [
+        (3, [1.0], True),
+        (3, [1.0, 1.05], False),
+        (3, [1.5, 1.0], True),  # a neighbour had one of them
+        (3, [1.5, 1.0, 1.2], False),  # often enough
+        (4, [1.5, 1.0, 1.05], False),
+        (2, [1.0], True),
+        (1, [1.0], False),
+    ],
+)
+def test_a_job_runs_until_its_two_calmest_runs_agree(rounds: int, times_s: list[float], is_run_again: bool) -> None:
+    job = Job(family="opt", mode="none", dtype="float32", rounds=rounds)
+    assert to_run_again([job], {job: times_s}) == ([job] if is_run_again else [])
+
+
+def test_calm_is_the_quarter_of_steps_that_nobody_disturbed() -> None:
+    steps = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
+    samples = [
+        {"kind": "warmup", "prefill_s": 9.0, "decode_step_s": [9.0] * 7},
+        {"kind": "timed", "prefill_s": 5.0, "decode_step_s": steps},
+    ]
+    samples.append({"kind": "timed", "prefill_s": 4.0, "decode_step_s": steps})
+    assert calm_and_usual_s(Job(family="opt", mode="none", dtype="float32"), {"samples": samples}) == (1.0, 2.0)
+    prefill = Job(family="opt", mode="none", dtype="float32", batch=PREFILL)
+    assert calm_and_usual_s(prefill, {"samples": samples}) == (4.0, 4.5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinfer.calibration_fit import fitted_profile
-from zinfer.calibration_jobs import KERNELS_FILE, ROUNDS, Job, calibrated_dtypes, jobs, small_model
+from zinfer.calibration_fit import calm_times_s, fitted_profile
+from zinfer.calibration_jobs import KERNELS_FILE, ROUNDS, Job, calibrated_dtypes, jobs, small_model, to_run_again
 from zinfer.calibration_profile import CalibrationProfile, now_text, save_profile
 from zinfer.config import DtypeConfig, EngineConfig, RunConfig, TrackingConfig, ZeroConfig
 from zinfer.environment import package_versions
@@ -58,11 +58,12 @@ def main_task(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
     config = replace(config, offload=replace(config.offload, nvme_path=config.offload.nvme_path or str(job_dir / "swap")))
     hardware = replace(detect_hardware(config.hardware, Path(str(config.offload.nvme_path)), 1), profile=None)
     dtypes, on_gpu = calibrated_dtypes(hardware.device_dtypes), hardware.device_kind != "cpu"
+    chosen = list(jobs(dtypes, nvme=True, cpu_offload=on_gpu))
     try:
-        measured = run_jobs(config, job_dir / "round0", list(jobs(dtypes, nvme=True, cpu_offload=on_gpu)), terminal)
+        measured = run_jobs(config, job_dir / "round0", chosen, terminal)
         kernels = measure_kernels(config, job_dir / "kernels", terminal)
         for number in range(1, ROUNDS):
-            again = list(jobs(dtypes, nvme=True, cpu_offload=on_gpu, again=True))
+            again = to_run_again(chosen, calm_times_s(measured))
             measured += run_jobs(config, job_dir / f"round{number}", again, terminal)
     except (OSError, RuntimeError) as error:
         return Outcome(status="error", reason=f"calibration failed: {error}", job_dir=str(job_dir))

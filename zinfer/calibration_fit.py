@@ -51,9 +51,8 @@ class Rest:
     config: RunConfig
     spec: ModelSpec
     calm_s: float
-    """Of a decode step in the calmest generation (of the calmest prefill, where the job is there for its prefill)."""
     usual_s: float
-    """Of a decode step in the middle generation."""
+    """See calm_and_usual_s."""
     products_s: float
     """What the products of that pass are taken to need."""
 
@@ -97,23 +96,37 @@ def calmest(rests: Iterable[Rest]) -> Iterable[Rest]:
     return least.values()
 
 
+def calm_and_usual_s(job: Job, result: Json) -> tuple[float, float]:
+    """Lower quartile and median of one run's decode steps; of a job that is there for its prefill the fastest and the median of these."""
+    timed = [sample for sample in result["samples"] if sample["kind"] == "timed"]
+    if job.batch.new_tokens <= 2:
+        prefills = [sample["prefill_s"] for sample in timed]
+        return min(prefills), statistics.median(prefills)
+    steps = [seconds for sample in timed for seconds in sample["decode_step_s"]]
+    return statistics.quantiles(steps, n=4)[0], statistics.median(steps)
+
+
+def calm_times_s(measured: Sequence[Measured]) -> dict[Job, list[float]]:
+    """What each job's runs took when nothing else ran."""
+    found: dict[Job, list[float]] = {}
+    for job, _, result in measured:
+        found.setdefault(job, []).append(calm_and_usual_s(job, result)[0])
+    return found
+
+
 def rest_of(profile: CalibrationProfile, job: Job, config: RunConfig, result: Json) -> Rest:
     """What this job's kernels do not explain."""
     spec, batch = model_spec(config.model, compute_dtype=config.dtype.compute), config.batch
-    timed = [sample for sample in result["samples"] if sample["kind"] == "timed"]
-    if batch.new_tokens <= 2:
-        seconds, new, context = [sample["prefill_s"] for sample in timed], batch.prompt_tokens, float(batch.prompt_tokens)
-    else:
-        seconds = [statistics.median(sample["decode_step_s"]) for sample in timed]
-        new, context = 1, batch.prompt_tokens + batch.new_tokens / 2
+    is_prefill = batch.new_tokens <= 2
+    new, context = (batch.prompt_tokens, float(batch.prompt_tokens)) if is_prefill else (1, batch.prompt_tokens + batch.new_tokens / 2)
     products_s = products_seconds(spec, profile, batch.batch_size, new) or 0.0
     kernels_s = (
         products_s
         + attention_seconds(spec, profile, batch.batch_size, new, context)
         + elementwise_seconds(spec, 0.0, profile, batch.batch_size, new)
     )
-    calm_s, usual_s = min(seconds) - kernels_s, statistics.median(seconds) - kernels_s
-    return Rest(job=job, config=config, spec=spec, calm_s=calm_s, usual_s=usual_s, products_s=products_s)
+    calm_s, usual_s = calm_and_usual_s(job, result)
+    return Rest(job=job, config=config, spec=spec, calm_s=calm_s - kernels_s, usual_s=usual_s - kernels_s, products_s=products_s)
 
 
 def line(points: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ KERNELS_FILE = "kernels.json"
 FAMILIES = ("llama", "opt", "bloom", "mixtral")
 LAYERS, SOME_LAYERS, FEW_LAYERS = 8, 4, 2
 FEW_LAYERS_FAMILIES = ("llama", "opt")
-ROUNDS = 2
-"""Every job so often, the kernels in between: a neighbour on the same processor slows everything for seconds, a swap file may lie badly."""
+ROUNDS = 3
+"""At most so often, with the kernels after the first: a neighbour on the processor slows everything for up to a second, a tiny job whole."""
+AGREEMENT = 1.07
+"""A job is run again until its two calmest runs are as near as that."""
 HIDDEN = 64
 """So small that a layer is nothing but its fixed cost."""
 ELEMENT_HIDDEN = 256
 """Large enough for a prefill to show its elementwise work."""
-STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=16, warmup=1, repeats=3)
+STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=12, warmup=1, repeats=3)
 PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=3)
 MIDDLE = tuple(BatchConfig(batch_size=rows, prompt_tokens=8, new_tokens=6, warmup=1, repeats=2) for rows in (1, 16))
 STREAM = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=5, warmup=1, repeats=1)
@@ -42,6 +44,8 @@ class Job:
     batch: BatchConfig = STEPS
     leaf: bool = True
     """Of ZeRO-3: whole layers are fetched; else module by module."""
+    rounds: int = ROUNDS
+    """At most; fewer where what is usual counts and not what is calm, or where it matters less."""
 
 
 def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
@@ -60,35 +64,41 @@ def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
     return ModelConfig(name=name, model_type=family, overrides=overrides[family], checkpoint_dtype="float32")
 
 
-def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool, again: bool = False) -> Iterator[Job]:
-    """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs.
-
-    Args:
-        again: a later round, without what matters less or takes long: prefills, ZeRO-3 module by module, large batches.
-    """
+def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[Job]:
+    """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs."""
     for dtype in dtypes:
         for family in FEW_LAYERS_FAMILIES:
             yield Job(family=family, mode="resident", dtype=dtype, layers=FEW_LAYERS)
         for family in FAMILIES:
             yield Job(family=family, mode="resident", dtype=dtype)
-            if not again:
-                yield Job(family=family, mode="resident", dtype=dtype, layers=SOME_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL)
+            yield Job(family=family, mode="resident", dtype=dtype, layers=SOME_LAYERS, hidden=ELEMENT_HIDDEN, batch=PREFILL, rounds=2)
     plain = dtypes[0]  # what ZeRO-3 adds is Python: the type does not matter
     for mode in ("none", *(("cpu",) if cpu_offload else ())):
         for family in FEW_LAYERS_FAMILIES:
             yield Job(family=family, mode=mode, dtype=plain, layers=FEW_LAYERS)
         for family in FAMILIES:
             yield Job(family=family, mode=mode, dtype=plain)
-        if not again:
-            for family in FEW_LAYERS_FAMILIES:
-                yield Job(family=family, mode=mode, dtype=plain, layers=SOME_LAYERS, leaf=False)
+        for family in FEW_LAYERS_FAMILIES:
+            yield Job(family=family, mode=mode, dtype=plain, layers=SOME_LAYERS, leaf=False)
     for dtype in dtypes:  # of more weights than the caches hold
-        for batch in MIDDLE[:1] if again else MIDDLE:
-            yield Job(family="llama", mode="none", dtype=dtype, layers=6, hidden=640, batch=batch)
-            yield Job(family="opt", mode="none", dtype=dtype, layers=8, hidden=576, batch=batch)
+        for batch, rounds in zip(MIDDLE, (2, 1), strict=True):
+            yield Job(family="llama", mode="none", dtype=dtype, layers=6, hidden=640, batch=batch, rounds=rounds)
+            yield Job(family="opt", mode="none", dtype=dtype, layers=8, hidden=576, batch=batch, rounds=rounds)
     if nvme:
-        if not again:
-            yield Job(family="opt", mode="nvme", dtype=plain)  # too small to be swapped
-        yield Job(family="llama", mode="nvme", dtype=plain, layers=6, hidden=640, batch=STREAM)  # matrices of 1.6 MB and more
-        yield Job(family="opt", mode="nvme", dtype=plain, layers=8, hidden=384, batch=STREAM)
-        yield Job(family="llama", mode="nvme", dtype=plain, layers=2, hidden=1536, batch=STREAM)
+        yield Job(family="opt", mode="nvme", dtype=plain, rounds=1)  # too small to be swapped
+        yield Job(family="llama", mode="nvme", dtype=plain, layers=6, hidden=640, batch=STREAM, rounds=2)  # matrices of 1.6 MB and more
+        yield Job(family="opt", mode="nvme", dtype=plain, layers=8, hidden=384, batch=STREAM, rounds=2)
+        yield Job(family="llama", mode="nvme", dtype=plain, layers=2, hidden=1536, batch=STREAM, rounds=2)
+
+
+def to_run_again(chosen: Iterable[Job], calm_s: Mapping[Job, Sequence[float]]) -> list[Job]:
+    """Jobs whose two calmest runs do not agree yet, or that have run once, and that may run again.
+
+    Args:
+        calm_s: what each job's runs took so far.
+    """
+    return [job for job in chosen if len(calm_s[job]) < job.rounds and not _agree(sorted(calm_s[job]))]
+
+
+def _agree(times_s: Sequence[float]) -> bool:
+    return len(times_s) > 1 and times_s[1] <= AGREEMENT * times_s[0]
