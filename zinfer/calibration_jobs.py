@@ -14,7 +14,7 @@ FAMILIES = ("llama", "opt", "bloom", "mixtral")
 LAYERS, SOME_LAYERS, FEW_LAYERS = 8, 4, 2
 FEW_LAYERS_FAMILIES = ("llama", "opt")
 ROUNDS = 3
-"""At most so often, with the kernels after the first: a neighbour on the processor slows everything for up to a second, a tiny job whole."""
+"""At most so often, with the kernels after the first: a neighbour on the processor slows a tiny job as a whole, for up to a second."""
 AGREEMENT = 1.07
 """A job is run again until its two calmest runs are as near as that."""
 HIDDEN = 64

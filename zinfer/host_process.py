@@ -12,6 +12,7 @@ from zinfer.calibration_profile import CalibrationProfile
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.model_spec import ModelSpec
 from zinfer.units import MIB
+from zinfer.weights.local import checkpoint_folder
 from zinfer.zero_layout import ZeroLayout
 
 IMPORTED_RSS_BYTES = 500 * MIB
@@ -26,6 +27,8 @@ token longer, and DeepSpeed's own small objects between them keep freed memory f
 KEPT_FREE_RESIDENT = (1.4, 2.2)
 LARGEST_KEPT = 0.6
 """Of the largest parameter's size: what ZeRO-3's loading leaves in the heap on average."""
+KEPT_AFTER_QUANTISING = 80 * MIB
+"""What quantising the weights leaves in the heap besides: 60 to 100 MiB from 125M to 560M parameters."""
 LARGEST_WHILE_LOADING = {"untied": 1.6, "tied": 2.3}
 """Copies of the largest parameter alive while ZeRO-3 partitions it, beside its partition; a tied head exists untied for a moment."""
 
@@ -60,7 +63,10 @@ def kept_free_factor(config: RunConfig, spec: ModelSpec) -> tuple[float, float]:
 
 def kept_after_loading(config: RunConfig, layout: ZeroLayout) -> int:
     """Freed by the loader, not given back to the system."""
-    return 0 if config.engine.name == "resident" else int(LARGEST_KEPT * layout.largest_numel * layout.itemsize_bytes)
+    if config.engine.name == "resident":
+        return 0
+    quantised = 0 if config.dtype.bits is None else KEPT_AFTER_QUANTISING
+    return int(LARGEST_KEPT * layout.largest_numel * layout.itemsize_bytes) + quantised
 
 
 def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
@@ -74,7 +80,14 @@ def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int
 
 
 def mapped_bytes(config: RunConfig, spec: ModelSpec) -> int:
-    """Pages of the checkpoint's files in the first rank's memory once all were read: transformers maps every shard until the end."""
+    """Pages of the checkpoint's files in the first rank's memory once all were read: transformers maps every shard until the end.
+
+    Of files that are not on this machine: the published type's size.
+    """
     if config.weights == "dummy":
         return 0
+    folder = checkpoint_folder(config.model)
+    files = list(folder.glob("*.safetensors")) if folder else []
+    if files:
+        return sum(file.stat().st_size for file in files)
     return spec.num_parameters * ITEMSIZE_BYTES[config.model.checkpoint_dtype or spec.dtype]

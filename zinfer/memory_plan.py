@@ -201,7 +201,9 @@ def _device_items(spec: ModelSpec, config: RunConfig, hardware: Hardware, layout
         items.append(Item(name="gathered layers", bytes=min(live, layout.stored_numel) * size))
         items.append(Item(name="prefetched parameters", bytes=min(zero["stage3_prefetch_bucket_size"], layout.stored_numel) * size))
     if config.dtype.bits is not None:
-        items.append(Item(name="dequantised weights", bytes=2 * layout.largest_numel * size))
+        has_kernel = hardware.device_kind != "cpu" and spec.dtype == "float16"  # else 4 bits become bytes before they become numbers
+        unpacked = 1 if config.dtype.bits == 4 and not has_kernel else 0
+        items.append(Item(name="dequantised weights", bytes=(2 * size + unpacked) * layout.largest_numel))
     return items
 
 

@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.quantization.utils import wrap_quantized_functional
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from zinfer import native_ops
@@ -40,6 +41,8 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
             model = pretrained_model(config.model, dtype, events)
     model.eval()
     engine, *_ = deepspeed.initialize(model=model, config=ds_json)
+    if config.dtype.bits is not None and config.zero.derivation == "tuned":
+        multiply_in_one_matrix()
     module = engine.module.eval()
     module._zinfer_keeps_alive = (engine, alive)
     return Engine(
@@ -69,6 +72,20 @@ def gather_in_one_thread() -> None:
     for handle in [torch.distributed.all_gather(into, piece, async_op=True) for into in pieces]:  # at once, so that every thread gets one
         handle.wait()
     torch.set_num_threads(threads)
+
+
+def multiply_in_one_matrix() -> None:
+    """Quantised weights are unpacked as before, then multiplied by PyTorch's own linear and not by DeepSpeed's, which serves training.
+
+    DeepSpeed unpacks only where its linear is on. Both take the last tokens of a prefill, a view of all hidden states, for a batch of
+    matrices where the weight needs no gradient, as an unpacked one; on a CPU that copies the output head once for each row. A contiguous
+    input is one matrix. Source: should_fold in ATen/native/LinearAlgebra.cpp.
+    """
+
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch._C._nn.linear(input.contiguous(), weight, bias)
+
+    torch.nn.functional.linear = wrap_quantized_functional(linear)
 
 
 def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
