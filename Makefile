@@ -46,7 +46,7 @@ format: setup  ## let ruff mend what it can
 bench: setup  ## zinfer against a bare script: start-up, tokens/s, loading, memory of the driver
 	$(BIN)/python bench/bench.py
 
-bench-prediction: setup  ## predicted against measured: calibrates, then a grid of small models; about eight minutes, prints Markdown
+bench-prediction: setup  ## predicted against measured: calibrates, then a grid of small models; about nine minutes, prints Markdown
 	$(BIN)/zinfer task=calibrate launcher.omp_threads=1 tracking=none
 	$(BIN)/python bench/bench_prediction.py --threads 1
 

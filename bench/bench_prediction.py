@@ -1,7 +1,7 @@
 """How right the predictions are: a fixed grid of small models, each predicted, run and scored. `make bench-prediction`.
 
 Six architectures (two of which the calibration never saw, all in sizes that it never saw) x weights in none, cpu, nvme x float32,
-bfloat16 x three batches. Prints Markdown and writes every row to prediction.csv.
+bfloat16 x three batches; three of them also in int8 and int4, scored apart. Prints Markdown and writes every row to prediction.csv.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ UNSEEN_FAMILIES = ("qwen3", "gpt_neox")
 OFFLOADS = ("none", "cpu", "nvme")
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 4, 16)
+QUANTISED = {"architecture": ("llama", "opt", "qwen3"), "offload": ("none", "nvme"), "dtype": ("int8", "int4"), "batch_size": (1, 16)}
 LENGTHS = ("batch.prompt_tokens=48", "batch.new_tokens=12", "batch.warmup=1", "batch.repeats=3")
 SCORES = {  # metric: (what, goal of the median, goal of the 95th percentile)
     "weights": ("weight bytes, predicted / measured", 0.01, 0.01),
@@ -73,15 +74,18 @@ def grid(folder: Path, threads: int | None, swap: str) -> list[tuple[Row, RunCon
             source.mkdir(parents=True)
             (source / "config.json").write_text(json.dumps(architecture))
             for offload in OFFLOADS:
-                for dtype in DTYPES:
+                for dtype in (*DTYPES, *QUANTISED["dtype"]):
                     for batch in BATCHES:
+                        row = {"architecture": name, "offload": offload, "dtype": dtype, "batch_size": batch}
+                        if dtype not in DTYPES and any(row[key] not in chosen for key, chosen in QUANTISED.items()):
+                            continue
                         overrides = [
                             "model=custom", f"model.source={source}", f"offload={offload}", f"dtype={dtype}", f"batch.batch_size={batch}",
                             *LENGTHS, "tracking=none", f"launcher.omp_threads={threads or 'null'}",
                             *([f"offload.nvme_path={swap}"] if offload == "nvme" else []),
                         ]  # fmt: skip
                         config = parse_config(compose("config", overrides=overrides))
-                        points.append(({"architecture": name, "offload": offload, "dtype": dtype, "batch_size": batch}, config))
+                        points.append((row, config))
     return points
 
 
@@ -227,7 +231,10 @@ def main() -> int:
     seconds = time.perf_counter() - started_s
     print(f"{arguments.passes} x {len(rows)} runs in {seconds:.0f} s on {facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, "
           f"{arguments.threads} thread a run; commit {commit}; calibrated {profile.created} in {profile.seconds:.0f} s\n")  # fmt: skip
-    print("\n".join([*table(rows), "", *apart(rows), *verdicts(rows), "", *by_kind(rows)]))
+    plain, quantised = [row for row in rows if row["dtype"] in DTYPES], [row for row in rows if row["dtype"] not in DTYPES]
+    print("\n".join([*table(plain), "", *apart(plain), *verdicts(rows), "", *by_kind(plain)]))
+    if quantised:
+        print("\n".join(["", "Quantised weights (int8 and int4), not part of the goals:", "", *table(quantised)]))
     return 0
 
 
