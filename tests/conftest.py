@@ -5,6 +5,7 @@ The compiled ops and the demo model come from the user's own cache (~/.cache/zin
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 from zinfer import native_ops  # the environment comes first: what is imported later reads it
 
 os.environ.update(native_ops.worker_environment())
+atexit.register(shutil.rmtree, os.environ["ZINFER_PROFILES"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

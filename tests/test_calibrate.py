@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +17,12 @@ from tests.composing import composed
 from tests.test_ceiling import profile
 from zinfer import machine
 from zinfer.calibrate import job_config
-from zinfer.calibration_fit import calm_and_usual_s, line, plane, stream_cost
+from zinfer.calibration_fit import calm_and_usual_s, disturbance, line, plane, stream_cost
 from zinfer.calibration_jobs import FAMILIES, PREFILL, Job, jobs, small_model, to_run_again
 from zinfer.calibration_profile import PROFILE_VERSION, newest_profile, profiles_dir, read_profile, save_profile
 from zinfer.hardware import detect_hardware, machine_fingerprint
 from zinfer.model_spec import model_spec
-from zinfer.prediction import fetches
+from zinfer.prediction import fetches, predict
 from zinfer.zero_layout import zero_layout
 
 
@@ -162,6 +168,20 @@ def test_calm_is_the_quarter_of_steps_that_nobody_disturbed() -> None:
     assert calm_and_usual_s(prefill, {"samples": samples}) == (4.0, 4.5)
 
 
+def test_disturbance_is_what_usual_runs_take_over_the_calmest_of_the_same_job() -> None:
+    """Medians of steps: 1.1 and 1.3 where the calmest quarter of the job is 1.0; 2.4 where it is 2.0. Their median ratio is 1.2."""
+
+    def run(seconds: float, calm_s: float) -> dict[str, Any]:
+        return {
+            "samples": [{"kind": "timed", "prefill_s": 1.0, "decode_step_s": [calm_s, calm_s, seconds, seconds, seconds, seconds, seconds]}]
+        }
+
+    config = composed("hardware.accelerator=cpu")
+    one, other = Job(family="opt", mode="none", dtype="float32"), Job(family="llama", mode="none", dtype="float32")
+    measured = [(one, config, run(1.1, 1.0)), (one, config, run(1.3, 1.0)), (other, config, run(2.4, 2.0))]
+    assert disturbance(measured) == pytest.approx(1.2)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_calibration_model_is_one_of_its_family(family: str) -> None:
     spec = model_spec(small_model(family, 8, 256))
@@ -194,24 +214,47 @@ def test_page_cache_is_declared_where_direct_reads_are_refused(tmp_path: Path, m
     assert "O_DIRECT is refused" in calibrate_kernels._page_cache(tmp_path)
 
 
+def calibrating(tmp_path: Path) -> subprocess.Popen[str]:
+    """`zinfer task=calibrate`, its job folder and its swap in tmp_path."""
+    command = [sys.executable, "-m", "zinfer", "task=calibrate", "format=json", "launcher.omp_threads=1", "hardware.accelerator=cpu"]
+    command += [f"hydra.run.dir={tmp_path / 'job'}", f"offload.nvme_path={tmp_path / 'disk'}"]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
 @pytest.mark.slow
-def test_a_real_job_calibrates_what_it_costs(tmp_path: Path, built_ops: list[str]) -> None:
-    """Two jobs of the calibration through the driver, in their forked workers; the whole calibration is bench_prediction's."""
-    import io
+def test_a_calibration_measures_everything_and_plans_use_it(tmp_path: Path, built_ops: list[str]) -> None:
+    process = calibrating(tmp_path)
+    outcome = json.loads(process.communicate(timeout=400)[0])
+    assert (process.returncode, outcome["status"]) == (0, "ok"), outcome["reason"]
+    found = newest_profile(machine_fingerprint(composed("hardware.accelerator=cpu").hardware), 1)
+    assert found is not None
+    profile, _ = found
+    assert profile.host_read.median > 1e8 and profile.host_copy.median > 1e8
+    assert {cost.model_type for cost in profile.families} == {*FAMILIES, "*"}
+    assert {cost.mode for cost in profile.modes} >= {"resident", "none", "cpu", "nvme", "none, by module", "nvme, by module"}
+    assert {row.operation for row in profile.nvme} == {"read", "write"} and profile.stream is not None
+    for kind in {row.dtype for row in profile.kernels}:
+        assert profile.flops_per_s(kind) and profile.dequantise_s(8, kind, 1 << 20) and profile.dequantise_s(4, kind, 1 << 20)
+    assert all(cost.op_s > 0 for cost in profile.families)
+    assert not list((tmp_path / "disk").glob("zinfer-swap-*"))
+    for overrides in (("offload=none",), ("offload=nvme", "dtype=bfloat16"), ("dtype=int4",), ("engine=resident",)):
+        config = composed("model=opt-125m", "hardware.accelerator=cpu", *overrides)
+        spec = model_spec(config.model, compute_dtype="bfloat16")
+        said = predict(spec, config, detect_hardware(config.hardware, None, 1, 1))
+        assert said.decode_step_s is not None and said.generated_tokens_per_s is not None, overrides
 
-    from zinfer.driver import run_job
-    from zinfer.terminal import Terminal
-    from zinfer.worker_process import Servers
 
-    config = composed("hardware.accelerator=cpu", "launcher.omp_threads=1")
-    try:
-        for job in (Job(family="llama", mode="none", dtype="float32", layers=2), Job(family="llama", mode="resident", dtype="float32")):
-            quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
-            outcome = run_job(job_config(job, config), tmp_path / job.mode, quiet, forked=True)
-            assert outcome.status == "ok", outcome.reason
-            assert outcome.metrics["decode_step_s"] > 0
-    finally:
-        Servers.close()
+@pytest.mark.slow
+def test_an_interrupted_calibration_leaves_nothing(tmp_path: Path, built_ops: list[str]) -> None:
+    process = calibrating(tmp_path)
+    deadline_s = time.monotonic() + 200
+    while not list((tmp_path / "disk").glob("zinfer-swap-*")) and time.monotonic() < deadline_s:  # its jobs on NVMe have begun
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    outcome = json.loads(process.communicate(timeout=60)[0])
+    assert (process.returncode, outcome["status"]) == (130, "killed")
+    assert not list((tmp_path / "disk").glob("zinfer-swap-*"))
+    assert not list(profiles_dir().glob("*.json"))
 
 
 def test_the_fingerprint_knows_the_machine_not_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:

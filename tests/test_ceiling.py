@@ -137,6 +137,15 @@ def test_a_calibrated_prediction_is_the_sum_of_its_parts() -> None:
     assert said.load_s == pytest.approx(0.5 + (3 * 9 + 3) * 0.001 + spec.num_parameters * 4 / 1e9)
 
 
+def test_a_prediction_is_of_a_usual_run_on_a_machine_that_others_use() -> None:
+    spec, config, hardware = planned("model=tiny-llama", "dtype=float32", "hardware.accelerator=cpu")
+    alone = predict(spec, config, dataclasses.replace(hardware, profile=profile()))
+    shared = predict(spec, config, dataclasses.replace(hardware, profile=dataclasses.replace(profile(), disturbance=1.2)))
+    assert alone.decode_step_s is not None and alone.prefill_s is not None
+    assert shared.decode_step_s == pytest.approx(1.2 * alone.decode_step_s)
+    assert shared.prefill_s == pytest.approx(1.2 * alone.prefill_s)
+
+
 def test_weights_that_no_cache_holds_make_what_is_fixed_and_thin_products_dearer() -> None:
     cold = dataclasses.replace(profile(), cold_factor=1.5)
     for model, beyond in (("tiny-llama", False), ("opt-125m", True)):

@@ -17,7 +17,7 @@ import pytest
 from tests.composing import composed
 from zinfer.config import RunConfig
 from zinfer.hardware import Hardware, detect_hardware
-from zinfer.host_process import GROWTH_BYTES, IMPORTED_RSS_BYTES
+from zinfer.host_process import GROWTH_BYTES, IMPORTED_RSS_BYTES, mapped_bytes
 from zinfer.memory_plan import DoesNotFit, MemoryPlan, derive, largest_fitting_batch, memory_plan, require_fit
 from zinfer.model_spec import ModelSpec, model_spec
 from zinfer.units import GIB, MIB
@@ -90,6 +90,34 @@ def test_a_gpu_pays_for_gathered_layers_and_a_context() -> None:
     assert item(plan, "host", "weights") == pytest.approx(8_030_261_248 * 2, rel=0.001)
 
 
+def test_a_mapped_checkpoint_counts_with_the_size_of_its_files(tmp_path: Path) -> None:
+    """Two files of 3 and 5 MB; where nothing is there, the published type's two bytes an element."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+                                                      "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}))  # fmt: skip
+    for name, size in (("model-1.safetensors", 3_000_000), ("model-2.safetensors", 5_000_000)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    config = composed("model=custom", f"model.source={tmp_path}", "weights=pretrained", "dtype=float32")
+    spec = model_spec(config.model, compute_dtype="float32")
+    assert mapped_bytes(config, spec) == 8_000_000
+    away = composed("model=opt-125m", "weights=pretrained", "dtype=float32")
+    spec = model_spec(away.model, compute_dtype="float32")
+    assert away.model.checkpoint_dtype == "float16" and mapped_bytes(away, spec) == spec.num_parameters * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hardware", "bytes_per_element"),
+    [
+        (("dtype=int8",), "a6000", 4),  # the unpacked matrix in bfloat16, and what it is multiplied from
+        (("dtype=int4",), "a6000", 5),  # and a byte for each half-byte on the way
+        (("dtype=int4", "dtype.compute=float16"), "a6000", 4),  # DeepSpeed's kernel goes straight to float16
+    ],
+)
+def test_the_largest_quantised_matrix_is_unpacked_as_a_whole(dtype: tuple[str, ...], hardware: str, bytes_per_element: int) -> None:
+    plan, *_ = planned("model=opt-1.3b", *dtype, f"hardware={hardware}")
+    assert item(plan, "device", "dequantised weights") == bytes_per_element * 50_272 * 2048
+
+
 def test_what_does_not_fit_says_what_to_type() -> None:
     plan, spec, config, hardware = planned("model=opt-30b", "offload=none", "dtype=float16", "hardware=a6000")
     with pytest.raises(DoesNotFit) as refused:
@@ -119,11 +147,13 @@ def run(tmp_path: Path, *overrides: str, limit: Callable[[], None] | None = None
     return result
 
 
-MEASURED = [  # a family each: rotary positions and GQA; tied embeddings; eager attention; experts
+MEASURED = [  # rotary positions and GQA; tied embeddings; swapped; experts; quantised weights
     ("model=tiny-llama", "offload=none", "dtype=float32"),
     ("model=opt-125m", "offload=cpu", "dtype=bfloat16"),
     ("model=smollm2-135m", "offload=nvme", "dtype=bfloat16"),
     ("model=tiny-mixtral", "engine=resident", "dtype=float32"),
+    ("model=opt-125m", "offload=none", "dtype=int8"),
+    ("model=smollm2-135m", "offload=none", "dtype=int4"),
 ]
 
 
@@ -133,7 +163,7 @@ def test_weights_cache_and_peak_are_what_the_plan_said(tmp_path: Path, built_ops
     result = run(tmp_path, *overrides, "batch.batch_size=4", "batch.prompt_tokens=64", "batch.new_tokens=8")
     metrics = result["metrics"]
     assert metrics["kv_cache_bytes"] == metrics["predicted_kv_cache_bytes"]
-    if "offload=nvme" not in overrides:
+    if not {"offload=nvme", "dtype=int8", "dtype=int4"} & set(overrides):
         assert metrics["weight_bytes"] == pytest.approx(result["model"]["weight_bytes"], rel=0.01)
     assert metrics["prediction_ratio_peak_host_rss"] == pytest.approx(1.0, abs=0.15)
 

@@ -22,12 +22,16 @@ from zinfer.config import DtypeConfig, EngineConfig, RunConfig, TrackingConfig, 
 from zinfer.environment import package_versions
 from zinfer.events import Event
 from zinfer.hardware import detect_hardware, machine_fingerprint
+from zinfer.interrupts import Interrupts
 from zinfer.outcome import Outcome
 from zinfer.terminal import Terminal
 from zinfer.units import format_rate, format_seconds
 
 if TYPE_CHECKING:
     from zinfer.outcome import Json
+
+JOB_TIMEOUT_S = 180.0
+"""A job takes seconds, the kernels a quarter of a minute."""
 
 
 def job_config(job: Job, config: RunConfig) -> RunConfig:
@@ -46,7 +50,7 @@ def job_config(job: Job, config: RunConfig) -> RunConfig:
         batch=job.batch,
         zero=ZeroConfig(derivation="tuned", leaf_layers=None if job.leaf else False),
         tracking=TrackingConfig(store="none"),
-        launcher=replace(config.launcher, ranks=1),
+        launcher=replace(config.launcher, ranks=1, timeout_s=config.launcher.timeout_s or JOB_TIMEOUT_S),
         plan=replace(config.plan, enforce=False),
     )
 
@@ -60,12 +64,15 @@ def main_task(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
     dtypes, on_gpu = calibrated_dtypes(hardware.device_dtypes), hardware.device_kind != "cpu"
     chosen = list(jobs(dtypes, nvme=True, cpu_offload=on_gpu))
     try:
-        measured = run_jobs(config, job_dir / "round0", chosen, terminal)
-        kernels = measure_kernels(config, job_dir / "kernels", terminal)
-        for number in range(1, ROUNDS):
-            again = to_run_again(chosen, calm_times_s(measured))
-            measured += run_jobs(config, job_dir / f"round{number}", again, terminal)
-    except (OSError, RuntimeError) as error:
+        with Interrupts.in_order():  # between two jobs too: the next one ends at once
+            measured = run_jobs(config, job_dir / "round0", chosen, terminal)
+            kernels = measure_kernels(config, job_dir / "kernels", terminal)
+            for number in range(1, ROUNDS):
+                again = to_run_again(chosen, calm_times_s(measured))
+                measured += run_jobs(config, job_dir / f"round{number}", again, terminal)
+    except JobFailed as failed:
+        return replace(failed.outcome, reason=str(failed), job_dir=str(job_dir))
+    except OSError as error:
         return Outcome(status="error", reason=f"calibration failed: {error}", job_dir=str(job_dir))
     profile = fitted_profile(
         kernels,
@@ -89,6 +96,14 @@ def threads_of(config: RunConfig) -> int:
     return config.launcher.omp_threads or max(1, len(os.sched_getaffinity(0)) // config.launcher.ranks)
 
 
+class JobFailed(RuntimeError):
+    """One of the calibration's jobs; it ends the calibration as it ended itself."""
+
+    def __init__(self, which: str, outcome: Outcome) -> None:
+        super().__init__(f"{outcome.reason}, in the calibration's job {which}")
+        self.outcome = outcome
+
+
 class OneOfMany(Terminal):
     """Of a job of the calibration: what goes on inside it shows on the calibration's own terminal if at all, its end nowhere."""
 
@@ -105,7 +120,7 @@ def run_jobs(config: RunConfig, job_dir: Path, all_jobs: list[Job], terminal: Te
     """Each job's own result document, through the driver that every run uses.
 
     Raises:
-        RuntimeError: a job failed.
+        JobFailed: as soon as one of them did not end well.
     """
     from zinfer.driver import run_job
 
@@ -116,7 +131,7 @@ def run_jobs(config: RunConfig, job_dir: Path, all_jobs: list[Job], terminal: Te
         job_config_ = job_config(job, config)
         outcome = run_job(job_config_, job_dir / f"job{done}", OneOfMany(), forked=True)
         if outcome.status != "ok":
-            raise RuntimeError(f"{job.family} with {job.mode} in {job.dtype}: {outcome.status}: {outcome.reason}")
+            raise JobFailed(f"{job.family}, {job.mode}, {job.dtype}", outcome)
         document = {**outcome.document(), "samples": list(outcome.samples)}
         results.append((job, job_config_, document))
     return results
@@ -126,14 +141,14 @@ def measure_kernels(config: RunConfig, job_dir: Path, terminal: Terminal) -> Jso
     """What a worker found that runs kernels instead of a model.
 
     Raises:
-        RuntimeError: it failed.
+        JobFailed: it did not end well.
     """
     from zinfer.driver import run_job
 
     kernels = replace(job_config(Job(family="llama", mode="nvme", dtype="float32"), config), task="calibrate")
     outcome = run_job(kernels, job_dir, OneOfMany(terminal), forked=True)
     if outcome.status != "ok":
-        raise RuntimeError(f"kernels: {outcome.status}: {outcome.reason}")
+        raise JobFailed("that measures kernels", outcome)
     found: Json = json.loads((job_dir / KERNELS_FILE).read_text())
     return found
 

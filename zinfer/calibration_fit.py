@@ -52,7 +52,7 @@ class Rest:
     spec: ModelSpec
     calm_s: float
     usual_s: float
-    """See calm_and_usual_s."""
+    """See calm_and_usual_s; what is usual without the disturbance that is usual."""
     products_s: float
     """What the products of that pass are taken to need."""
 
@@ -72,6 +72,7 @@ def fitted_profile(kernels: Json, measured: Sequence[Measured], hardware: Hardwa
     profile = profile_from_document(
         {**unfitted, **kernels, **facts, "device_kind": hardware.device_kind, "device_name": hardware.device_name}
     )
+    profile = replace(profile, disturbance=disturbance(measured))
     rests = [rest_of(profile, *entry) for entry in measured]
     plain = list(calmest(rest for rest in rests if rest.job.mode == "resident"))
     modes = [resident_cost(kind, plain) for kind in sorted({rest.job.dtype for rest in plain})]
@@ -114,6 +115,12 @@ def calm_times_s(measured: Sequence[Measured]) -> dict[Job, list[float]]:
     return found
 
 
+def disturbance(measured: Sequence[Measured]) -> float:
+    """The median over all runs of what is usual in it over the calmest run of the same job."""
+    calmest_s = {job: min(times_s) for job, times_s in calm_times_s(measured).items()}
+    return max(1.0, statistics.median(calm_and_usual_s(job, result)[1] / calmest_s[job] for job, _, result in measured))
+
+
 def rest_of(profile: CalibrationProfile, job: Job, config: RunConfig, result: Json) -> Rest:
     """What this job's kernels do not explain."""
     spec, batch = model_spec(config.model, compute_dtype=config.dtype.compute), config.batch
@@ -126,7 +133,8 @@ def rest_of(profile: CalibrationProfile, job: Job, config: RunConfig, result: Js
         + elementwise_seconds(spec, 0.0, profile, batch.batch_size, new)
     )
     calm_s, usual_s = calm_and_usual_s(job, result)
-    return Rest(job=job, config=config, spec=spec, calm_s=calm_s - kernels_s, usual_s=usual_s - kernels_s, products_s=products_s)
+    undisturbed_s = usual_s / profile.disturbance
+    return Rest(job=job, config=config, spec=spec, calm_s=calm_s - kernels_s, usual_s=undisturbed_s - kernels_s, products_s=products_s)
 
 
 def line(points: Iterable[tuple[float, float]]) -> tuple[float, float]:

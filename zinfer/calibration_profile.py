@@ -150,6 +150,8 @@ class CalibrationProfile:
     """'bypassed' (O_DIRECT), or why not."""
     families: tuple[FamilyCost, ...] = ()
     modes: tuple[ModeCost, ...] = ()
+    disturbance: float = 1.0
+    """What a usual run took over the calmest of the same job: what others on this machine add. It is in every prediction."""
     cold_factor: float = 1.0
     """What fixed costs and products of few rows grow by where the weights fit no cache of the processor: each layer finds it cold."""
     stream: StreamCost | None = None

@@ -132,7 +132,7 @@ def pass_parts(
     if family is None or mode is None or spec.layer_ops is None or products_s is None or unpacking_s is None or streaming_s is None:
         return None
     factor = profile.cold_factor if layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES else 1.0
-    return {
+    parts = {
         "loop": factor * mode.step_s,
         "layers": factor * layers_seconds(spec, layout, family, mode),
         "matrix products": (factor if rows * new <= THIN_ROWS else 1.0) * products_s,
@@ -141,6 +141,7 @@ def pass_parts(
         "elementwise": elementwise_seconds(spec, family.value_s, profile, rows, new),
         "streaming": streaming_s,
     }
+    return {name: profile.disturbance * seconds for name, seconds in parts.items()}
 
 
 def layers_seconds(spec: ModelSpec, layout: ZeroLayout, family: FamilyCost, mode: ModeCost) -> float:
