@@ -21,6 +21,7 @@ from zinfer.hardware import detect_hardware
 from zinfer.job import write_json
 from zinfer.swap import swap_folder
 from zinfer.units import MIB
+from zinfer.worker_imports import import_everything
 
 ROWS = (1, 4, 16, 64, 256, 1024)
 SQUARE_SIZES = (64, 256, 512, 1024, 2048)
@@ -44,12 +45,7 @@ NVME_READS = 2
 
 def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     """Everything, in the order of the progress line, into JOB_DIR/kernels.json. The file for NVMe lies in the job's swap folder."""
-    import importlib
-
-    from zinfer.worker_server import IMPORTS
-
-    for module in IMPORTS:
-        importlib.import_module(module)
+    import_everything()
     imported_rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     import torch
 

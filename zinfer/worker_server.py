@@ -8,7 +8,6 @@ Variables that libraries read while they are imported are the server's own, so j
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import select
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from zinfer.mapped_pages import touch, touched_file_ranges
+from zinfer.worker_imports import import_everything
 
 JOB_VARIABLES = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 """Read when the process group is made, long after the imports: they may differ from job to job."""
@@ -163,14 +163,6 @@ def server_key(environment: Mapping[str, str]) -> str:
 # The server's side
 
 
-IMPORTS = (
-    "torch", "transformers", "transformers.generation.utils", "transformers.modeling_utils", "transformers.integrations.deepspeed",
-    "transformers.models.bloom.modeling_bloom", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt",
-    "deepspeed", "zinfer.worker", "zinfer.generate", "zinfer.metrics", "zinfer.workload", "zinfer.engines.zero", "zinfer.engines.resident",
-)  # fmt: skip
-"""What a worker imports before its first weight."""
-
-
 def unfit_to_fork() -> str | None:
     """Why a forked copy of this process would not be like a fresh one; None when it would."""
     import torch
@@ -183,8 +175,7 @@ def unfit_to_fork() -> str | None:
 
 def serve(channel: socket.socket) -> None:
     """Fork a worker for each request, report each end, until the driver is gone."""
-    for name in IMPORTS:
-        importlib.import_module(name)
+    import_everything()
     gc.collect()
     gc.freeze()  # the collector of a worker then leaves the shared pages alone
     touched = touched_file_ranges()
