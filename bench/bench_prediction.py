@@ -94,7 +94,7 @@ def measured(names: Row, config: RunConfig, job_dir: Path) -> Row:
     quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
     outcome = run_job(config, job_dir, quiet, forked=True)
     row = {**names, "status": outcome.status, "reason": outcome.reason, **outcome.metrics}
-    if outcome.status == "ok" and outcome.model:
+    if outcome.status == "ok" and outcome.model and config.dtype.bits is None:  # quantised ones are stored smaller
         row["weights"] = outcome.model["weight_bytes"] / outcome.metrics["weight_bytes"]
     return row
 
