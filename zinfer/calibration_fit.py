@@ -225,16 +225,6 @@ def cold_factor(profile: CalibrationProfile, rests: Sequence[Rest]) -> float:
     return max(1.0, statistics.median(ratios)) if ratios else 1.0
 
 
-def plane(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """(a, b) of z = a * x + b * y with the least squares; b is 0 where the rows do not tell them apart."""
-    xx, xy, yy = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    xz, yz = sum(row[0] * row[2] for row in rows), sum(row[1] * row[2] for row in rows)
-    determinant = xx * yy - xy * xy
-    if determinant <= 1e-9 * xx * yy:
-        return (xz / xx if xx else 0.0), 0.0
-    return (xz * yy - yz * xy) / determinant, (yz * xx - xz * xy) / determinant
-
-
 def _elements_s(profile: CalibrationProfile, rest: Rest) -> float:
     family = profile.family_cost(rest.spec.model_type, rest.spec.dtype)
     assert family is not None, "every family of the jobs was fitted"
@@ -269,18 +259,17 @@ def with_streaming(profile: CalibrationProfile, rests: Sequence[Rest]) -> Calibr
 
 
 def stream_cost(rows: Sequence[tuple[int, int, float]], handle_bytes_per_s: float | None) -> StreamCost | None:
-    """Seconds = fetches * a + bytes / b, the least squares of the relative error; where nothing was seen, the handle's own rate.
+    """Bytes at the rate of the handle alone; what swapping added beyond that, over the fetches: the median of the models, at least 0.
+
+    Two unknowns fitted to a few models would trade places from one calibration to the next: a swap file may lie badly.
 
     Args:
         rows: (fetches, swapped bytes, seconds that swapping added) of each model.
     """
-    seen = [(count / seconds, size / seconds, 1.0) for count, size, seconds in rows if seconds > 0]
-    if not seen:
-        return StreamCost(fetch_s=0.0, bytes_per_s=handle_bytes_per_s) if rows and handle_bytes_per_s else None
-    fetch_s, byte_s = plane(seen)
-    if fetch_s < 0 or byte_s <= 0:
-        fetch_s, byte_s = 0.0, statistics.median(1 / size for _, size, _ in seen)
-    return StreamCost(fetch_s=fetch_s, bytes_per_s=1 / byte_s)
+    if not rows or not handle_bytes_per_s:
+        return None
+    waits_s = [(seconds - size / handle_bytes_per_s) / count for count, size, seconds in rows]
+    return StreamCost(fetch_s=max(0.0, statistics.median(waits_s)), bytes_per_s=handle_bytes_per_s)
 
 
 def growth(measured: Sequence[Measured], hardware: Hardware, imported_bytes: int) -> dict[str, int]:
