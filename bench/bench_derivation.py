@@ -1,6 +1,6 @@
-"""Tokens/s of zero=tuned over those of the published derivation (on NVMe: of tuned without leaves), in turn. `make bench-derivation`.
+"""Tokens/s of zero=tuned over those of the published derivation (on NVMe: of tuned less one thing), in turn. `make bench-derivation`.
 
-The published NVMe buffers page-lock 20 GiB, so on NVMe tuned is compared with itself fetching module by module.
+The published NVMe buffers page-lock 20 GiB, so on NVMe tuned is compared with itself fetching module by module, and without huge pages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ from zinfer.worker_process import Servers
 
 SHARED = ["tracking=none", "batch.prompt_tokens=48", "batch.new_tokens=16", "batch.warmup=1", "batch.repeats=3"]
 MODELS = ("smollm2-135m",)
-MODES = (("offload=none", "zero=paper"), ("offload=cpu", "zero=paper"), ("offload=nvme", "zero.leaf_layers=false"))
+MODES = (
+    ("offload=none", "zero=paper"),
+    ("offload=cpu", "zero=paper"),
+    ("offload=nvme", "zero.leaf_layers=false"),
+    ("offload=nvme", "offload.huge_pages=false"),
+)
 BATCHES = (1, 8)
 
 
@@ -61,7 +66,7 @@ def main() -> int:
                     point = (*point, f"offload.nvme_path={scratch}/swap") if offload == "offload=nvme" else point
                     ratios, after = [], []
                     for pair in range(arguments.pairs):
-                        folder = Path(scratch) / f"{model}-{offload}-{batch}-{pair}"
+                        folder = Path(scratch) / f"{model}-{offload}-{other}-{batch}-{pair}"
                         before = tokens_per_s(config_of(*point, other), folder / "before")
                         after.append(tokens_per_s(config_of(*point), folder / "after"))
                         ratios.append(after[-1] / before)

@@ -22,7 +22,12 @@ SAMPLES = [
     Sample(kind="timed", index=2, prefill_s=1.5, decode_step_s=(0.5, 2.0), total_s=4.0),
 ]
 USE = MemoryUse(
-    peak_host_rss_bytes=100, mlocked_bytes=10, nvme_read_bytes=7, peak_device_allocated_bytes=None, peak_device_reserved_bytes=None
+    peak_host_rss_bytes=100,
+    mlocked_bytes=10,
+    huge_page_bytes=None,
+    nvme_read_bytes=7,
+    peak_device_allocated_bytes=None,
+    peak_device_reserved_bytes=None,
 )
 
 

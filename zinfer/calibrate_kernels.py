@@ -18,6 +18,7 @@ from zinfer.calibration_jobs import KERNELS_FILE, calibrated_dtypes
 from zinfer.config import RunConfig
 from zinfer.events import EventLog
 from zinfer.hardware import detect_hardware
+from zinfer.huge_pages import into_huge_pages
 from zinfer.job import write_json
 from zinfer.swap import swap_folder
 from zinfer.units import MIB
@@ -220,6 +221,7 @@ def nvme_rates(folder: Path, events: EventLog) -> dict[str, Any]:
         for done, (block, depth, parallelism) in enumerate(NVME_POINTS):
             handle = AsyncIOBuilder().load(verbose=False).aio_handle(block, depth, False, True, parallelism)
             buffer = handle.new_cpu_locked_tensor(NVME_FILE_BYTES, torch.empty(0, dtype=torch.uint8))
+            into_huge_pages(buffer.data_ptr(), buffer.nbytes)  # as the engine does
             written = [_timed(handle.sync_pwrite, buffer, str(file))] if done < 2 else []
             read = [_timed(handle.sync_pread, buffer, str(file)) for _ in range(NVME_READS)]
             for operation, seconds in (("write", written), ("read", read)):

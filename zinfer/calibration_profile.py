@@ -19,7 +19,7 @@ from typing import Any
 
 from zinfer.cache import cache_dir
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 """Raised when what is measured, or what a field means, changes; older profiles are not read."""
 
 

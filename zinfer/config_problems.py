@@ -127,6 +127,7 @@ def _offload_problems(config: RunConfig) -> list[str]:
             "zero.aio_intra_op_parallelism": config.zero.aio_intra_op_parallelism,
             "offload.buffer_numel": offload.buffer_numel,
             "offload.buffer_count": offload.buffer_count,
+            "offload.huge_pages": offload.huge_pages,
         }
         problems += [
             f"{name}={value} is set, but zero=paper emits exactly the published values. Type zero=tuned, or drop {name}"

@@ -21,6 +21,8 @@ class MemoryUse:
     """Resident set at its highest (VmHWM), everything of the process included."""
     mlocked_bytes: int
     """Page-locked at the end of the run (VmLck)."""
+    huge_page_bytes: int | None
+    """Of memory without a file, in huge pages at the end of the run (AnonHugePages of /proc/self/smaps_rollup)."""
     nvme_read_bytes: int | None
     """Read from block devices while generating (read_bytes of /proc/self/io); page-cache hits are not in it."""
     peak_device_allocated_bytes: int | None
@@ -69,6 +71,7 @@ class Metrics:
     timed_runs: int
     peak_host_rss_bytes: int
     mlocked_bytes: int
+    huge_page_bytes: int | None
     nvme_read_bytes: int | None
     peak_device_allocated_bytes: int | None
     peak_device_reserved_bytes: int | None
@@ -135,6 +138,7 @@ def summarise(
         timed_runs=len(timed),
         peak_host_rss_bytes=sum(use.peak_host_rss_bytes for use in memory),
         mlocked_bytes=sum(use.mlocked_bytes for use in memory),
+        huge_page_bytes=_total([use.huge_page_bytes for use in memory]),
         nvme_read_bytes=_total([use.nvme_read_bytes for use in memory]),
         peak_device_allocated_bytes=_total([use.peak_device_allocated_bytes for use in memory]),
         peak_device_reserved_bytes=_total([use.peak_device_reserved_bytes for use in memory]),

@@ -68,6 +68,8 @@ class OffloadConfig:
     buffer_numel: int | None = None
     """Elements per NVMe staging buffer (DeepSpeed's `buffer_size` counts elements too). None: derived from the largest parameter."""
     buffer_count: int | None = None
+    huge_pages: bool | None = None
+    """NVMe staging buffers lie in huge pages, as far as decoder layers use them. None: except under zero=paper."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -241,6 +243,13 @@ class RunConfig:
     launcher: LauncherConfig
     plan: PlanConfig
     sweep: SweepConfig
+
+    @property
+    def stages_in_huge_pages(self) -> bool:
+        """Whether NVMe staging buffers in host memory are put into huge pages; the published derivation has none."""
+        if self.offload.device != "nvme" or self.offload.use_gds:
+            return False
+        return self.zero.derivation == "tuned" if self.offload.huge_pages is None else self.offload.huge_pages
 
 
 RUN_CONFIG = TypeAdapter(RunConfig)

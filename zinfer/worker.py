@@ -180,20 +180,22 @@ def _memory_use(engine: Engine, read_before: int | None) -> MemoryUse:
     read_now = _block_read_bytes()
     on_gpu = engine.device.type != "cpu"
     return MemoryUse(
-        peak_host_rss_bytes=_status_bytes("VmHWM"),
-        mlocked_bytes=_status_bytes("VmLck"),
+        peak_host_rss_bytes=_proc_bytes("status", "VmHWM") or 0,
+        mlocked_bytes=_proc_bytes("status", "VmLck") or 0,
+        huge_page_bytes=_proc_bytes("smaps_rollup", "AnonHugePages"),
         nvme_read_bytes=None if read_now is None or read_before is None else read_now - read_before,
         peak_device_allocated_bytes=torch.cuda.max_memory_allocated(engine.device) if on_gpu else None,
         peak_device_reserved_bytes=torch.cuda.max_memory_reserved(engine.device) if on_gpu else None,
     )
 
 
-def _status_bytes(field: str) -> int:
-    """A size of /proc/self/status in bytes. Source: proc(5), given there in kB of 1024 bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+def _proc_bytes(file: str, field: str) -> int | None:
+    """A size of /proc/self/status or smaps_rollup in bytes; None where the kernel does not say. Source: proc(5), in kB of 1024 bytes."""
+    try:
+        lines = Path("/proc/self", file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
 
 
 def _block_read_bytes() -> int | None:

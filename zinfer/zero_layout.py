@@ -35,6 +35,8 @@ class ZeroLayout:
     """Parameters that are swapped."""
     largest_swapped_numel: int
     """The smallest staging buffer that works; 0 when nothing is swapped."""
+    largest_swapped_in_layers_numel: int
+    """Of the decoder layers' parameters only; 0 when none of them is swapped."""
     swapped_per_module: int
     """Most swapped parameters that one module owns: all of them are in buffers at once."""
     swapped_per_layer: int
@@ -107,7 +109,7 @@ def _layout(
     per_module: Counter[str] = Counter()
     per_layer: Counter[int] = Counter()
     layer_numel: defaultdict[int, int] = defaultdict(int)
-    total = small = in_layers = 0
+    total = small = in_layers = largest_in_layers = 0
     for parameter in model.parameters:
         numel = stored_numel(parameter, bits=bits, group_size=group_size, itemsize_bytes=itemsize)
         total += numel
@@ -122,6 +124,7 @@ def _layout(
             per_module[parameter.module] += 1
             if parameter.layer is not None:
                 per_layer[parameter.layer] += 1
+                largest_in_layers = max(largest_in_layers, partition)
     return ZeroLayout(
         itemsize_bytes=itemsize,
         stored_numel=total,
@@ -129,6 +132,7 @@ def _layout(
         swapped_numel=sum(swapped),
         swapped_count=len(swapped),
         largest_swapped_numel=max(swapped, default=0),
+        largest_swapped_in_layers_numel=largest_in_layers,
         swapped_per_module=max(per_module.values(), default=0),
         swapped_per_layer=max(per_layer.values(), default=0),
         swapping_layers=len(per_layer),

@@ -16,9 +16,11 @@ from zinfer import native_ops
 from zinfer.config import RunConfig
 from zinfer.engines import Engine, tokenizer_for
 from zinfer.events import EventLog
+from zinfer.huge_pages import into_huge_pages
 from zinfer.model_spec import ModelSpec
 from zinfer.weights.dummy import dummy_model_partitioned
 from zinfer.weights.pretrained import pretrained_model
+from zinfer.zero_layout import ZeroLayout, zero_layout
 
 GATHERS, GATHERED_NUMEL = 16, 1 << 17
 """More than gloo has threads, and each long enough for the next to find another thread; PyTorch copies that much in parallel."""
@@ -44,6 +46,8 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     if config.dtype.bits is not None and config.zero.derivation == "tuned":
         multiply_in_one_matrix()
     module = engine.module.eval()
+    if config.stages_in_huge_pages:
+        stage_in_huge_pages(module, zero_layout(config, spec))
     module._zinfer_keeps_alive = (engine, alive)
     return Engine(
         model=module,
@@ -86,6 +90,23 @@ def multiply_in_one_matrix() -> None:
         return torch._C._nn.linear(input.contiguous(), weight, bias)
 
     torch.nn.functional.linear = wrap_quantized_functional(linear)
+
+
+def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> int:
+    """Put the part of each NVMe staging buffer that decoder layers use into huge pages.
+
+    A buffer is as large as the largest parameter, mostly an embedding, which is read once or twice a pass; the rest stays as it is.
+
+    Returns:
+        Bytes in huge pages; 0 where nothing is swapped.
+    """
+    swapper = next((parameter.nvme_swapper for parameter in model.parameters() if getattr(parameter, "nvme_swapper", None)), None)
+    if swapper is None:
+        return 0
+    buffers, size = swapper.buffers, swapper.buffers.element_size()
+    every = swapper.aligned_elements_per_buffer * size
+    used = (layout.largest_swapped_in_layers_numel or swapper.elements_per_buffer) * size
+    return into_huge_pages(buffers.data_ptr(), buffers.nbytes, [(number * every, used) for number in range(swapper.param_buffer_count)])
 
 
 def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
