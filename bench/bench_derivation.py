@@ -54,13 +54,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--only", default="", help="compare with overrides only that contain this, such as huge_pages")
     arguments = parser.parse_args()
     lines = []
     with initialize_config_dir(conf_dir(), version_base="1.3"), tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as scratch:
         shared = ("dtype=bfloat16", f"launcher.omp_threads={arguments.threads}")
         facts = environment(config_of(*shared), None)
         for model in MODELS:
-            for offload, other in MODES:
+            for offload, other in (mode for mode in MODES if arguments.only in mode[1]):
                 for batch in BATCHES:
                     point = (f"model={model}", offload, f"batch.batch_size={batch}", *shared)
                     point = (*point, f"offload.nvme_path={scratch}/swap") if offload == "offload=nvme" else point
