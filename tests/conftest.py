@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from zinfer import native_ops  # the environment comes first: what is imported l
 
 os.environ.update(native_ops.worker_environment())
 atexit.register(shutil.rmtree, os.environ["ZINFER_PROFILES"], ignore_errors=True)
+# A shell's background jobs start with Ctrl-C ignored, and so would everything that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
