@@ -261,7 +261,7 @@ def with_streaming(profile: CalibrationProfile, rests: Sequence[Rest]) -> Calibr
 def stream_cost(rows: Sequence[tuple[int, int, float]], handle_bytes_per_s: float | None) -> StreamCost | None:
     """Bytes at the rate of the handle alone; what swapping added beyond that, over the fetches: the median of the models, at least 0.
 
-    Two unknowns fitted to a few models would trade places from one calibration to the next: a swap file may lie badly.
+    Two unknowns fitted to a few models would trade places from one calibration to the next.
 
     Args:
         rows: (fetches, swapped bytes, seconds that swapping added) of each model.
