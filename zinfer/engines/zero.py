@@ -92,21 +92,19 @@ def multiply_in_one_matrix() -> None:
     torch.nn.functional.linear = wrap_quantized_functional(linear)
 
 
-def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> int:
+def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> None:
     """Put the part of each NVMe staging buffer that decoder layers use into huge pages.
 
     A buffer is as large as the largest parameter, mostly an embedding, which is read once or twice a pass; the rest stays as it is.
-
-    Returns:
-        Bytes in huge pages; 0 where nothing is swapped.
+    What the kernel gave is measured at the end of the run (huge_page_bytes).
     """
     swapper = next((parameter.nvme_swapper for parameter in model.parameters() if getattr(parameter, "nvme_swapper", None)), None)
     if swapper is None:
-        return 0
+        return
     buffers, size = swapper.buffers, swapper.buffers.element_size()
     every = swapper.aligned_elements_per_buffer * size
     used = (layout.largest_swapped_in_layers_numel or swapper.elements_per_buffer) * size
-    return into_huge_pages(buffers.data_ptr(), buffers.nbytes, [(number * every, used) for number in range(swapper.param_buffer_count)])
+    into_huge_pages(buffers.data_ptr(), buffers.nbytes, [(number * every, used) for number in range(swapper.param_buffer_count)])
 
 
 def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
