@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo demo-model catalogue-specs test test-launchers check format bench bench-prediction bench-derivation bench-sweep test-slurm clean
+.PHONY: help setup demo demo-model catalogue-specs test test-launchers check format bench bench-prediction bench-derivation bench-plan bench-report bench-sweep test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -55,6 +55,12 @@ bench-derivation: setup  ## tokens/s of zero=tuned against the published derivat
 
 catalogue-specs: setup  ## count the catalogue's models anew, after a change to the code that counts: half a minute
 	$(BIN)/python scripts/count_catalogue.py
+
+bench-plan: setup  ## what planning costs: a first plan, and a grid of 1,000 points
+	$(BIN)/python bench/bench_plan.py
+
+bench-report: setup  ## what a report over 1,000 runs costs
+	$(BIN)/python bench/bench_report.py
 
 bench-sweep: setup  ## seconds a job, seconds when everything is reused, the driver's share of a core
 	$(BIN)/python bench/bench_sweep.py

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,17 @@ def driver_share(folder: Path) -> tuple[float, float]:
     return (last_cpu_s - cpu_s) / (last_s - started_s), last_s - started_s
 
 
+def interruption_s(folder: Path) -> float:
+    """Wall seconds from Ctrl-C, in the middle of a job, to the end of the driver."""
+    driver = subprocess.Popen([sys.executable, "-m", "zinfer", *LONG_JOB], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any('"sample"' in path.read_text() for path in folder.rglob("events.jsonl")):
+        time.sleep(0.05)
+    started_s = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+    driver.wait()
+    return time.monotonic() - started_s
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time. Source: proc(5), fields 14 and 15 of /proc/PID/stat."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -76,6 +88,10 @@ def main(repeats: int) -> None:
             fresh.append(sweep_times(Path(folder), "launcher.fork_workers=false"))
     with tempfile.TemporaryDirectory() as folder:
         share, share_s = driver_share(Path(folder))
+    interruptions_s = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            interruptions_s.append(interruption_s(Path(folder)))
     print(f"| median of {repeats} sweeps of six jobs | workers forked (default) | a fresh process for each job | target |")
     print("| --- | --- | --- | --- |")
     rows = (
@@ -91,6 +107,7 @@ def main(repeats: int) -> None:
     for name, ours, other, target in rows:
         print(f"| {name} | {statistics.median(ours):.2f} | {statistics.median(other):.2f} | {target} |")
     print(f"| driver's CPU while a worker generates ({share_s:.0f} s), % of a core | {100 * share:.2f} | | 3 |")
+    print(f"| a job ends after Ctrl-C, s | {statistics.median(interruptions_s):.2f} | | 5 |")
 
 
 if __name__ == "__main__":

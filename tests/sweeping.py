@@ -112,6 +112,6 @@ def events_of(folder: Path, name: str) -> list[Path]:
 
 def nothing_is_left(folder: Path) -> None:
     """No process, no swap file, no RUNNING run."""
-    wait_until(lambda: not processes(folder), 6, "end of every process")
+    wait_until(lambda: not processes(folder), 30, "end of every process")
     assert not swap_folders(folder)
     assert [run for run in runs(folder) if run["mlflow"] == "RUNNING"] == []

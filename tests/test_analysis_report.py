@@ -236,24 +236,21 @@ def test_a_sweep_in_which_everything_failed_is_still_a_report(tmp_path: Path) ->
     assert "needs" in (tmp_path / "out" / "tables" / "failures.md").read_text()
 
 
-# Size and speed
+# Size
 
 MEASURED_REPORT = """
 import resource, sys
 from multirun_analysis.__main__ import main
 main(sys.argv[1:])
-used = resource.getrusage(resource.RUSAGE_SELF)
-print(used.ru_maxrss * 1024, used.ru_utime + used.ru_stime)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 @pytest.mark.slow
-def test_a_thousand_runs_take_half_a_minute_and_a_gigabyte_at_most(tmp_path: Path) -> None:
-    """Processor time, which another job on this machine does not stretch; the report uses one core."""
+def test_a_thousand_runs_take_a_gigabyte_at_most(tmp_path: Path) -> None:
+    """How fast: bench/bench_report.py."""
     uri, out = make_store(tmp_path, runs=1000), tmp_path / "report"
     command = [sys.executable, "-c", MEASURED_REPORT, "--uri", uri, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak_bytes, processor_s = map(float, done.stdout.splitlines()[-1].split())
     assert (out / "report.html").stat().st_size <= 8e6
-    assert peak_bytes <= 1e9
-    assert processor_s <= 30
+    assert int(done.stdout.splitlines()[-1]) <= 1e9

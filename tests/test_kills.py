@@ -50,7 +50,7 @@ def test_workers_killed_at_random_moments_cost_their_own_jobs_only(tmp_path: Pat
             except ProcessLookupError:  # it was faster, as many will be on a fast machine
                 longest_wait_s *= 0.8
         time.sleep(0.01)
-    assert process.wait(120) == 1
+    assert process.wait(600) == 1
     assert kills > WORKER_KILLS / 2
     jobs = json.loads((tmp_path / "stdout").read_text())["jobs"]
     assert len(jobs) == JOBS
@@ -75,7 +75,7 @@ def test_drivers_killed_at_random_moments_are_cleaned_up_after_by_the_next_start
         time.sleep(chance.uniform(0.0, 2.5))
         process.kill()
         process.wait()
-        wait_until(lambda: not processes(tmp_path), 8, "end of the workers")
+        wait_until(lambda: not processes(tmp_path), 30, "end of the workers")
         done = sum(logged["mlflow"] == "FINISHED" for logged in job_runs(tmp_path)) if (tmp_path / "mlflow.db").exists() else 0
         assert done >= done_before  # nothing that was done is lost
         done_before = done

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +140,20 @@ def test_every_published_box_plans_every_offload(box: str) -> None:
         assert hardware.rates_source and "data sheet" in hardware.rates_source
 
 
-def plan_grid(tmp_path: Path, *arguments: str) -> tuple[list[dict[str, str]], float, str]:
-    """Rows of the CSV, seconds, and what was printed."""
-    started_s = time.perf_counter()
+def plan_grid(tmp_path: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
+    """Rows of the CSV, and what was printed. How fast: bench/bench_plan.py."""
     command = [sys.executable, "-X", "importtime", "-m", "zinfer", "-m", "task=plan", "hydra.sweep.dir=grid", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
-    seconds = time.perf_counter() - started_s
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| torch\n" not in done.stderr  # not imported in this process
     with (tmp_path / "grid/plans.csv").open() as file:
-        return list(csv.DictReader(file)), seconds, done.stdout
+        return list(csv.DictReader(file)), done.stdout
 
 
 def test_a_grid_is_planned_in_one_process_and_tracked(tmp_path: Path) -> None:
     model_spec(composed("model=opt-13b").model)
     grid = ("model=tiny-llama,opt-13b", "offload=none,cpu,nvme", "batch.batch_size=1,8", "dtype=float16", "hardware=a6000")
-    rows, _, shown = plan_grid(tmp_path, *grid)
+    rows, shown = plan_grid(tmp_path, *grid)
     assert len(rows) == 12
     assert {row["offload"] for row in rows} == {"none", "cpu", "nvme"}
     opt = {(row["offload"], row["batch.batch_size"]): row for row in rows if row["model"] == "opt-13b"}
@@ -165,22 +162,3 @@ def test_a_grid_is_planned_in_one_process_and_tracked(tmp_path: Path) -> None:
     assert opt["none", "1"]["fits"] == "True"
     assert "12 plans" in shown
     assert (tmp_path / "mlflow.db").exists()
-
-
-@pytest.mark.slow
-def test_a_thousand_points_take_less_than_a_minute(tmp_path: Path) -> None:
-    models = ("opt-125m", "opt-13b", "opt-30b", "llama-3-8b", "tiny-llama")
-    for model in models:
-        model_spec(composed(f"model={model}").model)
-    batches = ",".join(str(rows) for rows in range(1, 101))
-    grid = (
-        f"model={','.join(models)}",
-        "offload=cpu,nvme",
-        f"batch.batch_size={batches}",
-        "dtype=float16",
-        "hardware=a6000",
-        "tracking=none",
-    )
-    rows, seconds, _ = plan_grid(tmp_path, *grid)
-    assert len(rows) == 1000
-    assert seconds < 60

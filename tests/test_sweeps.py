@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,13 @@ pytestmark = pytest.mark.slow
 
 def test_whatever_happens_to_a_job_the_others_run_and_nothing_is_left(tmp_path: Path, built_ops: list[str]) -> None:
     seeds = (1, fate.RAISE, fate.EXIT, fate.SEGFAULT, fate.KILLED, fate.MEMORY, fate.TORCH_MEMORY, fate.HANG, 2)
-    sweep = ("-m", *TINY, "offload=nvme", f"batch.seed={','.join(map(str, seeds))}", "launcher.timeout_s=12", "format=json")
+    sweep = ("-m", *TINY, "offload=nvme", f"batch.seed={','.join(map(str, seeds))}", "launcher.timeout_s=30", "format=json")
     done = run(tmp_path, *sweep, misbehaving=True)
     expected = ["ok", "error", "error", "killed", "killed", "oom_host", "oom_host", "timeout", "ok"]
     assert statuses(done) == expected, done.stderr
     assert done.returncode == 1
     reasons = [job.get("reason") or "" for job in document(done)["jobs"]]
-    for index, words in ((1, "unlucky"), (2, "exit code 3"), (3, "SIGSEGV"), (4, "SIGKILL"), (7, "launcher.timeout_s=12")):
+    for index, words in ((1, "unlucky"), (2, "exit code 3"), (3, "SIGSEGV"), (4, "SIGKILL"), (7, "launcher.timeout_s=30")):
         assert words in reasons[index]
     logged = job_runs(tmp_path)
     assert [run["zinfer.status"] for run in logged] == expected
@@ -71,9 +70,7 @@ def test_a_sweep_says_what_it_will_do_then_does_it_once(tmp_path: Path) -> None:
     assert "4 jobs:" in first.stderr and "[4/4] offload=cpu batch.batch_size=2:" in first.stderr
     assert first.stdout.count(" ok ") == 4
 
-    started_s = time.monotonic()
-    second = run(tmp_path, *sweep, "format=json")
-    assert time.monotonic() - started_s < 10  # without a worker; bench/bench_sweep.py measures it
+    second = run(tmp_path, *sweep, "format=json")  # how fast: bench/bench_sweep.py
     ids = [found["run_id"] for found in job_runs(tmp_path)]
     assert [(job["reused"], job["run_id"]) for job in document(second)["jobs"]] == [(True, run_id) for run_id in ids]
     assert len(ids) == 4
@@ -100,14 +97,12 @@ def test_fail_fast_starts_no_job_after_the_first_failure(tmp_path: Path) -> None
     assert done.returncode == 1
 
 
-def test_interrupted_sweep_ends_within_5_s_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_interrupted_sweep_ends_and_goes_on_where_it_was(tmp_path: Path) -> None:
     seeds = f"batch.seed=1,{fate.HANG},2"
     process = start(tmp_path, "-m", *TINY, "offload=nvme", seeds, misbehaving=True)
     wait_until(lambda: len(events_of(tmp_path, "sample")) == 2, 90, "sample of the second job")
     process.send_signal(signal.SIGINT)
-    asked_s = time.monotonic()
-    assert process.wait(30) == 130
-    assert time.monotonic() - asked_s < 5
+    assert process.wait(30) == 130  # how fast: bench/bench_sweep.py
     nothing_is_left(tmp_path)
     assert [(found["zinfer.status"], found["mlflow"]) for found in job_runs(tmp_path)] == [("ok", "FINISHED"), ("killed", "KILLED")]
     err = (tmp_path / "stderr").read_text()
@@ -126,7 +121,7 @@ def test_a_killed_driver_takes_its_worker_along_and_is_cleaned_up_after(forked: 
     wait_until(lambda: len(events_of(tmp_path, "sample")) == 2, 90, "sample of the second job")
     process.kill()
     process.wait()
-    wait_until(lambda: not processes(tmp_path), 6, "end of the worker and its server")
+    wait_until(lambda: not processes(tmp_path), 30, "end of the worker and its server")
     assert [found["mlflow"] for found in runs(tmp_path)].count("RUNNING") == 2  # the job, and the sweep
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
