@@ -22,7 +22,7 @@ from zinfer.calibration_jobs import FAMILIES, PREFILL, Job, jobs, small_model, t
 from zinfer.calibration_profile import PROFILE_VERSION, newest_profile, profiles_dir, read_profile, save_profile
 from zinfer.hardware import detect_hardware, machine_fingerprint
 from zinfer.model_spec import model_spec
-from zinfer.prediction import fetches, predict
+from zinfer.prediction import predict
 from zinfer.zero_layout import zero_layout
 
 
@@ -78,18 +78,18 @@ def test_a_published_box_never_takes_this_machine_s_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "fetch_s"),
+    ("rows", "parameter_s"),
     [
-        ([(10, 20_000_000, 0.020), (4, 100_000_000, 0.054)], 0.001),  # at 2 GB/s: 10 ms and 50 ms, the rest is 1 ms a fetch
+        ([(10, 20_000_000, 0.020), (4, 100_000_000, 0.054)], 0.001),  # at 2 GB/s: 10 ms and 50 ms, the rest is 1 ms a parameter
         ([(10, 20_000_000, 0.020), (4, 100_000_000, 0.054), (8, 20_000_000, 0.002)], 0.001),  # a swap file that was in some cache
         ([(10, 20_000_000, 0.010), (10, 40_000_000, 0.020)], 0.0),
         ([(10, 20_000_000, 0.002), (4, 20_000_000, 0.003)], 0.0),  # faster than the handle alone: no wait is below nothing
     ],
 )
-def test_streaming_is_the_handle_s_rate_and_a_wait_for_each_fetch(rows: list[tuple[int, int, float]], fetch_s: float) -> None:
+def test_streaming_is_the_handle_s_rate_and_a_wait_for_each_parameter(rows: list[tuple[int, int, float]], parameter_s: float) -> None:
     cost = stream_cost(rows, 2e9)
     assert cost is not None
-    assert cost.fetch_s == pytest.approx(fetch_s, abs=1e-9)
+    assert cost.parameter_s == pytest.approx(parameter_s, abs=1e-9)
     assert cost.bytes_per_s == 2e9
 
 
@@ -122,9 +122,10 @@ def test_calibration_jobs_are_of_four_families_and_three_swap() -> None:
         if job.mode == "nvme":
             job_config_ = job_config(job, config)
             layout = zero_layout(job_config_, model_spec(job_config_.model, compute_dtype="float32"))
-            swapped.append((fetches(layout, leaf=True), layout.swapped_numel))
+            swapped.append((layout.swapped_count, layout.swapped_numel))
+            assert not layout.swapped_count or any(dataclasses.replace(job, mode="none", rounds=other.rounds) == other for other in chosen)
     assert [count > 0 for count, _ in swapped] == [False, True, True, True]
-    assert len({round(numel / count, -5) for count, numel in swapped[1:]}) == 3  # fetches of three sizes, so that both costs show
+    assert len({round(numel / count, -5) for count, numel in swapped[1:]}) == 3  # parameters of three sizes, so that both costs show
 
 
 @pytest.mark.parametrize(

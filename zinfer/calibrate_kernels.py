@@ -24,7 +24,7 @@ from zinfer.swap import swap_folder
 from zinfer.units import MIB
 from zinfer.worker_imports import import_everything
 
-ROWS = (1, 4, 16, 64, 256, 1024)
+ROWS = (1, 2, 3, 4, 8, 16, 64, 256, 1024)
 SQUARE_SIZES = (64, 256, 512, 1024, 2048)
 WIDE_SHAPES = ((512, 2048), (512, 16384))
 """(K, N) of output heads, which see the last token of each row only."""

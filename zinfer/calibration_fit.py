@@ -33,7 +33,6 @@ from zinfer.prediction import (
     CACHES_BYTES,
     attention_seconds,
     elementwise_seconds,
-    fetches,
     layer_parts,
     layers_seconds,
     products_seconds,
@@ -85,7 +84,7 @@ def fitted_profile(kernels: Json, measured: Sequence[Measured], hardware: Hardwa
     profile = replace(profile, modes=tuple(modes), growth_bytes=growth(measured, hardware, profile.imported_rss_bytes))
     profile = replace(profile, load=load_costs(measured, profile))
     profile = replace(profile, cold_factor=cold_factor(profile, [rest for rest in rests if rest.job.mode == "none" and not rest.is_small]))
-    return with_streaming(profile, [rest for rest in rests if rest.job.mode == "nvme"])
+    return with_streaming(profile, rests)
 
 
 def calmest(rests: Iterable[Rest]) -> Iterable[Rest]:
@@ -239,8 +238,12 @@ def _fixed_s(profile: CalibrationProfile, rest: Rest, mode: str) -> float:
 
 
 def with_streaming(profile: CalibrationProfile, rests: Sequence[Rest]) -> CalibrationProfile:
-    """NVMe: first what its bookkeeping adds to a layer where nothing is swapped, then what each fetch and byte costs."""
-    small = [(rest.calm_s - _fixed_s(profile, rest, "none")) / rest.spec.num_layers for rest in calmest(rests) if rest.is_small]
+    """NVMe: first what its bookkeeping adds to a layer where nothing is swapped, then what each parameter and byte costs that is read.
+
+    The latter is what a model takes longer than the same one that is not offloaded.
+    """
+    swapping = [rest for rest in rests if rest.job.mode == "nvme"]
+    small = [(rest.calm_s - _fixed_s(profile, rest, "none")) / rest.spec.num_layers for rest in calmest(swapping) if rest.is_small]
     extra_s = max(0.0, statistics.median(small)) if small else 0.0
     modes = [
         replace(cost, mode=cost.mode.replace("none", "nvme"), layer_s=cost.layer_s + extra_s)
@@ -249,27 +252,28 @@ def with_streaming(profile: CalibrationProfile, rests: Sequence[Rest]) -> Calibr
     ]
     profile = replace(profile, modes=(*profile.modes, *modes))
     rows = []
-    for rest in rests:
+    for rest in swapping:
         layout = zero_layout(rest.config, rest.spec)
-        if layout.swapped_numel:
-            fixed_s = profile.cold_factor * _fixed_s(profile, rest, "nvme") + _elements_s(profile, rest)
-            waited_s = rest.usual_s - fixed_s - (profile.cold_factor - 1) * rest.products_s
-            rows.append((fetches(layout, leaf=True), layout.swapped_numel * layout.itemsize_bytes, waited_s))
+        twin = replace(rest.job, mode="none", rounds=0)
+        resident_s = [other.usual_s for other in rests if replace(other.job, rounds=0) == twin]
+        if layout.swapped_numel and resident_s:
+            added_s = rest.usual_s - statistics.median(resident_s) - profile.cold_factor * rest.spec.num_layers * extra_s
+            rows.append((layout.swapped_count, layout.swapped_numel * layout.itemsize_bytes, added_s))
     return replace(profile, stream=stream_cost(rows, profile.nvme_read_bytes_per_s))
 
 
 def stream_cost(rows: Sequence[tuple[int, int, float]], handle_bytes_per_s: float | None) -> StreamCost | None:
-    """Bytes at the rate of the handle alone; what swapping added beyond that, over the fetches: the median of the models, at least 0.
+    """Bytes at the rate of the handle alone; what swapping added beyond that, over the parameters: the median of the models, at least 0.
 
     Two unknowns fitted to a few models would trade places from one calibration to the next.
 
     Args:
-        rows: (fetches, swapped bytes, seconds that swapping added) of each model.
+        rows: (swapped parameters, their bytes, seconds that swapping added) of each model.
     """
     if not rows or not handle_bytes_per_s:
         return None
     waits_s = [(seconds - size / handle_bytes_per_s) / count for count, size, seconds in rows]
-    return StreamCost(fetch_s=max(0.0, statistics.median(waits_s)), bytes_per_s=handle_bytes_per_s)
+    return StreamCost(parameter_s=max(0.0, statistics.median(waits_s)), bytes_per_s=handle_bytes_per_s)
 
 
 def growth(measured: Sequence[Measured], hardware: Hardware, imported_bytes: int) -> dict[str, int]:

@@ -23,8 +23,11 @@ ELEMENT_HIDDEN = 256
 """Large enough for a prefill to show its elementwise work."""
 STEPS = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=12, warmup=1, repeats=3)
 PREFILL = BatchConfig(batch_size=4, prompt_tokens=128, new_tokens=2, warmup=1, repeats=3)
+MIDDLE_MODELS = (("llama", 6, 640), ("opt", 8, 576))
+"""(family, layers, hidden size) of models that the caches do not hold."""
+WIDE_MODEL = ("llama", 2, 1536)
+"""With matrices of 9 to 26 MB in float32, where those of the others have 1.3 to 5."""
 MIDDLE = tuple(BatchConfig(batch_size=rows, prompt_tokens=8, new_tokens=6, warmup=1, repeats=2) for rows in (1, 16))
-STREAM = BatchConfig(batch_size=2, prompt_tokens=32, new_tokens=5, warmup=1, repeats=1)
 
 
 def calibrated_dtypes(device_dtypes: Collection[str]) -> tuple[str, ...]:
@@ -82,13 +85,14 @@ def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[
             yield Job(family=family, mode=mode, dtype=plain, layers=SOME_LAYERS, leaf=False)
     for dtype in dtypes:  # of more weights than the caches hold
         for batch, rounds in zip(MIDDLE, (2, 1), strict=True):
-            yield Job(family="llama", mode="none", dtype=dtype, layers=6, hidden=640, batch=batch, rounds=rounds)
-            yield Job(family="opt", mode="none", dtype=dtype, layers=8, hidden=576, batch=batch, rounds=rounds)
+            for family, layers, hidden in MIDDLE_MODELS:
+                yield Job(family=family, mode="none", dtype=dtype, layers=layers, hidden=hidden, batch=batch, rounds=rounds)
     if nvme:
         yield Job(family="opt", mode="nvme", dtype=plain, rounds=1)  # too small to be swapped
-        yield Job(family="llama", mode="nvme", dtype=plain, layers=6, hidden=640, batch=STREAM, rounds=2)  # matrices of 1.6 MB and more
-        yield Job(family="opt", mode="nvme", dtype=plain, layers=8, hidden=384, batch=STREAM, rounds=2)
-        yield Job(family="llama", mode="nvme", dtype=plain, layers=2, hidden=1536, batch=STREAM, rounds=2)
+        for family, layers, hidden in (*MIDDLE_MODELS, WIDE_MODEL):
+            yield Job(family=family, mode="nvme", dtype=plain, layers=layers, hidden=hidden, batch=MIDDLE[0], rounds=2)
+        family, layers, hidden = WIDE_MODEL
+        yield Job(family=family, mode="none", dtype=plain, layers=layers, hidden=hidden, batch=MIDDLE[0], rounds=2)  # to compare with
 
 
 def to_run_again(chosen: Iterable[Job], calm_s: Mapping[Job, Sequence[float]]) -> list[Job]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from zinfer.cache import cache_dir
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 """Raised when what is measured, or what a field means, changes; older profiles are not read."""
 
 
@@ -112,8 +112,8 @@ class LoadCost:
 class StreamCost:
     """Reading weights from NVMe while generating, as a whole run shows it."""
 
-    fetch_s: float
-    """For each layer or module that waits for its weights."""
+    parameter_s: float
+    """For each parameter that is read."""
     bytes_per_s: float
 
 

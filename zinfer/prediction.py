@@ -5,8 +5,9 @@ Without a calibration profile and for several ranks the predictions are None: no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 from zinfer.calibration_profile import BY_MODULE, CalibrationProfile, FamilyCost, ModeCost
@@ -22,6 +23,8 @@ from zinfer.zero_layout import ZeroLayout, zero_layout
 
 CACHES_BYTES = 32 * MIB
 """Weights of a model beyond which the caches of a processor's cores are taken to hold nothing from one layer to the next."""
+FEW_TOKENS = 64
+"""Tokens of a pass up to which it matters how they are spread over the experts."""
 THIN_ROWS = 64
 """A product with more rows than this spends its time on arithmetic, not on waiting for weights."""
 
@@ -128,7 +131,7 @@ def pass_parts(
     family, mode = profile.family_cost(spec.model_type, spec.dtype), profile.mode_cost(fixed_mode(config, leaf=leaf), spec.dtype)
     products_s = products_seconds(spec, profile, rows, new)
     unpacking_s = dequantise_seconds(spec, config, profile, rows * new)
-    streaming_s = streaming_seconds(config, profile, layout, leaf=leaf)
+    streaming_s = streaming_seconds(config, profile, layout)
     if family is None or mode is None or spec.layer_ops is None or products_s is None or unpacking_s is None or streaming_s is None:
         return None
     factor = profile.cold_factor if layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES else 1.0
@@ -171,11 +174,25 @@ def products_seconds(spec: ModelSpec, profile: CalibrationProfile, rows: int, ne
             return None
         total += count * seconds
     total += profile.kernel_s(spec.dtype, rows, products.head, wide=True) or 0.0 if products.head else 0.0
-    touched = touched_experts(spec, tokens)
-    for numel, count in products.experts.items():
-        each = tokens * (spec.experts_per_token or 1) / max(1.0, touched)
-        total += count * touched * (profile.kernel_s(spec.dtype, each, numel) or 0.0)
+    for each, experts in tokens_of_experts(spec, tokens):
+        total += experts * sum(count * (profile.kernel_s(spec.dtype, each, numel) or 0.0) for numel, count in products.experts.items())
     return total
+
+
+def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, float]]:
+    """(tokens of an expert, how many of a layer's experts get so many), those without any left out.
+
+    A product of three rows can take longer than one of four, so a few tokens are spread out: binomially, as in touched_experts. Many are
+    spread evenly.
+    """
+    if not spec.num_experts or not spec.experts_per_token:
+        return
+    share = spec.experts_per_token / spec.num_experts
+    if tokens > FEW_TOKENS:
+        yield tokens * share, float(spec.num_experts)
+        return
+    for each in range(1, tokens + 1):
+        yield each, spec.num_experts * comb(tokens, each) * share**each * (1 - share) ** (tokens - each)
 
 
 def dequantise_seconds(spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, tokens: int) -> float | None:
@@ -220,7 +237,7 @@ def elementwise_seconds(spec: ModelSpec, value_s: float, profile: CalibrationPro
     return value_s * rows * new * (spec.layer_values or 0.0) * spec.num_layers + logits / profile.host_copy.median
 
 
-def streaming_seconds(config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout, *, leaf: bool) -> float | None:
+def streaming_seconds(config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:
     """What fetching weights adds to a pass; None where that was not calibrated."""
     if config.engine.name == "resident" or config.offload.device == "none":
         return 0.0
@@ -233,12 +250,7 @@ def streaming_seconds(config: RunConfig, profile: CalibrationProfile, layout: Ze
         return 0.0
     if profile.stream is None:
         return None
-    return fetches(layout, leaf=leaf) * profile.stream.fetch_s + layout.swapped_numel * layout.itemsize_bytes / profile.stream.bytes_per_s
-
-
-def fetches(layout: ZeroLayout, *, leaf: bool) -> int:
-    """How often a pass waits for weights from NVMe."""
-    return layout.swapping_layers + layout.swapped_outside if leaf else layout.swapped_count
+    return layout.swapped_count * profile.stream.parameter_s + layout.swapped_numel * layout.itemsize_bytes / profile.stream.bytes_per_s
 
 
 def _load_s(spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout) -> float | None:

@@ -40,10 +40,6 @@ class ZeroLayout:
     swapped_per_module: int
     """Most swapped parameters that one module owns: all of them are in buffers at once."""
     swapped_per_layer: int
-    swapping_layers: int
-    """Decoder layers with swapped parameters."""
-    swapped_outside: int
-    """Swapped parameters of no decoder layer: embeddings, output head."""
     parameters_per_layer: float
     """The mean over the decoder layers."""
     separate_experts: bool
@@ -135,8 +131,6 @@ def _layout(
         largest_swapped_in_layers_numel=largest_in_layers,
         swapped_per_module=max(per_module.values(), default=0),
         swapped_per_layer=max(per_layer.values(), default=0),
-        swapping_layers=len(per_layer),
-        swapped_outside=len(swapped) - per_layer.total(),
         parameters_per_layer=in_layers / max(1, len(layer_numel)),
         separate_experts=any(parameter.is_expert and len(parameter.shape) == 2 for parameter in model.parameters),
         layer_numel=max(layer_numel.values(), default=total),
