@@ -54,6 +54,7 @@ SCORES = {  # metric: (what, goal of the median, goal of the 95th percentile)
     "prediction_ratio_kv_cache": ("KV cache bytes", 0.01, 0.01),
     "prediction_ratio_peak_host_rss": ("peak host RSS", 0.05, 0.10),
     "prediction_ratio_tokens_per_s": ("generated tokens/s", 0.10, 0.25),
+    "prediction_ratio_tokens_per_s_at_speed": ("the same, at the speed that the machine had then", None, None),
     "prediction_ratio_prefill": ("prefill time", None, None),
     "prediction_ratio_decode_step": ("decode step time", None, None),
     "prediction_ratio_load": ("load time", None, None),
@@ -132,8 +133,7 @@ def table(rows: list[Row]) -> list[str]:
     ]
     for metric, (what, median_goal, tail_goal) in SCORES.items():
         errors = [value for row in rows if (value := error(row, metric)) is not None]
-        if not errors:
-            lines.append(f"| {what} | 0 | - | - | - | | |")
+        if not errors:  # as the bytes of quantised weights
             continue
         median, tail, largest = quantiles(errors)
         goal = "" if median_goal is None else f"{median_goal:.0%}, {tail_goal:.0%}"
@@ -151,6 +151,18 @@ def apart(rows: list[Row]) -> list[str]:
             median, tail, _ = quantiles(ratios)
             lines.append(f"- runs of the same point, fastest over slowest, weights in {offload}: {median:.1%} apart, 95th {tail:.1%}")
     return lines
+
+
+def speed(rows: list[Row]) -> str:
+    """Of the machine itself while the runs were timed."""
+    slowdowns = [row["slowdown"] for row in rows if row.get("slowdown")]
+    if len(slowdowns) < 2:
+        return ""
+    low, *_, high = statistics.quantiles(slowdowns, n=20, method="inclusive")
+    return (
+        f"- the processor took {statistics.median(slowdowns):.2f} times as long for the same work as when it was calibrated "
+        f"(5th to 95th percentile of the runs: {low:.2f} to {high:.2f})"
+    )
 
 
 def by_kind(rows: list[Row]) -> list[str]:
@@ -232,7 +244,7 @@ def main() -> int:
     print(f"{arguments.passes} x {len(rows)} runs in {seconds:.0f} s on {facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, "
           f"{arguments.threads} thread a run; commit {commit}; calibrated {profile.created} in {profile.seconds:.0f} s\n")  # fmt: skip
     plain, quantised = [row for row in rows if row["dtype"] in DTYPES], [row for row in rows if row["dtype"] not in DTYPES]
-    print("\n".join([*table(plain), "", *apart(plain), *verdicts(rows), "", *by_kind(plain)]))
+    print("\n".join([*table(plain), "", speed(plain), *apart(plain), *verdicts(rows), "", *by_kind(plain)]))
     if quantised:
         print("\n".join(["", "Quantised weights (int8 and int4), not part of the goals:", "", *table(quantised)]))
     return 0

@@ -13,7 +13,7 @@ from zinfer.config import RunConfig
 from zinfer.hardware import Hardware, detect_hardware
 from zinfer.memory_plan import memory_plan
 from zinfer.model_spec import ModelSpec, model_spec
-from zinfer.prediction import predict, quantised_matrices, scored
+from zinfer.prediction import predict, quantised_matrices, scored, speed_warnings
 
 
 def planned(*overrides: str) -> tuple[ModelSpec, RunConfig, Hardware]:
@@ -213,3 +213,22 @@ def test_a_run_is_scored_against_its_prediction() -> None:
     assert found["streamed_bytes_per_s"] == pytest.approx(said.ceiling.streamed_bytes / 12.0)
     assert found["ceiling_fraction"] == pytest.approx(0.05 / (said.ceiling.generated_tokens_per_s or 0))
     assert "predicted_generated_tokens_per_s" not in found
+    assert "slowdown" not in found  # data sheets say nothing of the yardstick
+
+
+@pytest.mark.parametrize(
+    ("yardstick_s", "slowdown", "words"),
+    [(0.011, 1.1, None), (0.015, 1.5, "1.5 times slower while this ran"), (0.005, 0.5, "2.0 times faster while this ran")],
+)
+def test_a_run_on_a_machine_that_was_slower_then_says_so(yardstick_s: float, slowdown: float, words: str | None) -> None:
+    spec, config, hardware = planned("model=tiny-llama", "dtype=float32", "hardware.accelerator=cpu")
+    said = predict(spec, config, dataclasses.replace(hardware, profile=dataclasses.replace(profile(), yardstick_s=0.01)))
+    assert said.generated_tokens_per_s is not None
+    metrics = {"generated_tokens_per_s": said.generated_tokens_per_s / 1.2, "yardstick_s": yardstick_s}
+    found = scored(metrics, said, memory_plan(spec, config, hardware))
+    assert found["slowdown"] == pytest.approx(slowdown)
+    assert found["prediction_ratio_tokens_per_s"] == pytest.approx(1.2)
+    assert found["prediction_ratio_tokens_per_s_at_speed"] == pytest.approx(1.2 / slowdown)
+    warnings = list(speed_warnings(found))
+    assert len(warnings) == (words is not None)
+    assert words is None or words in warnings[0]

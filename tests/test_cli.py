@@ -87,7 +87,8 @@ def test_a_run_prints_one_document_and_leaves_its_files(tmp_path: Path) -> None:
     metrics = result["metrics"]
     assert metrics["timed_runs"] == 2
     assert metrics["generated_tokens_per_s"] > 0
-    assert metrics["total_s"] == pytest.approx(metrics["prefill_s"] + 2 * metrics["decode_step_s"], rel=0.9)
+    assert metrics["total_s_max"] >= metrics["prefill_s_max"] + 2 * metrics["decode_step_s_min"]
+    assert metrics["yardstick_s"] > 0
     assert metrics["load_s"] > 0
     assert len(result["generated"]["token_ids"][0]) == 3
     job = Path(result["job_dir"])

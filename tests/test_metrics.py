@@ -32,7 +32,9 @@ USE = MemoryUse(
 
 
 def summary(samples: list[Sample], batch: BatchConfig = BATCH) -> Metrics:
-    return summarise(samples, batch, load_s=1.0, import_s=2.0, memory=[USE, USE], weight_bytes=5, kv_cache_bytes=None)
+    return summarise(
+        samples, batch, yardstick_s=(0.01, 0.01, 0.04), load_s=1.0, import_s=2.0, memory=[USE, USE], weight_bytes=5, kv_cache_bytes=None
+    )
 
 
 def test_metrics_are_medians_of_timed_generations_only() -> None:
@@ -46,6 +48,7 @@ def test_metrics_are_medians_of_timed_generations_only() -> None:
     assert metrics.time_per_output_token_s == 1.0 / 2
     assert metrics.prefill_tokens_per_s == pytest.approx(4 * 10 / 1.5)
     assert metrics.first_generate_s == 27.0
+    assert metrics.yardstick_s == pytest.approx(0.02)
     assert metrics.timed_runs == 3
 
 

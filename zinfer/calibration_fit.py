@@ -71,7 +71,8 @@ def fitted_profile(kernels: Json, measured: Sequence[Measured], hardware: Hardwa
     profile = profile_from_document(
         {**unfitted, **kernels, **facts, "device_kind": hardware.device_kind, "device_name": hardware.device_name}
     )
-    profile = replace(profile, disturbance=disturbance(measured))
+    yardstick_s = statistics.median(result["metrics"]["yardstick_s"] for *_, result in measured)
+    profile = replace(profile, disturbance=disturbance(measured), yardstick_s=yardstick_s)
     rests = [rest_of(profile, *entry) for entry in measured]
     plain = list(calmest(rest for rest in rests if rest.job.mode == "resident"))
     modes = [resident_cost(kind, plain) for kind in sorted({rest.job.dtype for rest in plain})]

@@ -152,6 +152,8 @@ class CalibrationProfile:
     modes: tuple[ModeCost, ...] = ()
     disturbance: float = 1.0
     """What a usual run took over the calmest of the same job: what others on this machine add. It is in every prediction."""
+    yardstick_s: float | None = None
+    """What the yardstick of a run took at the time, the median of all jobs."""
     cold_factor: float = 1.0
     """What fixed costs and products of few rows grow by where the weights fit no cache of the processor: each layer finds it cold."""
     stream: StreamCost | None = None

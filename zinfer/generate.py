@@ -15,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from zinfer.config import BatchConfig
 from zinfer.engines import Engine
 from zinfer.events import EventLog
+from zinfer.yardstick import Yardstick
 
 PROGRESS_S = 1.0
 
@@ -40,6 +41,8 @@ class Generation:
     samples: tuple[Sample, ...]
     token_ids: tuple[tuple[int, ...], ...]
     """New tokens of this rank's rows, from the last timed generation; the same in every one."""
+    yardstick_s: tuple[float, ...]
+    """Of the same fixed work of the host's processor before each timed generation and after the last."""
     kv_cache_bytes: int | None
     """Of the tensors that this rank's cache held at the end; None where the cache does not show them."""
 
@@ -88,11 +91,19 @@ def generate_timed(engine: Engine, prompts: torch.Tensor, batch: BatchConfig, ev
         sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index, events)
         samples.append(_noted(sample, events))
     events.phase("generate", generations=batch.repeats)
+    yardstick = Yardstick()
+    yardstick_s = [yardstick.seconds()]
     for index in range(batch.repeats):
         sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index, events)
         samples.append(_noted(sample, events))
+        yardstick_s.append(yardstick.seconds())
         events.progress(index + 1, batch.repeats, "generations")
-    return Generation(samples=tuple(samples), token_ids=tuple(tuple(row) for row in ids.tolist()), kv_cache_bytes=kv_bytes)
+    return Generation(
+        samples=tuple(samples),
+        token_ids=tuple(tuple(row) for row in ids.tolist()),
+        yardstick_s=tuple(yardstick_s),
+        kv_cache_bytes=kv_bytes,
+    )
 
 
 def _noted(sample: Sample, events: EventLog) -> Sample:

@@ -69,6 +69,8 @@ class Metrics:
     decode_tokens_per_s: float
     prefill_tokens_per_s: float
     timed_runs: int
+    yardstick_s: float
+    """Mean time of the same fixed work of the host's processor, between the timed generations: how fast the machine itself was then."""
     peak_host_rss_bytes: int
     mlocked_bytes: int
     huge_page_bytes: int | None
@@ -90,6 +92,7 @@ def summarise(
     samples: Sequence[Sample],
     batch: BatchConfig,
     *,
+    yardstick_s: Sequence[float],
     load_s: float,
     import_s: float,
     memory: Sequence[MemoryUse],
@@ -136,6 +139,7 @@ def summarise(
         decode_tokens_per_s=batch.batch_size * (batch.new_tokens - 1) / statistics.median(decodes),
         prefill_tokens_per_s=batch.batch_size * batch.prompt_tokens / statistics.median(prefills),
         timed_runs=len(timed),
+        yardstick_s=statistics.fmean(yardstick_s),
         peak_host_rss_bytes=sum(use.peak_host_rss_bytes for use in memory),
         mlocked_bytes=sum(use.mlocked_bytes for use in memory),
         huge_page_bytes=_total([use.huge_page_bytes for use in memory]),

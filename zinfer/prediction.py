@@ -25,6 +25,8 @@ CACHES_BYTES = 32 * MIB
 """Weights of a model beyond which the caches of a processor's cores are taken to hold nothing from one layer to the next."""
 FEW_TOKENS = 64
 """Tokens of a pass up to which it matters how they are spread over the experts."""
+NOTICED_SLOWDOWN = 1.25
+"""Of the machine itself, against its calibration, that is worth a warning."""
 THIN_ROWS = 64
 """A product with more rows than this spends its time on arithmetic, not on waiting for weights."""
 
@@ -38,6 +40,8 @@ class Prediction:
     prefill_s: float | None
     decode_step_s: float | None
     generated_tokens_per_s: float | None
+    yardstick_s: float | None = None
+    """What the yardstick took when this machine was calibrated: the speed that all these times are for."""
     parts: Mapping[str, float]
     """What the predicted decode step is made of, in seconds."""
 
@@ -104,6 +108,7 @@ def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Predictio
         prefill_s=prefill_s,
         decode_step_s=step_s,
         generated_tokens_per_s=tokens_per_s,
+        yardstick_s=profile.yardstick_s,
         parts=step or {},
     )
 
@@ -278,4 +283,23 @@ def scored(metrics: Mapping[str, float], prediction: Prediction, plan: MemoryPla
     ratios = {name: both[top] / both[bottom] for name, (top, bottom) in pairs.items() if top in both and both.get(bottom)}
     if prediction.ceiling.streamed_bytes and metrics.get("decode_step_s"):
         ratios["streamed_bytes_per_s"] = prediction.ceiling.streamed_bytes / metrics["decode_step_s"]
+    if prediction.yardstick_s and metrics.get("yardstick_s"):
+        ratios["slowdown"] = metrics["yardstick_s"] / prediction.yardstick_s
+        if "prediction_ratio_tokens_per_s" in ratios:
+            ratios["prediction_ratio_tokens_per_s_at_speed"] = ratios["prediction_ratio_tokens_per_s"] / ratios["slowdown"]
     return {**predicted, **ratios}
+
+
+def speed_warnings(scores: Mapping[str, float]) -> Iterator[str]:
+    """Whether the machine itself was another one than the calibrated while a run was timed."""
+    slowdown = scores.get("slowdown", 1.0)
+    if slowdown > NOTICED_SLOWDOWN:
+        yield (
+            f"the processor was {slowdown:.1f} times slower while this ran than when it was calibrated (neighbours, heat, power saving?): "
+            "repeat the run before comparing it with others"
+        )
+    if slowdown < 1 / NOTICED_SLOWDOWN:
+        yield (
+            f"the processor was {1 / slowdown:.1f} times faster while this ran than when it was calibrated, so predictions are too slow. "
+            "Type zinfer task=calibrate"
+        )

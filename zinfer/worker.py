@@ -25,7 +25,7 @@ from zinfer.model_spec import ModelSpec, hidden_bytes, kv_bytes_per_token, kv_ca
 from zinfer.outcome import Status
 from zinfer.plan_advice import plan_warnings
 from zinfer.plan_page import advice_document
-from zinfer.prediction import predict, scored
+from zinfer.prediction import predict, scored, speed_warnings
 from zinfer.swap import is_alive, remove_swap_folder, swap_folder
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     metrics = summarise(
         generation.samples,
         config.batch,
+        yardstick_s=generation.yardstick_s,
         load_s=load_s,
         import_s=import_s,
         memory=memory,
@@ -101,7 +102,10 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     if events.rank == 0:
         events.write("generated", **_what_was_said(engine, prompts, token_ids))
         known = {**metrics.known(), **by_rank(memory)}
-        events.write("result", status="ok", metrics={**known, **scored(known, prediction, plan)})
+        scores = scored(known, prediction, plan)
+        for warning in speed_warnings(scores):
+            events.warning(warning)
+        events.write("result", status="ok", metrics={**known, **scores})
     return metrics
 
 
