@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from multirun_analysis.read import Run
 from multirun_analysis.spread import Spread, merge
+from zinfer.prediction import NOTICED_SLOWDOWN
 
 RATE = "generated_tokens_per_s"
 """The metric that configurations are ranked by."""
 LATENCY = "decode_step_s"
+YARDSTICK = "yardstick_s"
 
 LABELS = {
     "model.name": "model",
@@ -283,7 +286,23 @@ def mixtures(found: Sequence[Configuration]) -> list[str]:
     dummy = sum(item.context.weights == "dummy" for item in found)
     if dummy == len(found):
         sentences.append("All weights are dummy (random): speed and memory are those of the architecture, the text means nothing.")
+    if (apart := slowest_over_fastest(found)) > NOTICED_SLOWDOWN:
+        sentences.append(
+            f"The machine itself was up to {apart:.1f} times slower in some of these runs than in others (yardstick_s: neighbours, heat, "
+            "power saving): smaller differences may be its own. Run those again that matter."
+        )
     return sentences
+
+
+def slowest_over_fastest(found: Iterable[Configuration]) -> float:
+    """What the processor took for the same work, between configurations of one machine and number of threads; 1 where nobody timed it."""
+    paces: defaultdict[tuple[str | None, ...], list[float]] = defaultdict(list)
+    for item in found:
+        seconds = [run.metrics[YARDSTICK] for run in item.ok_runs if run.metrics.get(YARDSTICK)]
+        if seconds:
+            threads = [item.choices.get(name) for name in ("launcher.omp_threads", "launcher.ranks")]
+            paces[item.context.hardware, *threads].append(statistics.median(seconds))
+    return max((max(seconds) / min(seconds) for seconds in paces.values()), default=1.0)
 
 
 def same_circumstances(found: Sequence[Configuration]) -> list[tuple[str, list[Configuration]]]:

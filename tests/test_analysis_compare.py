@@ -127,6 +127,24 @@ def test_each_mixture_is_said_in_a_sentence() -> None:
     assert "All weights are dummy" in " ".join(mixtures(configurations([run(1.0)])))
 
 
+@pytest.mark.parametrize(
+    ("paces_s", "threads", "said"),
+    [
+        ((0.010, 0.012), ("1", "1"), False),
+        ((0.010, 0.016), ("1", "1"), True),
+        ((0.010, 0.016), ("1", "2"), False),  # two threads are another yardstick
+        ((0.010, None), ("1", "1"), False),  # runs of an older zinfer
+    ],
+)
+def test_a_machine_that_changed_its_pace_between_runs_is_said(
+    paces_s: tuple[float | None, ...], threads: tuple[str, ...], said: bool
+) -> None:
+    runs = [run(1.0, batch_batch_size=str(size), launcher_omp_threads=count) for size, count in enumerate(threads, start=1)]
+    for one, pace_s in zip(runs, paces_s, strict=True):
+        one.metrics.update({} if pace_s is None else {"yardstick_s": pace_s})  # type: ignore[attr-defined]
+    assert ("up to 1.6 times slower" in " ".join(mixtures(configurations(runs)))) == said
+
+
 def test_what_varies_is_a_column_and_what_follows_from_a_choice_is_not() -> None:
     runs = [
         run(1.0, dtype_weights="int4", dtype_compute="bfloat16", offload_device="cpu"),

@@ -13,7 +13,7 @@ from zinfer.config import RunConfig
 from zinfer.hardware import Hardware, detect_hardware
 from zinfer.memory_plan import memory_plan
 from zinfer.model_spec import ModelSpec, model_spec
-from zinfer.prediction import predict, quantised_matrices, scored, speed_warnings
+from zinfer.prediction import predict, quantised_matrices, scored, speed_warnings, tokens_of_experts
 
 
 def planned(*overrides: str) -> tuple[ModelSpec, RunConfig, Hardware]:
@@ -201,6 +201,15 @@ def test_what_nobody_measured_is_not_predicted() -> None:
         spec, config, hardware = planned("model=tiny-llama", "hardware.accelerator=cpu", *overrides)
         said = predict(spec, config, dataclasses.replace(hardware, profile=profile()))
         assert said.decode_step_s is None and said.generated_tokens_per_s is None
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 64, 65])
+def test_experts_of_every_number_of_tokens_add_up_to_those_touched_and_to_all_tokens(tokens: int) -> None:
+    spec, *_ = planned("model=tiny-mixtral", "dtype=float32", "hardware.accelerator=cpu")
+    assert spec.num_experts and spec.experts_per_token
+    spread = list(tokens_of_experts(spec, tokens))
+    assert sum(experts for _, experts in spread) == pytest.approx(touched_experts(spec, tokens), rel=1e-4)
+    assert sum(each * experts for each, experts in spread) == pytest.approx(tokens * spec.experts_per_token)
 
 
 def test_a_run_is_scored_against_its_prediction() -> None:
