@@ -1,6 +1,6 @@
 """What planning costs: a first plan with an empty cache, and a grid of 1,000 points. `make bench-plan`.
 
-Processor time of the process and its children; the grid in wall seconds too.
+Processor time of the process and its children, and wall time; one of the grid's models has experts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zinfer.cache import cache_dir
 FIRST = ("model=opt-175b", "offload=nvme", "hardware=a6000", "tracking=none")
 UNCOUNTED = (*FIRST, "model.overrides.num_hidden_layers=95")
 """A 100B-class model that the catalogue does not hold."""
-MODELS = ("opt-125m", "opt-13b", "opt-30b", "llama-3-8b", "tiny-llama")
+MODELS = ("opt-125m", "opt-13b", "opt-30b", "llama-3-8b", "deepseek-v3")
 GRID = (f"model={','.join(MODELS)}", "offload=cpu,nvme", f"batch.batch_size={','.join(map(str, range(1, 101)))}", "dtype=float16")
 POINTS = len(MODELS) * 2 * 100
 

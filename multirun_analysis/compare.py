@@ -10,7 +10,7 @@ from functools import cached_property
 
 from multirun_analysis.read import Run
 from multirun_analysis.spread import Spread, merge
-from zinfer.prediction import NOTICED_SLOWDOWN
+from zinfer.calibration_profile import NOTICED_SLOWDOWN
 
 RATE = "generated_tokens_per_s"
 """The metric that configurations are ranked by."""

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from zinfer.cache import cache_dir
 
 PROFILE_VERSION = 5
 """Raised when what is measured, or what a field means, changes; older profiles are not read."""
+NOTICED_SLOWDOWN = 1.25
+"""Of the machine itself, between a run and its calibration or another run, that is worth a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,14 +179,19 @@ class CalibrationProfile:
 
     def kernel_s(self, dtype: str, rows: float, weight_numel: int, *, wide: bool = False) -> float | None:
         """Seconds of one matrix product, interpolated between those measured (log-log), at their rate beyond. None: dtype not measured."""
-        table: dict[int, dict[int, float]] = {}
-        for row in self.kernels:
-            if row.dtype == dtype and row.wide == wide:
-                table.setdefault(row.rows, {})[row.weight_numel] = row.seconds
+        table = self._kernel_tables.get((dtype, wide))
         if not table:
             return None
-        by_rows = [(rows_, _interpolate(sorted(times.items()), weight_numel)) for rows_, times in sorted(table.items())]
+        by_rows = [(measured_rows, _interpolate(times, weight_numel)) for measured_rows, times in table]
         return _interpolate(by_rows, max(rows, by_rows[0][0]))
+
+    @cached_property
+    def _kernel_tables(self) -> dict[tuple[str, bool], list[tuple[int, list[tuple[int, float]]]]]:
+        """(dtype, wide) -> for each number of rows, rising, (weights, seconds), rising: a plan of many experts asks hundreds of times."""
+        found: dict[tuple[str, bool], dict[int, list[tuple[int, float]]]] = {}
+        for row in self.kernels:
+            found.setdefault((row.dtype, row.wide), {}).setdefault(row.rows, []).append((row.weight_numel, row.seconds))
+        return {kind: [(rows, sorted(times)) for rows, times in sorted(table.items())] for kind, table in found.items()}
 
     def dequantise_s(self, bits: int, dtype: str, weight_numel: int) -> float | None:
         """Seconds of unpacking one matrix, interpolated as kernel_s. None: these bits were not measured in this dtype."""

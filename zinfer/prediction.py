@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Any
 
-from zinfer.calibration_profile import BY_MODULE, CalibrationProfile, FamilyCost, ModeCost
+from zinfer.calibration_profile import BY_MODULE, NOTICED_SLOWDOWN, CalibrationProfile, FamilyCost, ModeCost
 from zinfer.ceiling import Ceiling, ceiling, kv_read_bytes, matrix_products, touched_experts
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.deepspeed_json import leaf_layers
@@ -25,8 +25,6 @@ CACHES_BYTES = 32 * MIB
 """Weights of a model beyond which the caches of a processor's cores are taken to hold nothing from one layer to the next."""
 FEW_TOKENS = 64
 """Tokens of a pass up to which it matters how they are spread over the experts."""
-NOTICED_SLOWDOWN = 1.25
-"""Of the machine itself, against its calibration, that is worth a warning."""
 THIN_ROWS = 64
 """A product with more rows than this spends its time on arithmetic, not on waiting for weights."""
 
@@ -188,13 +186,14 @@ def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, flo
     """(tokens of an expert, how many of a layer's experts get so many), those without any left out.
 
     A product of three rows can take longer than one of four, so a few tokens are spread out: binomially, as in touched_experts. Many are
-    spread evenly.
+    spread evenly over the experts that they touch.
     """
     if not spec.num_experts or not spec.experts_per_token:
         return
     share = spec.experts_per_token / spec.num_experts
     if tokens > FEW_TOKENS:
-        yield tokens * share, float(spec.num_experts)
+        touched = touched_experts(spec, tokens)
+        yield tokens * spec.experts_per_token / touched, touched
         return
     for each in range(1, tokens + 1):
         yield each, spec.num_experts * comb(tokens, each) * share**each * (1 - share) ** (tokens - each)
