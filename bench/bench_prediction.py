@@ -21,13 +21,13 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from zinfer.__main__ import conf_dir
 from zinfer.config import RunConfig, parse_config
-from zinfer.driver import run_job
-from zinfer.environment import environment
-from zinfer.hardware import calibration_of
-from zinfer.terminal import Terminal
-from zinfer.worker_process import Servers
+from zinfer.driver.run import run_job
+from zinfer.driver.terminal import Terminal
+from zinfer.driver.worker_process import Servers
+from zinfer.machine.environment import environment
+from zinfer.machine.hardware import calibration_of
+from zinfer.paths import conf_dir
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -47,14 +47,23 @@ UNSEEN_FAMILIES = ("qwen3", "gpt_neox")
 OFFLOADS = ("none", "cpu", "nvme")
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 4, 16)
-QUANTISED = {"architecture": ("llama", "opt", "qwen3"), "offload": ("none", "nvme"), "dtype": ("int8", "int4"), "batch_size": (1, 16)}
+QUANTISED = {
+    "architecture": ("llama", "opt", "qwen3"),
+    "offload": ("none", "nvme"),
+    "dtype": ("int8", "int4"),
+    "batch_size": (1, 16),
+}
 LENGTHS = ("batch.prompt_tokens=48", "batch.new_tokens=12", "batch.warmup=1", "batch.repeats=3")
 SCORES = {  # metric: (what, goal of the median, goal of the 95th percentile)
     "weights": ("weight bytes, predicted / measured", 0.01, 0.01),
     "prediction_ratio_kv_cache": ("KV cache bytes", 0.01, 0.01),
     "prediction_ratio_peak_host_rss": ("peak host RSS", 0.05, 0.10),
     "prediction_ratio_tokens_per_s": ("generated tokens/s", 0.10, 0.25),
-    "prediction_ratio_tokens_per_s_at_speed": ("the same, at the speed that the machine had then", None, None),
+    "prediction_ratio_tokens_per_s_at_speed": (
+        "the same, at the speed that the machine had then",
+        None,
+        None,
+    ),
     "prediction_ratio_prefill": ("prefill time", None, None),
     "prediction_ratio_decode_step": ("decode step time", None, None),
     "prediction_ratio_load": ("load time", None, None),
@@ -77,8 +86,15 @@ def grid(folder: Path, threads: int | None, swap: str) -> list[tuple[Row, RunCon
             for offload in OFFLOADS:
                 for dtype in (*DTYPES, *QUANTISED["dtype"]):
                     for batch in BATCHES:
-                        row = {"architecture": name, "offload": offload, "dtype": dtype, "batch_size": batch}
-                        if dtype not in DTYPES and any(row[key] not in chosen for key, chosen in QUANTISED.items()):
+                        row = {
+                            "architecture": name,
+                            "offload": offload,
+                            "dtype": dtype,
+                            "batch_size": batch,
+                        }
+                        if dtype not in DTYPES and any(
+                            row[key] not in chosen for key, chosen in QUANTISED.items()
+                        ):
                             continue
                         overrides = [
                             "model=custom", f"model.source={source}", f"offload={offload}", f"dtype={dtype}", f"batch.batch_size={batch}",
@@ -95,7 +111,9 @@ def measured(names: Row, config: RunConfig, job_dir: Path) -> Row:
     quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
     outcome = run_job(config, job_dir, quiet, forked=True)
     row = {**names, "status": outcome.status, "reason": outcome.reason, **outcome.metrics}
-    if outcome.status == "ok" and outcome.model and config.dtype.bits is None:  # quantised ones are stored smaller
+    if (
+        outcome.status == "ok" and outcome.model and config.dtype.bits is None
+    ):  # quantised ones are stored smaller
         row["weights"] = outcome.model["weight_bytes"] / outcome.metrics["weight_bytes"]
     return row
 
@@ -108,10 +126,15 @@ def merged(passes: Sequence[Row]) -> Row:
     middle = {
         name: statistics.median(row[name] for row in passes)
         for name, value in passes[0].items()
-        if isinstance(value, int | float) and all(isinstance(row.get(name), int | float) for row in passes)
+        if isinstance(value, int | float)
+        and all(isinstance(row.get(name), int | float) for row in passes)
     }
     rates = [row["generated_tokens_per_s"] for row in passes]
-    return {**passes[0], **middle, **({"apart": max(rates) / min(rates)} if len(passes) > 1 else {})}
+    return {
+        **passes[0],
+        **middle,
+        **({"apart": max(rates) / min(rates)} if len(passes) > 1 else {}),
+    }
 
 
 def error(row: Row, metric: str) -> float | None:
@@ -137,8 +160,16 @@ def table(rows: list[Row]) -> list[str]:
             continue
         median, tail, largest = quantiles(errors)
         goal = "" if median_goal is None else f"{median_goal:.0%}, {tail_goal:.0%}"
-        reached = "" if median_goal is None else "yes" if median <= median_goal and tail <= (tail_goal or 0) else "no"
-        lines.append(f"| {what} | {len(errors)} | {median:.1%} | {tail:.1%} | {largest:.1%} | {goal} | {reached} |")
+        reached = (
+            ""
+            if median_goal is None
+            else "yes"
+            if median <= median_goal and tail <= (tail_goal or 0)
+            else "no"
+        )
+        lines.append(
+            f"| {what} | {len(errors)} | {median:.1%} | {tail:.1%} | {largest:.1%} | {goal} | {reached} |"
+        )
     return lines
 
 
@@ -146,10 +177,14 @@ def apart(rows: list[Row]) -> list[str]:
     """How far the runs of one point lie from each other: no prediction can be nearer than that."""
     lines = []
     for offload in OFFLOADS:
-        ratios = [row["apart"] - 1 for row in rows if row["offload"] == offload and row.get("apart")]
+        ratios = [
+            row["apart"] - 1 for row in rows if row["offload"] == offload and row.get("apart")
+        ]
         if ratios:
             median, tail, _ = quantiles(ratios)
-            lines.append(f"- runs of the same point, fastest over slowest, weights in {offload}: {median:.1%} apart, 95th {tail:.1%}")
+            lines.append(
+                f"- runs of the same point, fastest over slowest, weights in {offload}: {median:.1%} apart, 95th {tail:.1%}"
+            )
     return lines
 
 
@@ -172,12 +207,18 @@ def by_kind(rows: list[Row]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     kinds = (
-        [("architecture", name) for name in ARCHITECTURES] + [("offload", name) for name in OFFLOADS] + [("dtype", name) for name in DTYPES]
+        [("architecture", name) for name in ARCHITECTURES]
+        + [("offload", name) for name in OFFLOADS]
+        + [("dtype", name) for name in DTYPES]
     )
     for kind, name in kinds:
         chosen = [row for row in rows if row[kind] == name and row["status"] == "ok"]
         cells = []
-        for metric in ("prediction_ratio_tokens_per_s", "prediction_ratio_tokens_per_s_at_speed", "prediction_ratio_peak_host_rss"):
+        for metric in (
+            "prediction_ratio_tokens_per_s",
+            "prediction_ratio_tokens_per_s_at_speed",
+            "prediction_ratio_peak_host_rss",
+        ):
             ratios = [row[metric] for row in chosen if row.get(metric)]
             if ratios:
                 median, tail, _ = quantiles([abs(ratio - 1) for ratio in ratios])
@@ -192,7 +233,11 @@ def by_kind(rows: list[Row]) -> list[str]:
 def verdicts(rows: list[Row]) -> list[str]:
     """False "fits" and false refusals on boxes around what each run really took, and runs that were said to fit and failed."""
     failed = [row for row in rows if row["status"] != "ok"]
-    ratios = [row["prediction_ratio_peak_host_rss"] for row in rows if row.get("prediction_ratio_peak_host_rss")]
+    ratios = [
+        row["prediction_ratio_peak_host_rss"]
+        for row in rows
+        if row.get("prediction_ratio_peak_host_rss")
+    ]
     small, large = BOX_SHARES
     false_fits = sum(ratio <= (1 - HEADROOM) * small for ratio in ratios)
     false_refusals = sum(ratio > (1 - HEADROOM) * large for ratio in ratios)
@@ -202,24 +247,39 @@ def verdicts(rows: list[Row]) -> list[str]:
         f"- false refusals on a box with {large:.0%} of it: {false_refusals} of {len(ratios)}",
     ]
     return lines + [
-        f"- {row['architecture']} {row['offload']} {row['dtype']} {row['batch_size']}: {row['status']}: {row['reason']}" for row in failed
+        f"- {row['architecture']} {row['offload']} {row['dtype']} {row['batch_size']}: {row['status']}: {row['reason']}"
+        for row in failed
     ]
 
 
 def main() -> int:
     """Run the grid, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="launcher.omp_threads; the machine must be calibrated with as many")
     parser.add_argument(
-        "--swap", default=None, help="a folder on a local disk for offload=nvme; default: a temporary one in the working directory"
+        "--threads",
+        type=int,
+        default=1,
+        help="launcher.omp_threads; the machine must be calibrated with as many",
+    )
+    parser.add_argument(
+        "--swap",
+        default=None,
+        help="a folder on a local disk for offload=nvme; default: a temporary one in the working directory",
     )
     parser.add_argument("--out", type=Path, default=Path("prediction.csv"))
     parser.add_argument("--every", type=int, default=1, help="take only every n-th point")
-    parser.add_argument("--passes", type=int, default=1, help="runs of every point, the whole grid in turn; their median is scored")
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=1,
+        help="runs of every point, the whole grid in turn; their median is scored",
+    )
     arguments = parser.parse_args()
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-prediction-", dir=Path.cwd()) as scratch:
-        points = grid(Path(scratch) / "models", arguments.threads, arguments.swap or f"{scratch}/swap")[:: arguments.every]
+        points = grid(
+            Path(scratch) / "models", arguments.threads, arguments.swap or f"{scratch}/swap"
+        )[:: arguments.every]
         profile = calibration_of(points[0][1].hardware, 1, arguments.threads)
         if profile is None:
             print(
@@ -231,7 +291,12 @@ def main() -> int:
         for number in range(arguments.passes * len(points)):
             which = number % len(points)
             runs[which].append(measured(*points[which], Path(scratch) / f"job{number}"))
-            print(f"\r{number + 1} of {arguments.passes * len(points)}", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r{number + 1} of {arguments.passes * len(points)}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
         rows = [merged(passes) for passes in runs]
         print(file=sys.stderr)
         Servers.close()
@@ -246,10 +311,26 @@ def main() -> int:
     seconds = time.perf_counter() - started_s
     print(f"{arguments.passes} x {len(rows)} runs in {seconds:.0f} s on {facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, "
           f"{arguments.threads} thread a run; commit {commit}; calibrated {profile.created} in {profile.seconds:.0f} s\n")  # fmt: skip
-    plain, quantised = [row for row in rows if row["dtype"] in DTYPES], [row for row in rows if row["dtype"] not in DTYPES]
-    print("\n".join([*table(plain), "", speed(plain), *apart(plain), *verdicts(rows), "", *by_kind(plain)]))
+    plain, quantised = (
+        [row for row in rows if row["dtype"] in DTYPES],
+        [row for row in rows if row["dtype"] not in DTYPES],
+    )
+    print(
+        "\n".join(
+            [*table(plain), "", speed(plain), *apart(plain), *verdicts(rows), "", *by_kind(plain)]
+        )
+    )
     if quantised:
-        print("\n".join(["", "Quantised weights (int8 and int4), not part of the goals:", "", *table(quantised)]))
+        print(
+            "\n".join(
+                [
+                    "",
+                    "Quantised weights (int8 and int4), not part of the goals:",
+                    "",
+                    *table(quantised),
+                ]
+            )
+        )
     return 0
 
 

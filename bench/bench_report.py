@@ -10,16 +10,28 @@ import time
 from pathlib import Path
 
 RUNS = 1000
-MAKE_STORE = Path(__file__).parent.parent / "tests/make_synthetic_store.py"
+MAKE_STORE = Path(__file__).parent.parent / "tests/helpers/synthetic_store.py"
 
 
 def main() -> None:
     """Print a table in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, str(MAKE_STORE), folder, str(RUNS)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(MAKE_STORE), folder, str(RUNS)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         made = resource.getrusage(resource.RUSAGE_CHILDREN)
         out, started_s = Path(folder) / "report", time.perf_counter()
-        command = [sys.executable, "-m", "multirun_analysis", "--uri", f"sqlite:///{folder}/mlflow.db", "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "multirun_analysis",
+            "--uri",
+            f"sqlite:///{folder}/mlflow.db",
+            "--out",
+            str(out),
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         wall_s, used = time.perf_counter() - started_s, resource.getrusage(resource.RUSAGE_CHILDREN)
         page_bytes = (out / "report.html").stat().st_size

@@ -19,9 +19,28 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-MODEL = ("model=tiny-llama", "model.overrides.num_hidden_layers=2", "launcher.omp_threads=1", "hardware.accelerator=cpu")
-SWEEP = (*MODEL, "offload=none,cpu,nvme", "dtype=float32,bfloat16", "batch.prompt_tokens=16", "batch.new_tokens=8", "batch.repeats=3")
-LONG_JOB = (*MODEL, "dtype=float32", "batch.prompt_tokens=16", "batch.new_tokens=64", "batch.repeats=20", "tracking=none")
+MODEL = (
+    "model=tiny-llama",
+    "model.overrides.num_hidden_layers=2",
+    "launcher.omp_threads=1",
+    "hardware.accelerator=cpu",
+)
+SWEEP = (
+    *MODEL,
+    "offload=none,cpu,nvme",
+    "dtype=float32,bfloat16",
+    "batch.prompt_tokens=16",
+    "batch.new_tokens=8",
+    "batch.repeats=3",
+)
+LONG_JOB = (
+    *MODEL,
+    "dtype=float32",
+    "batch.prompt_tokens=16",
+    "batch.new_tokens=64",
+    "batch.repeats=20",
+    "tracking=none",
+)
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -29,7 +48,11 @@ def zinfer(folder: Path, *arguments: str) -> tuple[float, str]:
     """Wall seconds and stdout."""
     started_s = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "zinfer", *arguments, "format=json"], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "zinfer", *arguments, "format=json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(done.stderr)
@@ -49,7 +72,12 @@ def sweep_times(folder: Path, *settings: str) -> tuple[float, list[float], float
 
 def driver_share(folder: Path) -> tuple[float, float]:
     """(CPU time of the driver over wall time while its worker generates, that wall time in seconds)."""
-    driver = subprocess.Popen([sys.executable, "-m", "zinfer", *LONG_JOB], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "zinfer", *LONG_JOB],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not any('"warm-up"' in path.read_text() for path in folder.rglob("events.jsonl")):
         time.sleep(0.05)
     cpu_s, started_s = cpu_seconds(driver.pid), time.monotonic()
@@ -63,7 +91,12 @@ def driver_share(folder: Path) -> tuple[float, float]:
 
 def interruption_s(folder: Path) -> float:
     """Wall seconds from Ctrl-C, in the middle of a job, to the end of the driver."""
-    driver = subprocess.Popen([sys.executable, "-m", "zinfer", *LONG_JOB], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "zinfer", *LONG_JOB],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not any('"sample"' in path.read_text() for path in folder.rglob("events.jsonl")):
         time.sleep(0.05)
     started_s = time.monotonic()
@@ -92,7 +125,9 @@ def main(repeats: int) -> None:
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             interruptions_s.append(interruption_s(Path(folder)))
-    print(f"| median of {repeats} sweeps of six jobs | workers forked (default) | a fresh process for each job | target |")
+    print(
+        f"| median of {repeats} sweeps of six jobs | workers forked (default) | a fresh process for each job | target |"
+    )
     print("| --- | --- | --- | --- |")
     rows = (
         (
@@ -101,12 +136,26 @@ def main(repeats: int) -> None:
             [max(times) for _, times, _ in fresh],
             "3",
         ),
-        ("the whole sweep, s", [total for total, _, _ in forked], [total for total, _, _ in fresh], ""),
-        ("the same sweep again, everything reused, s", [again for _, _, again in forked], [again for _, _, again in fresh], "3"),
+        (
+            "the whole sweep, s",
+            [total for total, _, _ in forked],
+            [total for total, _, _ in fresh],
+            "",
+        ),
+        (
+            "the same sweep again, everything reused, s",
+            [again for _, _, again in forked],
+            [again for _, _, again in fresh],
+            "3",
+        ),
     )
     for name, ours, other, target in rows:
-        print(f"| {name} | {statistics.median(ours):.2f} | {statistics.median(other):.2f} | {target} |")
-    print(f"| driver's CPU while a worker generates ({share_s:.0f} s), % of a core | {100 * share:.2f} | | 3 |")
+        print(
+            f"| {name} | {statistics.median(ours):.2f} | {statistics.median(other):.2f} | {target} |"
+        )
+    print(
+        f"| driver's CPU while a worker generates ({share_s:.0f} s), % of a core | {100 * share:.2f} | | 3 |"
+    )
     print(f"| a job ends after Ctrl-C, s | {statistics.median(interruptions_s):.2f} | | 5 |")
 
 

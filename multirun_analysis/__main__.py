@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multirun_analysis.read import ReportError, Selection, read_folder, read_mlflow
-from zinfer.mlflow_store import TrackingUnavailable
+from zinfer.tracking.store import TrackingUnavailable
 
 if TYPE_CHECKING:
     from multirun_analysis.report import Report
 
 TERMINAL_ROWS = 40
-TERMINAL_MEASURES = ("decode_step_s", "ceiling_fraction", "peak_device_reserved_bytes", "peak_host_rss_bytes", "commit")
+TERMINAL_MEASURES = (
+    "decode_step_s",
+    "ceiling_fraction",
+    "peak_device_reserved_bytes",
+    "peak_host_rss_bytes",
+    "commit",
+)
 """Shown beside status, choices and tokens/s; the rest is in the report."""
 
 
@@ -40,16 +46,33 @@ def parser() -> argparse.ArgumentParser:
     )
     which = result.add_mutually_exclusive_group()
     which.add_argument("--experiment", metavar="NAME", help="all runs of this experiment")
-    which.add_argument("--run", metavar="ID", help="a sweep, by the id of its parent run; or a single run")
-    which.add_argument("--from-dir", metavar="DIR", type=Path, help="job folders (outputs, multirun) instead of a run store")
-    result.add_argument("--filter", metavar="FILTER", help="only runs that match, in MLflow's words: \"params.`offload.device` = 'nvme'\"")
-    result.add_argument(
-        "--uri", metavar="URI", help="the run store: sqlite:////path/to/mlflow.db or http://host:5000 (default: ./mlflow.db)"
+    which.add_argument(
+        "--run", metavar="ID", help="a sweep, by the id of its parent run; or a single run"
+    )
+    which.add_argument(
+        "--from-dir",
+        metavar="DIR",
+        type=Path,
+        help="job folders (outputs, multirun) instead of a run store",
     )
     result.add_argument(
-        "--baseline", metavar="CHOICE", help="what speed-ups are over: offload.device=none (default: the first that varies)"
+        "--filter",
+        metavar="FILTER",
+        help="only runs that match, in MLflow's words: \"params.`offload.device` = 'nvme'\"",
     )
-    result.add_argument("--out", metavar="DIR", type=Path, help="where to write (default: reports/DATE-TIME)")
+    result.add_argument(
+        "--uri",
+        metavar="URI",
+        help="the run store: sqlite:////path/to/mlflow.db or http://host:5000 (default: ./mlflow.db)",
+    )
+    result.add_argument(
+        "--baseline",
+        metavar="CHOICE",
+        help="what speed-ups are over: offload.device=none (default: the first that varies)",
+    )
+    result.add_argument(
+        "--out", metavar="DIR", type=Path, help="where to write (default: reports/DATE-TIME)"
+    )
     return result
 
 
@@ -73,13 +96,17 @@ def select(options: argparse.Namespace) -> Selection:
     """The runs that were asked for."""
     if options.from_dir is not None:
         if options.filter or options.uri:
-            raise ReportError("--from-dir reads job folders: --filter and --uri are for a run store. Drop them, or --from-dir")
+            raise ReportError(
+                "--from-dir reads job folders: --filter and --uri are for a run store. Drop them, or --from-dir"
+            )
         return read_folder(options.from_dir)
     uri = options.uri or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     elif "://" not in uri:
-        raise ReportError(f"--uri {uri} is no URI of a run store. Type --uri sqlite:///{uri} or --uri http://127.0.0.1:5000")
+        raise ReportError(
+            f"--uri {uri} is no URI of a run store. Type --uri sqlite:///{uri} or --uri http://127.0.0.1:5000"
+        )
     return read_mlflow(uri, experiment=options.experiment, run_id=options.run, where=options.filter)
 
 
@@ -93,7 +120,11 @@ def show(written: Report) -> None:
 
     runs = written.runs
     rate = next(index for index, column in enumerate(runs.columns) if column.key == RATE)
-    indices = [index for index in runs.shown if index <= rate or runs.columns[index].key in TERMINAL_MEASURES]
+    indices = [
+        index
+        for index in runs.shown
+        if index <= rate or runs.columns[index].key in TERMINAL_MEASURES
+    ]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index in indices:
         column = runs.columns[index]

@@ -5,10 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from multirun_analysis.compare import LATENCY, Configuration, column_order, same_circumstances, varied
-from multirun_analysis.spread import Spread, format_bytes_per_s, format_seconds, format_spread, speedup
+from multirun_analysis.compare import (
+    LATENCY,
+    Configuration,
+    column_order,
+    same_circumstances,
+    varied,
+)
+from multirun_analysis.spread import (
+    Spread,
+    format_bytes_per_s,
+    format_seconds,
+    format_spread,
+    speedup,
+)
 
-END_OF_BATCH = {"does_not_fit": "does not fit", "oom_device": "ran out of device memory", "oom_host": "ran out of host memory"}
+END_OF_BATCH = {
+    "does_not_fit": "does not fit",
+    "oom_device": "ran out of device memory",
+    "oom_host": "ran out of host memory",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +42,23 @@ class Best:
 
 def best_per_model(found: Sequence[Configuration]) -> tuple[Best, ...]:
     """One for each model, workload and context, with why it is the best and what holds it back."""
-    names = [name for name in varied(found) if name not in ("model.name", "weights", "batch.prompt_tokens", "batch.new_tokens")]
-    names = sorted({*names, "offload.device", "dtype.weights", "batch.batch_size"}, key=column_order)
-    return tuple(best for _, group in same_circumstances(found) if (best := _best(group, names)) is not None)
+    names = [
+        name
+        for name in varied(found)
+        if name not in ("model.name", "weights", "batch.prompt_tokens", "batch.new_tokens")
+    ]
+    names = sorted(
+        {*names, "offload.device", "dtype.weights", "batch.batch_size"}, key=column_order
+    )
+    return tuple(
+        best for _, group in same_circumstances(found) if (best := _best(group, names)) is not None
+    )
 
 
 def _best(group: Sequence[Configuration], names: Sequence[str]) -> Best | None:
-    measured = sorted((item for item in group if item.measured), key=lambda item: item.rate, reverse=True)
+    measured = sorted(
+        (item for item in group if item.measured), key=lambda item: item.rate, reverse=True
+    )
     if not measured:
         return None
     winner = measured[0]
@@ -45,14 +71,28 @@ def _best(group: Sequence[Configuration], names: Sequence[str]) -> Best | None:
         rate=rate,
         reason=_reason(winner, rate, measured, len(group) - len(measured), names),
         limit=" ".join(limits(winner, group)),
-        low_latency=None if quickest is winner else f"{format_seconds(quickest.value(LATENCY))} a token with {quickest.label(names)}",
+        low_latency=None
+        if quickest is winner
+        else f"{format_seconds(quickest.value(LATENCY))} a token with {quickest.label(names)}",
     )
 
 
-def _reason(winner: Configuration, rate: Spread, measured: Sequence[Configuration], unmeasured: int, names: Sequence[str]) -> str:
+def _reason(
+    winner: Configuration,
+    rate: Spread,
+    measured: Sequence[Configuration],
+    unmeasured: int,
+    names: Sequence[str],
+) -> str:
     """'Fastest of 24 measured (3 more were not); 1.8 ± 0.1 times the best with ...'."""
-    counted = f"fastest of {len(measured)} measured" if len(measured) > 1 else "the only one measured"
-    others = f" ({unmeasured} more failed or {'was' if unmeasured == 1 else 'were'} only planned)" if unmeasured else ""
+    counted = (
+        f"fastest of {len(measured)} measured" if len(measured) > 1 else "the only one measured"
+    )
+    others = (
+        f" ({unmeasured} more failed or {'was' if unmeasured == 1 else 'were'} only planned)"
+        if unmeasured
+        else ""
+    )
     for name in ("offload.device", "dtype.weights", *names):
         rival = next((item for item in measured if item.chosen(name) != winner.chosen(name)), None)
         if rival is not None and (theirs := rival.rate_spread) is not None:
@@ -74,7 +114,11 @@ def limits(item: Configuration, group: Sequence[Configuration]) -> Iterator[str]
         yield f"Moves {format_bytes_per_s(streamed)} of weights; no ceiling was logged, so what binds is not known."
     else:
         yield "Not known: no ceiling was logged."
-    bigger = [other for other in group if other.status in END_OF_BATCH and _differs_only_in_batch(item, other)]
+    bigger = [
+        other
+        for other in group
+        if other.status in END_OF_BATCH and _differs_only_in_batch(item, other)
+    ]
     if bigger:
         next_up = min(bigger, key=lambda other: other.batch_size or 0)
         yield f"Batch {next_up.batch_size} {END_OF_BATCH[next_up.status]}."
@@ -82,7 +126,9 @@ def limits(item: Configuration, group: Sequence[Configuration]) -> Iterator[str]
 
 def _differs_only_in_batch(item: Configuration, other: Configuration) -> bool:
     same = {**item.choices, "batch.batch_size": ""} == {**other.choices, "batch.batch_size": ""}
-    return same and item.context == other.context and (other.batch_size or 0) > (item.batch_size or 0)
+    return (
+        same and item.context == other.context and (other.batch_size or 0) > (item.batch_size or 0)
+    )
 
 
 def implied_bytes_per_s(item: Configuration) -> float | None:
@@ -92,7 +138,11 @@ def implied_bytes_per_s(item: Configuration) -> float | None:
     """
     if item.offload == "none":
         return None
-    logged, size, step_s = item.value("streamed_bytes_per_s"), item.value("weight_bytes"), item.value(LATENCY)
+    logged, size, step_s = (
+        item.value("streamed_bytes_per_s"),
+        item.value("weight_bytes"),
+        item.value(LATENCY),
+    )
     if logged is not None:
         return logged
     return size / step_s if size and step_s else None

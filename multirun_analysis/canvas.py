@@ -76,7 +76,9 @@ class Canvas:
 
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._style = matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"})
+        self._style = matplotlib.rc_context(
+            {**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}
+        )
 
     def __enter__(self) -> Canvas:
         self._style.__enter__()
@@ -90,7 +92,9 @@ class Canvas:
         from matplotlib.figure import Figure as Drawing
 
         width, tall = PANEL_INCHES
-        return Drawing(figsize=(width, tall * height), layout="constrained", facecolor="none").add_subplot(facecolor="none")
+        return Drawing(
+            figsize=(width, tall * height), layout="constrained", facecolor="none"
+        ).add_subplot(facecolor="none")
 
     def panel(self, name: str, axes: Any, title: str) -> Panel:
         """Store a drawing as NAME.svg and NAME.png. Each is drawn once: savefig would draw everything twice."""
@@ -100,7 +104,9 @@ class Canvas:
 
         axes.set_title(title)
         name, drawing, text = file_name(name), axes.figure, io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": name}):  # ids that are the same in every report and differ between its panels
+        with matplotlib.rc_context(
+            {"svg.hashsalt": name}
+        ):  # ids that are the same in every report and differ between its panels
             FigureCanvasSVG(drawing).print_svg(text, metadata={"Date": None, "Creator": None})
         svg = text.getvalue()
         svg = svg[svg.index("<svg") :]
@@ -120,7 +126,12 @@ def file_name(text: str) -> str:
 def on_paper(svg: str) -> str:
     """A standalone file: on white."""
     end = svg.index(">") + 1
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg[:end] + '<rect width="100%" height="100%" fill="white"/>' + svg[end:]
+    return (
+        '<?xml version="1.0" encoding="utf-8"?>\n'
+        + svg[:end]
+        + '<rect width="100%" height="100%" fill="white"/>'
+        + svg[end:]
+    )
 
 
 def in_page(svg: str, title: str) -> str:
@@ -130,7 +141,9 @@ def in_page(svg: str, title: str) -> str:
     svg = re.sub(r'(<svg [^>]*?) (?:height|width)="[^"]*pt"', r"\1", svg)
     label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     svg = re.sub(r"font: ([\w. ]*?px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
-    return svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return svg.replace(INK, "currentColor").replace(
+        "<svg ", f'<svg role="img" aria-label="{label}" ', 1
+    )
 
 
 def legend_below(axes: Any, columns: int) -> None:
@@ -143,7 +156,9 @@ def plain_ticks(axis: Any) -> None:
     """1, 10, 1,000 instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}")
+    )
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from multirun_analysis.read import Run
 from multirun_analysis.spread import Spread, merge
-from zinfer.calibration_profile import NOTICED_SLOWDOWN
+from zinfer.machine.profile import NOTICED_SLOWDOWN
 
 RATE = "generated_tokens_per_s"
 """The metric that configurations are ranked by."""
@@ -32,7 +32,9 @@ LABELS = {
 }
 """Parameter -> what a table calls it, in the order of the columns. Other parameters go by their own name."""
 ALWAYS_SHOWN = ("model.name", "offload.device", "dtype.weights", "batch.batch_size")
-NOT_CHOICES = frozenset({"task", "batch.seed", "plan.enforce", "plan.headroom", "hardware.name", "sweep.parent_run_id"})
+NOT_CHOICES = frozenset(
+    {"task", "batch.seed", "plan.enforce", "plan.headroom", "hardware.name", "sweep.parent_run_id"}
+)
 """Parameters that do not tell configurations apart in a table. The memory plan's knobs decide whether a run starts, not how fast it is."""
 RESOURCE_WORDS = {
     "device_compute": "device compute",
@@ -42,7 +44,12 @@ RESOURCE_WORDS = {
     "host_memory": "host memory",
     "fixed_cost": "fixed cost of each layer",
 }
-CIRCUMSTANCES = {"weights": "kinds of weights", "hardware": "machines", "commit": "commits", "method_version": "method versions"}
+CIRCUMSTANCES = {
+    "weights": "kinds of weights",
+    "hardware": "machines",
+    "commit": "commits",
+    "method_version": "method versions",
+}
 """Field of Context -> what several of it are called."""
 
 
@@ -156,7 +163,10 @@ class Configuration:
 
     def tag(self, name: str) -> str | None:
         """Of the newest run that has it."""
-        return next((run.tags[name] for run in reversed(self.ok_runs or self.runs) if name in run.tags), None)
+        return next(
+            (run.tags[name] for run in reversed(self.ok_runs or self.runs) if name in run.tags),
+            None,
+        )
 
     @property
     def binding_resource(self) -> str | None:
@@ -166,7 +176,9 @@ class Configuration:
 
     def spread(self, metric: str) -> Spread | None:
         """Median and spread over repeats and reruns; None if no run that ended well measured it."""
-        return merge([spread for run in self.ok_runs if (spread := run_spread(run, metric)) is not None])
+        return merge(
+            [spread for run in self.ok_runs if (spread := run_spread(run, metric)) is not None]
+        )
 
     def label(self, choices: Iterable[str]) -> str:
         """'nvme, bfloat16, batch 8'."""
@@ -181,7 +193,11 @@ class Configuration:
         if choice in ("model.name", "weights"):
             return value
         if choice == "offload.device":
-            return {"none": "all on device", "cpu": "weights in host memory", "nvme": "weights on NVMe"}.get(value, value)
+            return {
+                "none": "all on device",
+                "cpu": "weights in host memory",
+                "nvme": "weights on NVMe",
+            }.get(value, value)
         return f"{LABELS.get(choice, choice)} {value}"
 
 
@@ -208,7 +224,10 @@ def configurations(runs: Iterable[Run]) -> tuple[Configuration, ...]:
     for run in runs:
         choices = tuple(sorted(_choices(run).items()))
         groups.setdefault((run.params.get("task"), choices, context(run)), []).append(run)
-    return tuple(Configuration(_choices(group[0]), context(group[0]), tuple(group)) for group in groups.values())
+    return tuple(
+        Configuration(_choices(group[0]), context(group[0]), tuple(group))
+        for group in groups.values()
+    )
 
 
 def context(run: Run) -> Context:
@@ -230,9 +249,16 @@ def _choices(run: Run) -> dict[str, str]:
 
 def varied(found: Sequence[Configuration]) -> tuple[str, ...]:
     """Choices that differ among these, in the order of LABELS; what only follows from the model's name is left out."""
-    names = {name for item in found for name in item.choices if not (name.startswith("model.") and name != "model.name")}
+    names = {
+        name
+        for item in found
+        for name in item.choices
+        if not (name.startswith("model.") and name != "model.name")
+    }
     differing = {name for name in names if len({item.choices.get(name) for item in found}) > 1}
-    follows = {name for name in differing if name not in LABELS and _follows_from_group(name, found)}
+    follows = {
+        name for name in differing if name not in LABELS and _follows_from_group(name, found)
+    }
     return tuple(sorted(differing - follows, key=column_order))
 
 
@@ -255,8 +281,14 @@ def shown_choices(found: Sequence[Configuration]) -> tuple[str, ...]:
 def constants(found: Sequence[Configuration]) -> dict[str, str]:
     """What was the same everywhere, of the choices that have a label and no column."""
     shown = shown_choices(found)
-    values = {name: {item.choices.get(name) for item in found} for name in LABELS if name not in shown}
-    return {name: str(value) for name, (value, *others) in values.items() if value is not None and not others}
+    values = {
+        name: {item.choices.get(name) for item in found} for name in LABELS if name not in shown
+    }
+    return {
+        name: str(value)
+        for name, (value, *others) in values.items()
+        if value is not None and not others
+    }
 
 
 def column_order(name: str) -> tuple[int, str]:
@@ -285,7 +317,9 @@ def mixtures(found: Sequence[Configuration]) -> list[str]:
         )
     dummy = sum(item.context.weights == "dummy" for item in found)
     if dummy == len(found):
-        sentences.append("All weights are dummy (random): speed and memory are those of the architecture, the text means nothing.")
+        sentences.append(
+            "All weights are dummy (random): speed and memory are those of the architecture, the text means nothing."
+        )
     if (apart := slowest_over_fastest(found)) > NOTICED_SLOWDOWN:
         sentences.append(
             f"The machine itself was up to {apart:.1f} times slower in some of these runs than in others (yardstick_s: neighbours, heat, "
@@ -300,7 +334,9 @@ def slowest_over_fastest(found: Iterable[Configuration]) -> float:
     for item in found:
         seconds = [run.metrics[YARDSTICK] for run in item.ok_runs if run.metrics.get(YARDSTICK)]
         if seconds:
-            threads = [item.choices.get(name) for name in ("launcher.omp_threads", "launcher.ranks")]
+            threads = [
+                item.choices.get(name) for name in ("launcher.omp_threads", "launcher.ranks")
+            ]
             paces[item.context.hardware, *threads].append(statistics.median(seconds))
     return max((max(seconds) / min(seconds) for seconds in paces.values()), default=1.0)
 
@@ -314,12 +350,19 @@ def same_circumstances(found: Sequence[Configuration]) -> list[tuple[str, list[C
     named = []
     for (model, _, _), group in ordered:
         rivals = [other for other in groups if other[0] == model]
-        parts = [str(model), *_circumstance_names(group[0], {other[1] for other in rivals}, [other[2] for other in rivals])]
+        parts = [
+            str(model),
+            *_circumstance_names(
+                group[0], {other[1] for other in rivals}, [other[2] for other in rivals]
+            ),
+        ]
         named.append((", ".join(parts), group))
     return named
 
 
-def _circumstance_names(item: Configuration, workloads: set[object], contexts: Sequence[object]) -> Iterator[str]:
+def _circumstance_names(
+    item: Configuration, workloads: set[object], contexts: Sequence[object]
+) -> Iterator[str]:
     """What tells a group from others of the same model."""
     names = {
         "weights": f"{item.context.weights} weights",

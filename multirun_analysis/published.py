@@ -32,7 +32,13 @@ PUBLISHED_PARAMETERS = {
 """Of the models in the published tables, tied weights once; equal to what zinfer.model_spec counts from conf/model (tested)."""
 GROUP_SIZE = 64
 """Quantised weights carry a 16-bit scale and a 16-bit offset for each 64 of them. Source: FlexGen section 5 (arXiv:2303.06865)."""
-SPEED_METRICS = ("total_throughput", "generation_throughput", "generation_throughput_per_gpu", "throughput", "latency_per_generated_token")
+SPEED_METRICS = (
+    "total_throughput",
+    "generation_throughput",
+    "generation_throughput_per_gpu",
+    "throughput",
+    "latency_per_generated_token",
+)
 """What a measured rate can stand beside."""
 DECODE_ONLY = "generation_throughput_per_gpu"
 """The 2022 blog counts the time after the prefill alone, for each GPU; all others count new tokens over prefill and decode time."""
@@ -138,7 +144,11 @@ class Published:
     def streamed_bytes(self) -> float | None:
         """From host and disk to the devices at every pass, all GPUs together; None for weights that stay on the device."""
         shares = self.streamed_shares
-        return None if self.weight_bytes is None or not shares else self.weight_bytes * sum(shares.values())
+        return (
+            None
+            if self.weight_bytes is None or not shares
+            else self.weight_bytes * sum(shares.values())
+        )
 
     @property
     def implied_bytes_per_s(self) -> float | None:
@@ -146,7 +156,12 @@ class Published:
 
         With ZeRO-3 over several GPUs each reads its share and gets the others' over the GPUs' own link: the bytes of the box stay the same.
         """
-        if self.streamed_bytes is None or self.tokens_per_s is None or not self.batch_size or self.metric == UNCLEAR:
+        if (
+            self.streamed_bytes is None
+            or self.tokens_per_s is None
+            or not self.batch_size
+            or self.metric == UNCLEAR
+        ):
             return None
         return self.streamed_bytes * self.tokens_per_s / self.batch_size
 
@@ -157,11 +172,19 @@ class Published:
         if self.model not in PUBLISHED_PARAMETERS:
             reasons.append("model not in conf/model")
         if self.offload is None:
-            reasons.append(f"weights on {self.weights_location}" if self.weights_location else "placement not published")
+            reasons.append(
+                f"weights on {self.weights_location}"
+                if self.weights_location
+                else "placement not published"
+            )
         if self.kv_placement == "host":
             reasons.append("needs kv_cache=host")
         elif self.kv_placement is None:
-            reasons.append(f"KV cache on {self.kv_location}" if self.kv_location else "KV placement not published")
+            reasons.append(
+                f"KV cache on {self.kv_location}"
+                if self.kv_location
+                else "KV placement not published"
+            )
         if self.batch_size is None or self.prompt_tokens is None or self.new_tokens is None:
             reasons.append("batch or lengths not published")
         return "; ".join(reasons) or None
@@ -193,7 +216,9 @@ def _published(row: Mapping[str, str]) -> Published:
         table=row["figure_or_table"],
         hardware=row["hardware"],
         framework=row["framework"],
-        model=row["model"].lower() if row["model"].lower() in PUBLISHED_PARAMETERS else row["model"],
+        model=row["model"].lower()
+        if row["model"].lower() in PUBLISHED_PARAMETERS
+        else row["model"],
         weights_bits=_whole(row["weights_bits"]),
         weights_location=row["weights_location"],
         kv_location=row["kv_location"],
@@ -239,12 +264,21 @@ def box_of(hardware: str) -> Box | None:
 
     A disk speed in the description itself wins over the file: the same card was published with several disks.
     """
-    name = next((box for part, box in BOX_NAMES if re.search(rf"(?<![A-Z]){part}\b", hardware)), None)
+    name = next(
+        (box for part, box in BOX_NAMES if re.search(rf"(?<![A-Z]){part}\b", hardware)), None
+    )
     if name is None:
         return None
     known = _hardware_file(name)
     stated = published_nvme_bytes_per_s(hardware)
-    sources = [source for source in (str(known.get("source") or ""), "its NVMe as published with the result" if stated else "") if source]
+    sources = [
+        source
+        for source in (
+            str(known.get("source") or ""),
+            "its NVMe as published with the result" if stated else "",
+        )
+        if source
+    ]
     return Box(
         name=name,
         host_to_device_bytes_per_s=_known(known, "host_to_device_bytes_per_s"),
@@ -271,7 +305,7 @@ def _hardware_file(name: str) -> Mapping[str, object]:
 
     import yaml
 
-    from zinfer.__main__ import conf_dir
+    from zinfer.paths import conf_dir
 
     path = Path(conf_dir()) / "hardware" / f"{name}.yaml"
     if not path.is_file():
@@ -364,12 +398,20 @@ def _ranks(item: Configuration) -> int:
 def relevant(found: Sequence[Configuration]) -> tuple[Published, ...]:
     """Published speeds of the models that were run here, and of the tables that a preset names (published.source, published.table)."""
     models = {item.model for item in found}
-    tables = {(item.tag("published.source"), item.tag("published.table")) for item in found} - {(None, None)}
-    return tuple(row for row in read_published() if row.metric in SPEED_METRICS and (row.model in models or _named(row, tables)))
+    tables = {(item.tag("published.source"), item.tag("published.table")) for item in found} - {
+        (None, None)
+    }
+    return tuple(
+        row
+        for row in read_published()
+        if row.metric in SPEED_METRICS and (row.model in models or _named(row, tables))
+    )
 
 
 def _named(row: Published, tables: Iterable[tuple[str | None, str | None]]) -> bool:
-    return any(row.source == source and (table is None or row.table == table) for source, table in tables)
+    return any(
+        row.source == source and (table is None or row.table == table) for source, table in tables
+    )
 
 
 def compare_published(found: Sequence[Configuration]) -> tuple[Comparison, ...]:
@@ -378,8 +420,18 @@ def compare_published(found: Sequence[Configuration]) -> tuple[Comparison, ...]:
 
 
 def _compare(row: Published, found: Sequence[Configuration]) -> Comparison:
-    same = [item for item in found if item.model == row.model and item.weights_bits == row.weights_bits and item.offload == row.offload]
-    same = [item for item in same if item.choices.get("kv_cache.placement", "device") == row.kv_placement]
+    same = [
+        item
+        for item in found
+        if item.model == row.model
+        and item.weights_bits == row.weights_bits
+        and item.offload == row.offload
+    ]
+    same = [
+        item
+        for item in same
+        if item.choices.get("kv_cache.placement", "device") == row.kv_placement
+    ]
     measured = [item for item in same if item.measured]
     if not measured:
         missing = row.why_not_comparable or _attempt(same) or "not run here"
@@ -388,7 +440,13 @@ def _compare(row: Published, found: Sequence[Configuration]) -> Comparison:
     rate = closest.spread(row.rate_metric)
     if rate is not None and row.metric == DECODE_ONLY:
         rate = scaled(rate, 1 / _ranks(closest))
-    return Comparison(published=row, measured=closest, rate=rate, differs=", ".join(_differences(closest, row)), missing=None)
+    return Comparison(
+        published=row,
+        measured=closest,
+        rate=rate,
+        differs=", ".join(_differences(closest, row)),
+        missing=None,
+    )
 
 
 def _attempt(same: Sequence[Configuration]) -> str | None:

@@ -49,7 +49,9 @@ def parse_baseline(text: str) -> Baseline:
         ValueError: not of that form.
     """
     name, equals, value = text.partition("=")
-    full = {choice.split(".")[0]: choice for choice in reversed(LABELS)} | {"batch": "batch.batch_size"}
+    full = {choice.split(".")[0]: choice for choice in reversed(LABELS)} | {
+        "batch": "batch.batch_size"
+    }
     if not equals or not name or not value:
         raise ValueError(f"--baseline {text} is no choice. Type --baseline offload.device=none")
     return Baseline(name=full.get(name, name), value=value)
@@ -59,10 +61,16 @@ def default_baseline(found: Sequence[Configuration]) -> Baseline | None:
     """What people ask a speed-up against: the first of BASELINES that varies, at the value that most others can be divided by."""
     measured = [item for item in found if item.measured]
     for name, preferred in BASELINES:
-        values = sorted({item.chosen(name) for item in measured}, key=lambda value: (*_preference(value, preferred), value))
+        values = sorted(
+            {item.chosen(name) for item in measured},
+            key=lambda value: (*_preference(value, preferred), value),
+        )
         if len(values) > 1:
             candidates = [Baseline(name=name, value=value) for value in values]
-            return max(candidates, key=lambda baseline: sum(_compares(item) for item in ratios(measured, baseline)))
+            return max(
+                candidates,
+                key=lambda baseline: sum(_compares(item) for item in ratios(measured, baseline)),
+            )
     return None
 
 
@@ -83,7 +91,11 @@ def ratios(found: Sequence[Configuration], baseline: Baseline) -> tuple[Ratio, .
         if item.chosen(baseline.name) == baseline.value:
             key = _others(item, baseline)
             references[key] = max(item, references.get(key, item), key=lambda one: one.rate)
-    return tuple(_ratio(item, references.get(_others(item, baseline)), baseline) for item in found if item.measured)
+    return tuple(
+        _ratio(item, references.get(_others(item, baseline)), baseline)
+        for item in found
+        if item.measured
+    )
 
 
 def _ratio(candidate: Configuration, reference: Configuration | None, baseline: Baseline) -> Ratio:
@@ -93,13 +105,26 @@ def _ratio(candidate: Configuration, reference: Configuration | None, baseline: 
         itself = Spread(median=1.0, stddev=None, minimum=1.0, maximum=1.0, count=mine.count)
         return Ratio(candidate=candidate, reference=reference, ratio=itself, missing=None)
     if theirs is not None:
-        return Ratio(candidate=candidate, reference=reference, ratio=speedup(mine, theirs), missing=None)
-    missing = f"no run with {baseline} and all else equal" if reference is None else f"{baseline}: {reference.status}"
+        return Ratio(
+            candidate=candidate, reference=reference, ratio=speedup(mine, theirs), missing=None
+        )
+    missing = (
+        f"no run with {baseline} and all else equal"
+        if reference is None
+        else f"{baseline}: {reference.status}"
+    )
     return Ratio(candidate=candidate, reference=reference, ratio=None, missing=missing)
 
 
 def _others(item: Configuration, baseline: Baseline) -> tuple[object, ...]:
     """Everything but the baseline's own group: offload.pin_memory goes with offload.device. A batch's lengths do not go with its size."""
     group = baseline.name.split(".")[0] + "."
-    own = {baseline.name} if group == "batch." else {name for name in item.choices if name.startswith(group)}
-    return (item.context, tuple(sorted((name, value) for name, value in item.choices.items() if name not in own)))
+    own = (
+        {baseline.name}
+        if group == "batch."
+        else {name for name in item.choices if name.startswith(group)}
+    )
+    return (
+        item.context,
+        tuple(sorted((name, value) for name, value in item.choices.items() if name not in own)),
+    )

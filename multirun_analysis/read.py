@@ -11,18 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import METHOD_VERSION
-from zinfer.events import EVENTS_FILE
-from zinfer.job import JOB_FILE, RESULT_FILE
-from zinfer.mlflow_store import TrackingUnavailable, database_revision, ensure_store, sqlite_path
+from zinfer.job.events import EVENTS_FILE
+from zinfer.job.folder import JOB_FILE, RESULT_FILE
 from zinfer.redact import redact
-from zinfer.tracking import NOT_PARAMETERS, connect, store_errors
+from zinfer.tracking.run import NOT_PARAMETERS, connect, store_errors
+from zinfer.tracking.store import TrackingUnavailable, database_revision, ensure_store, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PAGE = 1000
 """Runs per request; MLflow allows 50,000, a server may allow fewer."""
-STATUSES = ("ok", "planned", "refused", "does_not_fit", "oom_device", "oom_host", "killed", "timeout", "error", "running")
+STATUSES = (
+    "ok",
+    "planned",
+    "refused",
+    "does_not_fit",
+    "oom_device",
+    "oom_host",
+    "killed",
+    "timeout",
+    "error",
+    "running",
+)
 """zinfer.outcome.Status, and `running` for a run that nobody has ended."""
 MEASURE = "Or measure first: zinfer -m offload=none,cpu,nvme"
 LOCAL_SERVER = "http://127.0.0.1:5000"
@@ -80,7 +91,9 @@ class Selection:
 # MLflow
 
 
-def read_mlflow(uri: str, *, experiment: str | None = None, run_id: str | None = None, where: str | None = None) -> Selection:
+def read_mlflow(
+    uri: str, *, experiment: str | None = None, run_id: str | None = None, where: str | None = None
+) -> Selection:
     """Runs of a store: of an experiment, of a sweep's parent run, that a filter matches, or (nothing given) of the newest sweep.
 
     Args:
@@ -91,18 +104,26 @@ def read_mlflow(uri: str, *, experiment: str | None = None, run_id: str | None =
     """
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
-        raise ReportError(f"there is no run store at {path}. Type --uri sqlite:////path/to/mlflow.db, or --from-dir outputs. {MEASURE}")
+        raise ReportError(
+            f"there is no run store at {path}. Type --uri sqlite:////path/to/mlflow.db, or --from-dir outputs. {MEASURE}"
+        )
     if path is not None and _revision(path) is None:
-        raise ReportError(f"{path} is not a run store of MLflow. Type --uri sqlite:////path/to/mlflow.db")
+        raise ReportError(
+            f"{path} is not a run store of MLflow. Type --uri sqlite:////path/to/mlflow.db"
+        )
     try:
         ensure_store(uri)
         with store_errors(uri):
             client = connect(uri)
-            return MlflowStore(client, uri).select(experiment=experiment, run_id=run_id, where=where)
+            return MlflowStore(client, uri).select(
+                experiment=experiment, run_id=run_id, where=where
+            )
     except ReportError:
         raise
     except TrackingUnavailable as error:
-        raise ReportError(str(error).replace("tracking.uri=", "--uri ").replace(", or tracking=none", "")) from error
+        raise ReportError(
+            str(error).replace("tracking.uri=", "--uri ").replace(", or tracking=none", "")
+        ) from error
 
 
 def _revision(path: Path) -> str | None:
@@ -119,7 +140,9 @@ class MlflowStore:
 
     def __init__(self, client: MlflowClient, uri: str) -> None:
         self.client, self.uri = client, uri
-        self._experiments = {item.experiment_id: item.name for item in self._pages(client.search_experiments)}
+        self._experiments = {
+            item.experiment_id: item.name for item in self._pages(client.search_experiments)
+        }
 
     def select(self, *, experiment: str | None, run_id: str | None, where: str | None) -> Selection:
         """Choose and read."""
@@ -139,18 +162,32 @@ class MlflowStore:
         ids = [key for key, known in self._experiments.items() if known == name]
         if not ids:
             known_names = ", ".join(sorted(self._experiments.values())) or "none"
-            raise ReportError(f"there is no experiment {name} in {redact(self.uri)}. Its experiments: {known_names}")
+            raise ReportError(
+                f"there is no experiment {name} in {redact(self.uri)}. Its experiments: {known_names}"
+            )
         return ids
 
     def _newest_sweep(self, ids: list[str]) -> tuple[str, list[Any]]:
-        sweeps = self.client.search_runs(ids, "tags.`zinfer.role` = 'sweep'", max_results=1, order_by=["attributes.start_time DESC"])
+        sweeps = self.client.search_runs(
+            ids,
+            "tags.`zinfer.role` = 'sweep'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
         if sweeps:
             return self._family(sweeps[0].info.run_id, None)
-        newest = self.client.search_runs(ids, "tags.`zinfer.method_version` != ''", max_results=1, order_by=["attributes.start_time DESC"])
+        newest = self.client.search_runs(
+            ids,
+            "tags.`zinfer.method_version` != ''",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
         if not newest:
             raise ReportError(f"no run of zinfer is in {redact(self.uri)} yet. {MEASURE}")
         experiment_id = newest[0].info.experiment_id
-        return f"experiment {self._experiments[experiment_id]} (no sweep yet)", self._search([experiment_id], None)
+        return f"experiment {self._experiments[experiment_id]} (no sweep yet)", self._search(
+            [experiment_id], None
+        )
 
     def _family(self, run_id: str, where: str | None) -> tuple[str, list[Any]]:
         """A sweep's parent and its children; a run without children alone."""
@@ -162,15 +199,28 @@ class MlflowStore:
             raise ReportError(
                 f"there is no run {run_id} in {redact(self.uri)}. Type --run with the id of a sweep's parent run, or --experiment NAME"
             ) from None
-        children = self._search([parent.info.experiment_id], " and ".join(filter(None, [f"tags.`mlflow.parentRunId` = '{run_id}'", where])))
+        children = self._search(
+            [parent.info.experiment_id],
+            " and ".join(filter(None, [f"tags.`mlflow.parentRunId` = '{run_id}'", where])),
+        )
         name = parent.info.run_name or run_id
-        return (f"sweep {name}", [parent, *children]) if children or _role(parent) == "sweep" else (f"run {name}", [parent])
+        return (
+            (f"sweep {name}", [parent, *children])
+            if children or _role(parent) == "sweep"
+            else (f"run {name}", [parent])
+        )
 
     def _search(self, ids: list[str], where: str | None) -> list[Any]:
         from mlflow.exceptions import MlflowException
 
         try:
-            return list(self._pages(lambda page_token: self.client.search_runs(ids, where or "", max_results=PAGE, page_token=page_token)))
+            return list(
+                self._pages(
+                    lambda page_token: self.client.search_runs(
+                        ids, where or "", max_results=PAGE, page_token=page_token
+                    )
+                )
+            )
         except MlflowException as error:
             if where is None or error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
@@ -220,7 +270,9 @@ class MlflowStore:
             run_id=info.run_id,
             name=info.run_name or info.run_id[:8],
             experiment=self._experiments.get(info.experiment_id, info.experiment_id),
-            started=datetime.fromtimestamp(info.start_time / 1000, UTC) if info.start_time else None,
+            started=datetime.fromtimestamp(info.start_time / 1000, UTC)
+            if info.start_time
+            else None,
             status=status,
             reason=tags.get("zinfer.reason"),
             params=dict(found.data.params),
@@ -231,7 +283,12 @@ class MlflowStore:
 
     def _history(self, run: Run, metric: str) -> History:
         with store_errors(self.uri):
-            return tuple(sorted((point.step, point.value) for point in self.client.get_metric_history(run.run_id, metric)))
+            return tuple(
+                sorted(
+                    (point.step, point.value)
+                    for point in self.client.get_metric_history(run.run_id, metric)
+                )
+            )
 
     def _environment(self, run: Run) -> Json | None:
         import tempfile
@@ -241,8 +298,13 @@ class MlflowStore:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         try:
             with tempfile.TemporaryDirectory(prefix="zinfer-report-") as folder:
-                return _json_file(Path(self.client.download_artifacts(run.run_id, "environment.json", folder)))
-        except (MlflowException, OSError):  # never logged, or its artifact store is out of reach: the report says that it is not known
+                return _json_file(
+                    Path(self.client.download_artifacts(run.run_id, "environment.json", folder))
+                )
+        except (
+            MlflowException,
+            OSError,
+        ):  # never logged, or its artifact store is out of reach: the report says that it is not known
             return None
 
 
@@ -260,13 +322,17 @@ def _foreign_notes(foreign: list[Any]) -> list[str]:
         return []
     names = ", ".join(sorted(item.info.run_name or item.info.run_id for item in foreign)[:5])
     more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
-    return [f"{_count(len(foreign), 'run')} of another tool in the same place left out (no zinfer.status tag): {names}{more}."]
+    return [
+        f"{_count(len(foreign), 'run')} of another tool in the same place left out (no zinfer.status tag): {names}{more}."
+    ]
 
 
 def _grid_notes(grids: list[Any]) -> list[str]:
     if not grids:
         return []
-    return [f"{_count(len(grids), 'grid')} of plans left out, nothing was measured: each has its table as an artifact, plans.csv."]
+    return [
+        f"{_count(len(grids), 'grid')} of plans left out, nothing was measured: each has its table as an artifact, plans.csv."
+    ]
 
 
 def _untracked_jobs(parents: list[Any], known: set[str]) -> Iterator[Run]:
@@ -274,7 +340,11 @@ def _untracked_jobs(parents: list[Any], known: set[str]) -> Iterator[Run]:
     for parent in parents:
         folder = Path(parent.data.tags.get("zinfer.sweep_dir", "/nonexistent"))
         if folder.is_dir():
-            yield from (run for run in _folder_runs(folder) if run.run_id not in known and run.tags.get("zinfer.tracked") != "true")
+            yield from (
+                run
+                for run in _folder_runs(folder)
+                if run.run_id not in known and run.tags.get("zinfer.tracked") != "true"
+            )
 
 
 def _untracked_notes(jobs: list[Run]) -> list[str]:
@@ -295,12 +365,22 @@ def read_folder(folder: Path) -> Selection:
         ReportError: no such folder, or no job in it.
     """
     if not folder.is_dir():
-        raise ReportError(f"{folder} is not a folder. Type --from-dir outputs, or --uri for an MLflow store")
+        raise ReportError(
+            f"{folder} is not a folder. Type --from-dir outputs, or --uri for an MLflow store"
+        )
     runs = tuple(sorted(_folder_runs(folder), key=_start))
     if not runs:
-        raise ReportError(f"no job folder (with a {RESULT_FILE}) is in {folder}. Type --from-dir outputs or --from-dir multirun")
+        raise ReportError(
+            f"no job folder (with a {RESULT_FILE}) is in {folder}. Type --from-dir outputs or --from-dir multirun"
+        )
     unread = [str(path.parent) for path in folder.rglob(RESULT_FILE) if _json_file(path) is None]
-    notes = [f"{_count(len(unread), 'job folder')} left out, {RESULT_FILE} cannot be read: {', '.join(unread[:5])}."] if unread else []
+    notes = (
+        [
+            f"{_count(len(unread), 'job folder')} left out, {RESULT_FILE} cannot be read: {', '.join(unread[:5])}."
+        ]
+        if unread
+        else []
+    )
     folders = {run.run_id: Path(run.tags["zinfer.job_dir"]) for run in runs}
     return Selection(
         title=f"jobs in {folder}",
@@ -325,9 +405,15 @@ def _folder_run(job_dir: Path, result: Json) -> Run:
     model = result.get("model") or {}
     plan = (result.get("plan") or {}).get("tiers") or {}
     environment = _json_file(job_dir / "environment.json") or {}
-    metrics: dict[str, Any] = {"model_parameters": model.get("parameters"), "weight_bytes": model.get("weight_bytes")}
+    metrics: dict[str, Any] = {
+        "model_parameters": model.get("parameters"),
+        "weight_bytes": model.get("weight_bytes"),
+    }
     for tier, needs in plan.items():
-        metrics |= {f"plan_{tier}_needed_bytes": needs.get("needed_bytes"), f"plan_{tier}_available_bytes": needs.get("available_bytes")}
+        metrics |= {
+            f"plan_{tier}_needed_bytes": needs.get("needed_bytes"),
+            f"plan_{tier}_available_bytes": needs.get("available_bytes"),
+        }
     metrics |= result.get("metrics") or {}
     tags = {
         "zinfer.status": result["status"],
@@ -344,7 +430,10 @@ def _folder_run(job_dir: Path, result: Json) -> Run:
         started=datetime.fromtimestamp((job_dir / RESULT_FILE).stat().st_mtime, UTC),
         status=result["status"],
         reason=result.get("reason") or "; ".join(result.get("problems") or []) or None,
-        params={name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in _flat(config, "")},
+        params={
+            name: str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in _flat(config, "")
+        },
         metrics={name: float(value) for name, value in metrics.items() if value is not None},
         tags={name: str(value) for name, value in tags.items() if value is not None},
     )
@@ -380,9 +469,13 @@ def _folder_history(job_dir: Path, metric: str) -> History:
     if metric != "decode_step_s_by_step" or not (job_dir / EVENTS_FILE).is_file():
         return ()
     lines = (job_dir / EVENTS_FILE).read_text(errors="replace").splitlines()
-    samples = [json.loads(line) for line in lines if '"event": "sample"' in line and line.endswith("}")]
+    samples = [
+        json.loads(line) for line in lines if '"event": "sample"' in line and line.endswith("}")
+    ]
     repeats = [sample["decode_step_s"] for sample in samples if sample.get("kind") == "timed"]
-    return tuple((step, statistics.median(values)) for step, values in enumerate(zip(*repeats, strict=False)))
+    return tuple(
+        (step, statistics.median(values)) for step, values in enumerate(zip(*repeats, strict=False))
+    )
 
 
 def _json_file(path: Path) -> Json | None:
@@ -409,8 +502,12 @@ def _run_notes(runs: Iterable[Run]) -> list[str]:
         )
     unversioned = [run for run in runs if run.method_version == "unknown" and run.status == "ok"]
     if unversioned:
-        notes.append(f"{_count(len(unversioned), 'run')} without a method version: compared only among themselves.")
-    unmeasured = [run for run in runs if run.status == "ok" and "generated_tokens_per_s" not in run.metrics]
+        notes.append(
+            f"{_count(len(unversioned), 'run')} without a method version: compared only among themselves."
+        )
+    unmeasured = [
+        run for run in runs if run.status == "ok" and "generated_tokens_per_s" not in run.metrics
+    ]
     if unmeasured:
         names = ", ".join(run.name for run in unmeasured[:5])
         notes.append(
@@ -418,7 +515,9 @@ def _run_notes(runs: Iterable[Run]) -> list[str]:
         )
     running = [run for run in runs if run.status == "running"]
     if running:
-        notes.append(f"{_count(len(running), 'run')} had not ended when this was written, or ended without being able to say so.")
+        notes.append(
+            f"{_count(len(running), 'run')} had not ended when this was written, or ended without being able to say so."
+        )
     return notes
 
 

@@ -85,7 +85,11 @@ def write_report(selection: Selection, out: Path, baseline: Baseline | None = No
         measured_between=measured_between(selection),
         counts=status_counts(selection),
         best=best,
-        circumstances=tuple(name for name in CIRCUMSTANCES if len({getattr(item.context, name) for item in found}) > 1),
+        circumstances=tuple(
+            name
+            for name in CIRCUMSTANCES
+            if len({getattr(item.context, name) for item in found}) > 1
+        ),
         notes=tuple(notes),
         runs=tables.runs_table(found),
         tables=tuple(table for table in every if table.rows),
@@ -103,14 +107,21 @@ def environments(selection: Selection, found: Sequence[Configuration]) -> list[t
     for item in found:
         groups.setdefault((item.context.device, item.context.commit_label), []).append(item)
     ordered = sorted(groups.items(), key=lambda entry: -len(entry[1]))[:MAX_ENVIRONMENTS]
-    read = ((f"{device}, {commit}", selection.environment(group[-1].newest)) for (device, commit), group in ordered)
+    read = (
+        (f"{device}, {commit}", selection.environment(group[-1].newest))
+        for (device, commit), group in ordered
+    )
     return [(name, environment) for name, environment in read if environment is not None]
 
 
 def status_counts(selection: Selection) -> tuple[tuple[str, str, int], ...]:
     """How many runs came to what end, in a fixed order."""
     counted = Counter(run.status for run in selection.runs)
-    return tuple((status, words, counted[status]) for status, words in tables.STATUS_WORDS.items() if counted[status])
+    return tuple(
+        (status, words, counted[status])
+        for status, words in tables.STATUS_WORDS.items()
+        if counted[status]
+    )
 
 
 def measured_between(selection: Selection) -> str | None:
@@ -125,17 +136,25 @@ def measured_between(selection: Selection) -> str | None:
 
 def render(template: str, report: Report) -> str:
     """A page. HTML is escaped; the figures' SVG is ours."""
-    return str(_templates().get_template(template).render(report=report, max_rows=MAX_MARKDOWN_ROWS))
+    return str(
+        _templates().get_template(template).render(report=report, max_rows=MAX_MARKDOWN_ROWS)
+    )
 
 
 @cache
 def _templates() -> Any:
     import jinja2
 
-    loader = jinja2.FunctionLoader(lambda name: resources.files("multirun_analysis").joinpath("templates", name).read_text())
+    loader = jinja2.FunctionLoader(
+        lambda name: resources.files("multirun_analysis").joinpath("templates", name).read_text()
+    )
     escape = jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False)
     environment = jinja2.Environment(
-        loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=loader,
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["markdown_table"] = to_markdown
     return environment

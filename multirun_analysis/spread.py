@@ -32,7 +32,10 @@ def merge(spreads: Sequence[Spread]) -> Spread | None:
         return None
     medians = [spread.median for spread in spreads]
     within = [spread.stddev**2 for spread in spreads if spread.stddev is not None]
-    parts = [*([statistics.fmean(within)] if within else []), *([statistics.variance(medians)] if len(medians) > 1 else [])]
+    parts = [
+        *([statistics.fmean(within)] if within else []),
+        *([statistics.variance(medians)] if len(medians) > 1 else []),
+    ]
     return Spread(
         median=statistics.median(medians),
         stddev=sqrt(sum(parts)) if parts else None,
@@ -46,7 +49,11 @@ def scaled(spread: Spread, factor: float) -> Spread:
     """In another unit."""
     stddev = None if spread.stddev is None else spread.stddev * factor
     return Spread(
-        median=spread.median * factor, stddev=stddev, minimum=spread.minimum * factor, maximum=spread.maximum * factor, count=spread.count
+        median=spread.median * factor,
+        stddev=stddev,
+        minimum=spread.minimum * factor,
+        maximum=spread.maximum * factor,
+        count=spread.count,
     )
 
 
@@ -57,7 +64,11 @@ def speedup(candidate: Spread, reference: Spread) -> Spread:
     Unknown when either error is.
     """
     ratio = candidate.median / reference.median
-    relative = hypot(candidate.relative, reference.relative) if candidate.relative is not None and reference.relative is not None else None
+    relative = (
+        hypot(candidate.relative, reference.relative)
+        if candidate.relative is not None and reference.relative is not None
+        else None
+    )
     return Spread(
         median=ratio,
         stddev=None if relative is None else ratio * relative,
@@ -100,7 +111,9 @@ def _magnitude(value: float) -> int:
 
 def format_bytes_per_s(rate: float) -> str:
     """Decimal, as data sheets give it: '12.9 GB/s', '3.12 MB/s'."""
-    return f"{format_number(rate / 1e9)} GB/s" if rate >= 1e8 else f"{format_number(rate / 1e6)} MB/s"
+    return (
+        f"{format_number(rate / 1e9)} GB/s" if rate >= 1e8 else f"{format_number(rate / 1e6)} MB/s"
+    )
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -53,7 +53,12 @@ class Table:
 
 def text_cell(text: object, kind: str | None = None, url: str | None = None) -> Cell:
     """Text that sorts as itself; '-' for None."""
-    return Cell(text="-" if text is None else str(text), value=None if text is None else str(text), kind=kind, url=url)
+    return Cell(
+        text="-" if text is None else str(text),
+        value=None if text is None else str(text),
+        kind=kind,
+        url=url,
+    )
 
 
 def number_cell(value: float | None, scale: float = 1.0, digits: int = 3) -> Cell:
@@ -81,7 +86,12 @@ def spread_columns(key: str, head: str, help_: str) -> tuple[Column, Column, Col
     return (
         Column(key=key, head=head, number=True, help=help_),
         Column(key=f"{key}_stddev", head="", number=True, csv_only=True),
-        Column(key=f"{key}_values", head="n", number=True, help="Timed generations behind the number, over all reruns"),
+        Column(
+            key=f"{key}_values",
+            head="n",
+            number=True,
+            help="Timed generations behind the number, over all reruns",
+        ),
     )
 
 
@@ -93,7 +103,11 @@ def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for table in tables:
-        for suffix, text in ((".csv", to_csv(table)), (".md", to_markdown(table)), (".tex", to_latex(table))):
+        for suffix, text in (
+            (".csv", to_csv(table)),
+            (".md", to_markdown(table)),
+            (".tex", to_latex(table)),
+        ):
             path = folder / f"{table.name}{suffix}"
             path.write_text(text)
             written.append(path)
@@ -120,13 +134,24 @@ def to_markdown(table: Table) -> str:
     for row in table.rows:
         cells = (row[index] for index in table.shown)
         lines.append(
-            "| " + " | ".join(f"[{_markdown(cell.text)}]({cell.url})" if cell.url else _markdown(cell.text) for cell in cells) + " |"
+            "| "
+            + " | ".join(
+                f"[{_markdown(cell.text)}]({cell.url})" if cell.url else _markdown(cell.text)
+                for cell in cells
+            )
+            + " |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _markdown(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;").replace("*", "\\*")
+    return (
+        text.replace("\\", "\\\\")
+        .replace("|", "\\|")
+        .replace("\n", " ")
+        .replace("<", "&lt;")
+        .replace("*", "\\*")
+    )
 
 
 LATEX_ESCAPES = str.maketrans({
@@ -141,11 +166,49 @@ def to_latex(table: Table) -> str:
     heads = [table.columns[index] for index in table.shown]
     layout = "".join("r" if column.number else "l" for column in heads)
     head = " & ".join(column.head.translate(LATEX_ESCAPES) for column in heads) + r" \\"
-    body = [" & ".join(row[index].text.translate(LATEX_ESCAPES) for index in table.shown) + r" \\" for row in table.rows]
+    body = [
+        " & ".join(row[index].text.translate(LATEX_ESCAPES) for index in table.shown) + r" \\"
+        for row in table.rows
+    ]
     caption = rf"\caption{{{table.title.translate(LATEX_ESCAPES)}. {table.note.translate(LATEX_ESCAPES)}}}"
     label = rf"\label{{tab:zinfer-{table.name}}}"
     if len(body) > 50:
-        start = [r"% \usepackage{booktabs,longtable}", rf"\begin{{longtable}}{{{layout}}}", caption + label + r"\\"]
-        return "\n".join([*start, r"\toprule", head, r"\midrule", r"\endhead", *body, r"\bottomrule", r"\end{longtable}", ""])
-    start = [r"% \usepackage{booktabs}", r"\begin{table}", r"\centering", caption, label, rf"\begin{{tabular}}{{{layout}}}"]
-    return "\n".join([*start, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+        start = [
+            r"% \usepackage{booktabs,longtable}",
+            rf"\begin{{longtable}}{{{layout}}}",
+            caption + label + r"\\",
+        ]
+        return "\n".join(
+            [
+                *start,
+                r"\toprule",
+                head,
+                r"\midrule",
+                r"\endhead",
+                *body,
+                r"\bottomrule",
+                r"\end{longtable}",
+                "",
+            ]
+        )
+    start = [
+        r"% \usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        caption,
+        label,
+        rf"\begin{{tabular}}{{{layout}}}",
+    ]
+    return "\n".join(
+        [
+            *start,
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )

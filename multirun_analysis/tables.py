@@ -11,7 +11,16 @@ from multirun_analysis.published import Comparison, ceiling_bytes_per_s, explana
 from multirun_analysis.ratios import Baseline, Ratio
 from multirun_analysis.read import Json, Run
 from multirun_analysis.spread import Spread, format_number, format_spread
-from multirun_analysis.table import Cell, Column, Table, number_cell, spread_cells, spread_columns, text_cell, whole_cell
+from multirun_analysis.table import (
+    Cell,
+    Column,
+    Table,
+    number_cell,
+    spread_cells,
+    spread_columns,
+    text_cell,
+    whole_cell,
+)
 from zinfer.units import GIB
 
 STATUS_WORDS = {
@@ -39,19 +48,29 @@ def choice_cell(item: Configuration, choice: str) -> Cell:
 
 def choice_columns(choices: Sequence[str]) -> tuple[Column, ...]:
     numbers = {"batch.batch_size", "batch.prompt_tokens", "batch.new_tokens", "launcher.ranks"}
-    return tuple(Column(key=choice, head=LABELS.get(choice, choice), number=choice in numbers) for choice in choices)
+    return tuple(
+        Column(key=choice, head=LABELS.get(choice, choice), number=choice in numbers)
+        for choice in choices
+    )
 
 
 Measure = tuple[Column, Callable[[Configuration], Cell]]
 
 
 def _metric(key: str, head: str, scale: float, help_: str, digits: int = 3) -> Measure:
-    return Column(key=key, head=head, number=True, help=help_), lambda item: number_cell(item.value(key), scale, digits)
+    return Column(key=key, head=head, number=True, help=help_), lambda item: number_cell(
+        item.value(key), scale, digits
+    )
 
 
 RUN_MEASURES: tuple[Measure, ...] = (
     _metric("decode_step_s", "step ms", 1e-3, "Median time of one decode step of the whole batch"),
-    _metric("time_to_first_token_s", "TTFT s", 1, "Time to the first new token of every row: the prefill"),
+    _metric(
+        "time_to_first_token_s",
+        "TTFT s",
+        1,
+        "Time to the first new token of every row: the prefill",
+    ),
     (
         Column(
             key="implied_bytes_per_s",
@@ -61,11 +80,29 @@ RUN_MEASURES: tuple[Measure, ...] = (
         ),
         lambda item: number_cell(implied_bytes_per_s(item), 1e9),
     ),
-    _metric("ceiling_fraction", "% of ceiling", 0.01, "Generated tokens/s over what the slowest resource allows", 2),
-    (Column(key="binding_resource", head="bound by"), lambda item: text_cell(item.binding_resource)),
-    _metric("peak_device_reserved_bytes", "device GiB", GIB, "Most device memory that torch's allocator held"),
-    _metric("peak_host_rss_bytes", "host GiB", GIB, "Most host memory that the process held (VmHWM)"),
-    _metric("load_s", "load s", 1, "From the start of building the model to an engine that can generate"),
+    _metric(
+        "ceiling_fraction",
+        "% of ceiling",
+        0.01,
+        "Generated tokens/s over what the slowest resource allows",
+        2,
+    ),
+    (
+        Column(key="binding_resource", head="bound by"),
+        lambda item: text_cell(item.binding_resource),
+    ),
+    _metric(
+        "peak_device_reserved_bytes",
+        "device GiB",
+        GIB,
+        "Most device memory that torch's allocator held",
+    ),
+    _metric(
+        "peak_host_rss_bytes", "host GiB", GIB, "Most host memory that the process held (VmHWM)"
+    ),
+    _metric(
+        "load_s", "load s", 1, "From the start of building the model to an engine that can generate"
+    ),
 )
 CONTEXT_COLUMNS = (("weights", "weights"), ("device", "machine"), ("method_version", "method"))
 
@@ -74,13 +111,25 @@ def runs_table(found: Sequence[Configuration]) -> Table:
     """Every configuration, whatever became of it."""
     choices = tuple(choice for choice in shown_choices(found) if choice != "weights")
     same = constants(found)
-    contexts = [(name, head) for name, head in CONTEXT_COLUMNS if len({getattr(item.context, name) for item in found}) > 1]
-    measures = [measure for measure in RUN_MEASURES if any(measure[1](item).value is not None for item in found)]
+    contexts = [
+        (name, head)
+        for name, head in CONTEXT_COLUMNS
+        if len({getattr(item.context, name) for item in found}) > 1
+    ]
+    measures = [
+        measure
+        for measure in RUN_MEASURES
+        if any(measure[1](item).value is not None for item in found)
+    ]
     columns = (
         Column(key="status", head="status"),
         *choice_columns(choices),
         *(replace(column, csv_only=True) for column in choice_columns(tuple(same))),
-        *spread_columns(RATE, "tokens/s", "New tokens of all rows over prefill and decode time; median ± standard deviation"),
+        *spread_columns(
+            RATE,
+            "tokens/s",
+            "New tokens of all rows over prefill and decode time; median ± standard deviation",
+        ),
         *(column for column, _ in measures),
         *(Column(key=name, head=head) for name, head in contexts),
         Column(key="commit", head="commit", help="Of zinfer; * for a changed working tree"),
@@ -118,7 +167,11 @@ def _same_everywhere(same: Mapping[str, str]) -> str:
 def _runs_cell(item: Configuration) -> Cell:
     failed = f", {len(item.failed_runs)} failed" if item.failed_runs and item.ok_runs else ""
     count = f" ({len(item.runs)}{failed})" if len(item.runs) > 1 else ""
-    return Cell(text=item.newest.run_id[:8] + count, value=" ".join(run.run_id for run in item.runs), url=item.newest.url)
+    return Cell(
+        text=item.newest.run_id[:8] + count,
+        value=" ".join(run.run_id for run in item.runs),
+        url=item.newest.url,
+    )
 
 
 def best_table(best: Sequence[Best]) -> Table:
@@ -148,7 +201,13 @@ def best_table(best: Sequence[Best]) -> Table:
         )
         for item in best
     )
-    return Table(name="best", title="Best configuration per model", note="Ranked by generated tokens/s.", columns=columns, rows=rows)
+    return Table(
+        name="best",
+        title="Best configuration per model",
+        note="Ranked by generated tokens/s.",
+        columns=columns,
+        rows=rows,
+    )
 
 
 def failures_table(found: Sequence[Configuration]) -> Table:
@@ -157,7 +216,9 @@ def failures_table(found: Sequence[Configuration]) -> Table:
     ends: dict[tuple[int, str, str], list[Run]] = {}
     for number, item in enumerate(found):
         for run in item.failed_runs:
-            ends.setdefault((number, run.status, run.reason or "no reason was logged"), []).append(run)
+            ends.setdefault((number, run.status, run.reason or "no reason was logged"), []).append(
+                run
+            )
     columns = (
         Column(key="status", head="what happened"),
         *choice_columns(choices),
@@ -171,12 +232,18 @@ def failures_table(found: Sequence[Configuration]) -> Table:
             *(choice_cell(found[number], choice) for choice in choices),
             text_cell(reason),
             whole_cell(len(runs)),
-            Cell(text=_short_id(runs[-1]), value=" ".join(run.run_id for run in runs), url=runs[-1].url),
+            Cell(
+                text=_short_id(runs[-1]),
+                value=" ".join(run.run_id for run in runs),
+                url=runs[-1].url,
+            ),
         )
         for (number, status, reason), runs in ends.items()
     )
     note = "Runs that did not end well stay in every count."
-    return Table(name="failures", title="What failed, and why", note=note, columns=columns, rows=rows)
+    return Table(
+        name="failures", title="What failed, and why", note=note, columns=columns, rows=rows
+    )
 
 
 def _short_id(run: Run) -> str:
@@ -185,13 +252,21 @@ def _short_id(run: Run) -> str:
 
 def speedup_table(ratios: Sequence[Ratio], baseline: Baseline) -> Table:
     """A matrix: one row for each configuration without the baseline's choice, one column for each of its values."""
-    others = [choice for choice in shown_choices([item.candidate for item in ratios]) if choice != baseline.name]
+    others = [
+        choice
+        for choice in shown_choices([item.candidate for item in ratios])
+        if choice != baseline.name
+    ]
     values = sorted(
-        {item.candidate.chosen(baseline.name) for item in ratios}, key=lambda value: (value != baseline.value, _sortable(value))
+        {item.candidate.chosen(baseline.name) for item in ratios},
+        key=lambda value: (value != baseline.value, _sortable(value)),
     )
     rows: dict[tuple[object, ...], dict[str, Ratio]] = {}
     for item in ratios:
-        key = (item.candidate.context, *(choice_cell(item.candidate, choice).value for choice in others))
+        key = (
+            item.candidate.context,
+            *(choice_cell(item.candidate, choice).value for choice in others),
+        )
         kept = rows.setdefault(key, {})
         value = item.candidate.chosen(baseline.name)
         if value not in kept or _median(item.ratio) > _median(kept[value].ratio):
@@ -202,7 +277,11 @@ def speedup_table(ratios: Sequence[Ratio], baseline: Baseline) -> Table:
             column
             for value in values
             for column in (
-                Column(key=f"{baseline.name}={value}", head=f"{LABELS.get(baseline.name, baseline.name)} {value}", number=True),
+                Column(
+                    key=f"{baseline.name}={value}",
+                    head=f"{LABELS.get(baseline.name, baseline.name)} {value}",
+                    number=True,
+                ),
                 Column(key=f"{baseline.name}={value}_stddev", head="", number=True, csv_only=True),
             )
         ),
@@ -226,7 +305,9 @@ def speedup_table(ratios: Sequence[Ratio], baseline: Baseline) -> Table:
 def _ratio_cells(item: Ratio | None) -> tuple[Cell, Cell]:
     if item is None or item.ratio is None:
         return Cell(text="-" if item is None else f"- ({item.missing})"), Cell(text="")
-    return Cell(text=format_spread(item.ratio), value=item.ratio.median), Cell(text="", value=item.ratio.stddev)
+    return Cell(text=format_spread(item.ratio), value=item.ratio.median), Cell(
+        text="", value=item.ratio.stddev
+    )
 
 
 def _sortable(value: str) -> tuple[float, str]:
@@ -244,7 +325,11 @@ def memory_table(found: Sequence[Configuration]) -> Table:
         ("host", "plan_host_needed_bytes", "peak_host_rss_bytes"),
         ("pinned", "plan_pinned_needed_bytes", "mlocked_bytes"),
     )
-    measured = [item for item in found if item.ok_runs and any(item.value(plan) is not None for _, plan, _ in pairs)]
+    measured = [
+        item
+        for item in found
+        if item.ok_runs and any(item.value(plan) is not None for _, plan, _ in pairs)
+    ]
     choices = shown_choices(found)
     columns = (
         *choice_columns(choices),
@@ -261,13 +346,23 @@ def memory_table(found: Sequence[Configuration]) -> Table:
     rows = tuple(
         (
             *(choice_cell(item, choice) for choice in choices),
-            *(number_cell(item.value(name), GIB) for _, plan, peak in pairs for name in (plan, peak)),
+            *(
+                number_cell(item.value(name), GIB)
+                for _, plan, peak in pairs
+                for name in (plan, peak)
+            ),
             number_cell(item.value("plan_disk_needed_bytes"), GIB),
         )
         for item in measured
     )
     note = "Planned before anything was allocated; measured at its highest. On a machine without a GPU the device is host memory."
-    return Table(name="memory", title="Memory per tier, planned and measured", note=note, columns=columns, rows=rows)
+    return Table(
+        name="memory",
+        title="Memory per tier, planned and measured",
+        note=note,
+        columns=columns,
+        rows=rows,
+    )
 
 
 def published_comparison_table(comparisons: Sequence[Comparison]) -> Table:
@@ -281,8 +376,18 @@ def published_comparison_table(comparisons: Sequence[Comparison]) -> Table:
         Column(key="lengths", head="tokens", help="Prompt + new"),
         Column(key="published", head="published", number=True),
         Column(key="published_unit", head="unit"),
-        Column(key="published_bytes_per_s", head="GB/s", number=True, help="What the published number implies that its box streamed"),
-        Column(key="published_ceiling_fraction", head="% of ceiling", number=True, help="Of what its box can stream from there"),
+        Column(
+            key="published_bytes_per_s",
+            head="GB/s",
+            number=True,
+            help="What the published number implies that its box streamed",
+        ),
+        Column(
+            key="published_ceiling_fraction",
+            head="% of ceiling",
+            number=True,
+            help="Of what its box can stream from there",
+        ),
         Column(key="measured", head="measured here", number=True),
         Column(key="measured_stddev", head="", number=True, csv_only=True),
         Column(key="measured_bytes_per_s", head="GB/s here", number=True),
@@ -316,7 +421,11 @@ def published_comparison_table(comparisons: Sequence[Comparison]) -> Table:
 def _published_row(item: Comparison) -> tuple[Cell, ...]:
     row, measured = item.published, item.measured
     implied, limit = row.implied_bytes_per_s, ceiling_bytes_per_s(row)
-    lengths = None if row.prompt_tokens is None or row.new_tokens is None else f"{row.prompt_tokens} + {row.new_tokens}"
+    lengths = (
+        None
+        if row.prompt_tokens is None or row.new_tokens is None
+        else f"{row.prompt_tokens} + {row.new_tokens}"
+    )
     return (
         text_cell(row.model or None),
         whole_cell(row.weights_bits),
@@ -361,9 +470,17 @@ def environment_table(environments: Sequence[tuple[str, Json]]) -> Table:
     names = [(name, _lookup(path)) for name, path in ENVIRONMENT_ROWS]
     names += [(package, _lookup(("packages", package))) for package in PACKAGES]
     names.insert(0, ("GPUs", _gpus))
-    names.insert(3, ("host memory GiB", lambda found: _gib(_lookup(("memory", "total_bytes"))(found))))
-    columns = (Column(key="what", head=""), *(Column(key=name, head=name) for name, _ in environments))
-    rows = [(text_cell(name), *(text_cell(look(found)) for _, found in environments)) for name, look in names]
+    names.insert(
+        3, ("host memory GiB", lambda found: _gib(_lookup(("memory", "total_bytes"))(found)))
+    )
+    columns = (
+        Column(key="what", head=""),
+        *(Column(key=name, head=name) for name, _ in environments),
+    )
+    rows = [
+        (text_cell(name), *(text_cell(look(found)) for _, found in environments))
+        for name, look in names
+    ]
     known = tuple(row for row in rows if any(cell.value is not None for cell in row[1:]))
     return Table(
         name="environment",
@@ -396,7 +513,9 @@ def _gpus(found: Json) -> str | None:
         facts = [
             f"{_gib(gpu.get('total_bytes'))} GiB" if gpu.get("total_bytes") else None,
             f"driver {gpu['driver_version']}" if gpu.get("driver_version") else None,
-            f"power limit {gpu['power_limit_watts']:g} W" if gpu.get("power_limit_watts") else "power limit not known",
+            f"power limit {gpu['power_limit_watts']:g} W"
+            if gpu.get("power_limit_watts")
+            else "power limit not known",
         ]
         lines.append(f"{gpu.get('name')} ({', '.join(filter(None, facts))})")
     return "; ".join(lines) or None

@@ -7,8 +7,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from zinfer.config import ModelConfig, parse_config
-from zinfer.model_spec import count
-from zinfer.spec_cache import CATALOGUE, cache_key, write_catalogue
+from zinfer.model.spec import count
+from zinfer.model.spec_cache import CATALOGUE, cache_key, write_catalogue
 
 CONF = Path(__file__).parent.parent / "conf"
 NEEDS_A_SOURCE = "custom"
@@ -16,9 +16,13 @@ NEEDS_A_SOURCE = "custom"
 
 def catalogue() -> list[ModelConfig]:
     """Every model file as a run composes it."""
-    names = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != NEEDS_A_SOURCE)
+    names = sorted(
+        path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != NEEDS_A_SOURCE
+    )
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return [parse_config(compose("config", overrides=[f"model={name}"])).model for name in names]
+        return [
+            parse_config(compose("config", overrides=[f"model={name}"])).model for name in names
+        ]
 
 
 if __name__ == "__main__":

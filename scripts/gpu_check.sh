@@ -23,7 +23,7 @@ for name in ("torch", "transformers", "deepspeed", "hydra-core"):
 PY
 
 section "ops builds"
-timed "async_io and pin_memory" 420 "$python" -m zinfer.native_ops build 2>&1 | tee "$out/ops.log"
+timed "async_io and pin_memory" 420 "$python" -m zinfer.machine.native_ops build 2>&1 | tee "$out/ops.log"
 
 section "tests/gpu"
 timed tests 600 "$python" -m pytest -q -p no:cacheprovider tests/gpu 2>&1 | tee "$out/tests.log" | tail -n 15

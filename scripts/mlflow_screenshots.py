@@ -19,12 +19,18 @@ from typing import Any
 from urllib.parse import quote
 
 from multirun_analysis.read import Selection, read_mlflow
-from zinfer.worker_process import free_port
+from zinfer.driver.worker_process import free_port
 
 WINDOW = (1560, 720)
 PAGE_WAIT_S = 60.0
 SERVER_WAIT_S = 240.0
-SHOWN_COLUMNS = ("generated_tokens_per_s", "decode_step_s", "model.name", "offload.device", "batch.batch_size")
+SHOWN_COLUMNS = (
+    "generated_tokens_per_s",
+    "decode_step_s",
+    "model.name",
+    "offload.device",
+    "batch.batch_size",
+)
 HIDDEN_COLUMNS = ("Dataset", "Source", "Models")
 CHECKBOX = "contains(@class, 'tree-checkbox') and not(contains(@class, 'inner'))"
 COLOURS = 64
@@ -66,17 +72,27 @@ def take(browser: Any, address: str, selection: Selection, folder: Path) -> None
         box.send_keys(column)
         time.sleep(0.7)
         named = f"//span[contains(@class, 'tree-title') and normalize-space(.)='{column}']"
-        browser.find_element(By.XPATH, f"{named}/ancestor::div[contains(@class, 'treenode')]//span[{CHECKBOX}]").click()
+        browser.find_element(
+            By.XPATH, f"{named}/ancestor::div[contains(@class, 'treenode')]//span[{CHECKBOX}]"
+        ).click()
     browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ESCAPE)
     time.sleep(2)
     save(browser, folder / "mlflow_runs.png")
-    browser.execute_script("document.querySelectorAll('input[type=radio]')[1].click()")  # list, chart, table
+    browser.execute_script(
+        "document.querySelectorAll('input[type=radio]')[1].click()"
+    )  # list, chart, table
     time.sleep(5)
-    browser.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']").send_keys("tokens_per_s")
+    browser.find_element(By.CSS_SELECTOR, "input[placeholder='Search metric charts']").send_keys(
+        "tokens_per_s"
+    )
     time.sleep(4)
     save(browser, folder / "mlflow_charts.png")
     ids = quote(json.dumps([run.run_id for run in measured[:16]]))
-    show(browser, f"{address}/#/compare-runs?runs={ids}&experiments={quote(json.dumps([experiment]))}", "Parallel Coordinates Plot")
+    show(
+        browser,
+        f"{address}/#/compare-runs?runs={ids}&experiments={quote(json.dumps([experiment]))}",
+        "Parallel Coordinates Plot",
+    )
     metrics = browser.find_elements(By.CSS_SELECTOR, "input[role=combobox]")[1]
     metrics.send_keys(Keys.BACKSPACE + "generated_tokens_per_s")
     time.sleep(1)
@@ -88,9 +104,30 @@ def take(browser: Any, address: str, selection: Selection, folder: Path) -> None
 def start_server(uri: str) -> tuple[subprocess.Popen[bytes], str]:
     """One small server process, and its address once it answers."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port), "--workers", "1"]
-    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    env = {
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    server = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SERVER_WAIT_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -107,9 +144,17 @@ def open_browser() -> Any:
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ):
         options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    browser = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     metrics = {"width": WINDOW[0], "height": WINDOW[1], "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     return browser
@@ -119,7 +164,10 @@ def show(browser: Any, url: str, text: str) -> None:
     """Open a page and wait until it shows `text`; the assistant's panel is closed."""
     browser.get(url)
     deadline = time.monotonic() + PAGE_WAIT_S
-    while text not in browser.execute_script("return document.body.outerHTML") and time.monotonic() < deadline:
+    while (
+        text not in browser.execute_script("return document.body.outerHTML")
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.5)
     browser.execute_script("document.querySelector('[aria-label=\"Close\"]')?.click()")
     time.sleep(3)

@@ -15,14 +15,20 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free processors stall every operator
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # more threads than free processors stall every operator
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["ZINFER_PROFILES"] = tempfile.mkdtemp(prefix="zinfer-test-profiles-")  # this machine's own calibration decides no test
+os.environ["ZINFER_PROFILES"] = tempfile.mkdtemp(
+    prefix="zinfer-test-profiles-"
+)  # this machine's own calibration decides no test
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-from zinfer import native_ops  # the environment comes first: what is imported later reads it
+from zinfer.machine import (
+    native_ops,  # the environment comes first: what is imported later reads it
+)
 
 os.environ.update(native_ops.worker_environment())
 atexit.register(shutil.rmtree, os.environ["ZINFER_PROFILES"], ignore_errors=True)
@@ -33,9 +39,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run; everything in tests/gpu needs a CUDA device."""
     absent = {
-        "gpu": None if native_ops.accelerator_name() == "cuda" else "needs a CUDA device and a CUDA build of torch",
-        "browser": None if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) else "needs a headless Chromium",
-        "slurm": None if shutil.which("sbatch") else "needs a Slurm controller (sbatch was not found)",
+        "gpu": None
+        if native_ops.accelerator_name() == "cuda"
+        else "needs a CUDA device and a CUDA build of torch",
+        "browser": None
+        if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+        else "needs a headless Chromium",
+        "slurm": None
+        if shutil.which("sbatch")
+        else "needs a Slurm controller (sbatch was not found)",
     }
     for item in items:
         if "gpu" in item.path.parts:
@@ -59,7 +71,7 @@ def built_ops() -> list[str]:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """Folder of SmolLM2-135M-Instruct; skipped where it is neither there nor to be downloaded."""
-    from zinfer.weights.demo_model import make_demo_model
+    from zinfer.model.weights.demo_model import make_demo_model
 
     try:
         return make_demo_model()

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 HEAVY = ("torch", "transformers", "deepspeed")
-TINY = ("model=tiny-llama", "launcher.omp_threads=1", "batch.prompt_tokens=4", "batch.new_tokens=3", "batch.repeats=2")
+TINY = (
+    "model=tiny-llama",
+    "launcher.omp_threads=1",
+    "batch.prompt_tokens=4",
+    "batch.new_tokens=3",
+    "batch.repeats=2",
+)
 
 
 def zinfer(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +49,7 @@ def test_help_shows_groups_choices_and_three_examples(tmp_path: Path) -> None:
 
 
 def test_the_driver_imports_nothing_heavy() -> None:
-    code = f"import zinfer.__main__, zinfer.driver, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    code = f"import zinfer.__main__, zinfer.driver.run, sys; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -64,7 +70,9 @@ def test_a_refusal_as_json(tmp_path: Path) -> None:
     assert "batch.batch_size=1" in refused["problems"][0]
 
 
-@pytest.mark.parametrize("typo", ["offload=disk", "model=opt-125", "batch.batchsize=4", "offload=[", "nosuchgroup=1"])
+@pytest.mark.parametrize(
+    "typo", ["offload=disk", "model=opt-125", "batch.batchsize=4", "offload=[", "nosuchgroup=1"]
+)
 def test_a_typo_is_exit_code_2_and_no_traceback(typo: str, tmp_path: Path) -> None:
     done = zinfer(tmp_path, typo, "format=json")
     assert done.returncode == 2
@@ -80,7 +88,13 @@ def test_a_run_prints_one_document_and_leaves_its_files(tmp_path: Path) -> None:
     assert result["status"] == "ok"
     assert result["reason"] is None
     assert len(result["run_id"]) == 32
-    assert {"parameters", "weight_bytes", "kv_cache_bytes_per_token", "kv_cache_bytes", "kv_cache_bytes_paper"} <= result["model"].keys()
+    assert {
+        "parameters",
+        "weight_bytes",
+        "kv_cache_bytes_per_token",
+        "kv_cache_bytes",
+        "kv_cache_bytes_paper",
+    } <= result["model"].keys()
     assert set(result["plan"]["tiers"]) == {"device", "host", "pinned", "disk"}
     assert result["plan"]["fits"] is True
     assert result["deepspeed"]["zero_optimization"]["stage"] == 3
@@ -105,7 +119,15 @@ def test_people_see_the_plan_beside_the_measurement(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_plan_of_opt_175b_takes_no_weights_and_gives_the_json(tmp_path: Path) -> None:
-    done = zinfer(tmp_path, "model=opt-175b", "offload=nvme", "dtype=float16", "task=plan", "plan.enforce=false", "format=json")
+    done = zinfer(
+        tmp_path,
+        "model=opt-175b",
+        "offload=nvme",
+        "dtype=float16",
+        "task=plan",
+        "plan.enforce=false",
+        "format=json",
+    )
     assert done.returncode == 0, done.stderr
     planned = document(done)
     assert planned["status"] == "planned"
@@ -132,10 +154,24 @@ def test_what_does_not_fit_is_refused_with_numbers_and_what_to_type(tmp_path: Pa
 def test_a_folder_with_only_a_config_plans_and_runs_dummy_weights(tmp_path: Path) -> None:
     folder = tmp_path / "gpt2"
     folder.mkdir()
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 256,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     done = zinfer(
-        tmp_path, "model=custom", f"model.source={folder}", *TINY[1:], "tracking=none", "offload=cpu", "dtype=float32", "format=json"
+        tmp_path,
+        "model=custom",
+        f"model.source={folder}",
+        *TINY[1:],
+        "tracking=none",
+        "offload=cpu",
+        "dtype=float32",
+        "format=json",
     )
     assert done.returncode == 0, done.stderr
     assert document(done)["model"]["architecture"] == "GPT2LMHeadModel"
@@ -143,10 +179,17 @@ def test_a_folder_with_only_a_config_plans_and_runs_dummy_weights(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("source", "says"), [("/no/such/folder", "model.source"), ("nobody/no-such-model-anywhere", "cannot be"), (".", "config.json")]
+    ("source", "says"),
+    [
+        ("/no/such/folder", "model.source"),
+        ("nobody/no-such-model-anywhere", "cannot be"),
+        (".", "config.json"),
+    ],
 )
 def test_a_model_that_is_not_there_is_a_sentence(source: str, says: str, tmp_path: Path) -> None:
-    done = zinfer(tmp_path, "model=custom", f"model.source={source}", "tracking=none", "format=json")
+    done = zinfer(
+        tmp_path, "model=custom", f"model.source={source}", "tracking=none", "format=json"
+    )
     assert done.returncode == 2
     refused = document(done)
     assert refused["status"] == "refused"
@@ -161,12 +204,28 @@ def test_secrets_reach_no_file_and_no_output(tmp_path: Path) -> None:
         "AWS_SECRET_ACCESS_KEY": "s3cr3ts3cr3t",
     }
     uri = f"sqlite:///{tmp_path}/runs.db"
-    done = zinfer(tmp_path, *TINY, f"tracking.uri={uri}", "+tracking.tags.note=correct-horse-battery", **secrets)
+    done = zinfer(
+        tmp_path,
+        *TINY,
+        f"tracking.uri={uri}",
+        "+tracking.tags.note=correct-horse-battery",
+        **secrets,
+    )
     assert done.returncode == 0, done.stderr
-    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and ".hydra" not in path.parts)
+    written = b"".join(
+        path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and ".hydra" not in path.parts
+    )
     for secret in secrets.values():
         assert secret not in done.stdout + done.stderr
-        found = [str(path) for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
-        allowed = [path for path in found if path.endswith("job.json") or ".hydra" in path]  # what the user typed, for the worker alone
+        found = [
+            str(path)
+            for path in tmp_path.rglob("*")
+            if path.is_file() and secret.encode() in path.read_bytes()
+        ]
+        allowed = [
+            path for path in found if path.endswith("job.json") or ".hydra" in path
+        ]  # what the user typed, for the worker alone
         assert found == allowed, found
     assert len(written) > 10_000

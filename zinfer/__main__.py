@@ -11,22 +11,14 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 
 import hydra
 
-from zinfer.interrupts import Interrupts
-from zinfer.outcome import INTERRUPTED, Outcome
+from zinfer.driver.interrupts import Interrupts
+from zinfer.job.outcome import INTERRUPTED, Outcome
+from zinfer.paths import conf_dir
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from zinfer.sweep import Sweep
-
-
-def conf_dir() -> str:
-    """conf/ inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return str(folder)
-    raise FileNotFoundError("conf/config.yaml is neither inside the zinfer package nor beside it")
+    from zinfer.sweep.record import Sweep
 
 
 class Ended:
@@ -48,8 +40,8 @@ def task(composed: DictConfig) -> None:
     if context.mode != RunMode.MULTIRUN:
         Ended.outcome = run_single(composed, job_dir)
         return
-    from zinfer.sweep import read_sweep, started_here
-    from zinfer.sweep_job import run_sweep_job
+    from zinfer.sweep.job import run_sweep_job
+    from zinfer.sweep.record import read_sweep, started_here
 
     sweep = read_sweep(Path(context.sweep.dir).absolute())
     assert sweep is not None, "SweepCallback writes sweep.json before the first job"
@@ -63,9 +55,9 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
     from omegaconf import OmegaConf
 
     from zinfer.config import ConfigError, parse_config
-    from zinfer.driver import finish, run_job
-    from zinfer.refusals import refusal
-    from zinfer.terminal import Terminal
+    from zinfer.driver.refusals import refusal
+    from zinfer.driver.run import finish, run_job
+    from zinfer.driver.terminal import Terminal
 
     terminal = Terminal(str(OmegaConf.select(composed, "format")), name=job_dir.name)
     try:
@@ -73,15 +65,15 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
     if config.task == "calibrate":
-        from zinfer.calibrate import main_task
+        from zinfer.calibration.task import main_task
 
         return finish(main_task(config, job_dir, terminal), job_dir, terminal)
     if config.task == "upload":
-        from zinfer.upload import upload
+        from zinfer.driver.upload import upload
 
         return finish(upload(config, job_dir, terminal), job_dir, terminal)
     if config.sweep.search == "best_batch":
-        from zinfer.sweep_search import search_best_batch
+        from zinfer.sweep.search import search_best_batch
 
         return search_best_batch(config, job_dir, terminal)
     return run_job(config, job_dir, terminal)
@@ -92,7 +84,9 @@ def main() -> None:
     wants_json = "format=json" in sys.argv
     sys.argv[1:] = multirun_first(sys.argv[1:])
     said = io.StringIO()
-    compose_and_run = hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(task)
+    compose_and_run = hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(
+        task
+    )
     Interrupts.install()
     interrupted, over, code = False, False, 0
     try:
@@ -100,19 +94,27 @@ def main() -> None:
             compose_and_run()
     except KeyboardInterrupt:
         interrupted, code = True, INTERRUPTED
-    except SystemExit as exit_:  # Hydra's own after a failure, SweepOver where nothing was left to run
+    except (
+        SystemExit
+    ) as exit_:  # Hydra's own after a failure, SweepOver where nothing was left to run
         over = type(exit_) is not SystemExit
         code = exit_.code if isinstance(exit_.code, int) else 0
     sweep = sweep_started_here()
     if sweep is not None:
-        from zinfer.sweep_end import end_sweep
+        from zinfer.sweep.end import end_sweep
 
         with Interrupts.in_order():
             ended = end_sweep(sweep, interrupted=interrupted)
         sys.exit(ended or code)
-    if code and not (Ended.composed or interrupted or over):  # Hydra could not compose what was typed
+    if code and not (
+        Ended.composed or interrupted or over
+    ):  # Hydra could not compose what was typed
         if wants_json:
-            problems = [line for line in said.getvalue().splitlines() if line and "HYDRA_FULL_ERROR" not in line]
+            problems = [
+                line
+                for line in said.getvalue().splitlines()
+                if line and "HYDRA_FULL_ERROR" not in line
+            ]
             print(json.dumps({"status": "refused", "problems": [" ".join(problems)]}))
         sys.exit(2)
     sys.exit(Ended.outcome.exit_code if Ended.outcome is not None else code)
@@ -120,7 +122,7 @@ def main() -> None:
 
 def sweep_started_here() -> Sweep | None:
     """Without importing what only sweeps need."""
-    start = sys.modules.get("zinfer.sweep_start")
+    start = sys.modules.get("zinfer.sweep.start")
     return start.Started.sweep if start is not None else None
 
 
@@ -139,7 +141,9 @@ class Tee(io.TextIOBase):
     def write(self, text: str) -> int:
         if not Ended.composed:
             self._copy.write(text)
-        if "HYDRA_FULL_ERROR=1" in text:  # Hydra's hint at a stack trace: of what the user typed there is none worth reading
+        if (
+            "HYDRA_FULL_ERROR=1" in text
+        ):  # Hydra's hint at a stack trace: of what the user typed there is none worth reading
             return len(text)
         return self._stream.write(text)
 

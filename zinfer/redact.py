@@ -16,9 +16,13 @@ SHORTEST_SECRET = 6
 SECRET_VARIABLE = re.compile(r"TOKEN(?!IZER)|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL", re.IGNORECASE)
 URI_CREDENTIALS = re.compile(r"(?<=://)[^\s/@\"'<>]+(?:@[^\s/@\"'<>]+)*@")
 """user:secret@, user@, and passwords that contain an unescaped @."""
-URI_QUERY_SECRET = re.compile(r"(?i)([?&][^=&\s]*(?:token|password|secret|credential|signature|api_?key)[^=&\s]*=)[^&\s\"']+")
+URI_QUERY_SECRET = re.compile(
+    r"(?i)([?&][^=&\s]*(?:token|password|secret|credential|signature|api_?key)[^=&\s]*=)[^&\s\"']+"
+)
 HUB_TOKEN = re.compile(r"\bhf_(?:(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{8,}|[A-Za-z0-9]{20,})")
-AUTHORIZATION = re.compile(r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+)[^\s\"']+")
+AUTHORIZATION = re.compile(
+    r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+)[^\s\"']+"
+)
 NAMED_SECRET = re.compile(
     r"(?i)((?:password|passwd|secret|credential|api_?key|access_?key|(?:access|auth|hf|hub|api)_?token)s?[\"']?\s*[:=]\s*[\"']?)"
     r"(?!null\b|none\b|true\b|false\b|[\d.]+\b|\*\*\*)[^\s\"',}&]+"
@@ -40,7 +44,11 @@ def known_secrets(variables: Mapping[str, str]) -> list[str]:
         if "://" in value and "@" in value:
             secrets.update(_uri_passwords(value))
     long_enough = {secret.strip() for secret in secrets if len(secret.strip()) >= SHORTEST_SECRET}
-    spellings = {spell(secret) for secret in long_enough for spell in (str, _quote_all, quote_plus, _json_escape)}
+    spellings = {
+        spell(secret)
+        for secret in long_enough
+        for spell in (str, _quote_all, quote_plus, _json_escape)
+    }
     return sorted(spellings, key=len, reverse=True)
 
 
@@ -59,7 +67,10 @@ def _redact(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
         return redact_text(value, secrets)
     if isinstance(value, Mapping):
-        return {redact_text(str(key), secrets): _redact_named(str(key), item, secrets) for key, item in value.items()}
+        return {
+            redact_text(str(key), secrets): _redact_named(str(key), item, secrets)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return type(value)(_redact(item, secrets) for item in value)
     return value
@@ -67,7 +78,11 @@ def _redact(value: Any, secrets: list[str]) -> Any:
 
 def _redact_named(name: str, value: Any, secrets: list[str]) -> Any:
     """A value whose key says that it is a secret: `{"api_key": "..."}`."""
-    if isinstance(value, str) and value and NAMED_SECRET.fullmatch(f"{name.rpartition('.')[2]}={value}"):
+    if (
+        isinstance(value, str)
+        and value
+        and NAMED_SECRET.fullmatch(f"{name.rpartition('.')[2]}={value}")
+    ):
         return HIDDEN
     return _redact(value, secrets)
 

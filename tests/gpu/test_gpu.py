@@ -10,12 +10,22 @@ from typing import Any
 
 import pytest
 
-BATCH = ("batch.batch_size=2", "batch.prompt_tokens=16", "batch.new_tokens=24", "batch.warmup=1", "batch.repeats=2")
+BATCH = (
+    "batch.batch_size=2",
+    "batch.prompt_tokens=16",
+    "batch.new_tokens=24",
+    "batch.warmup=1",
+    "batch.repeats=2",
+)
 MODEL = (
     "model=tiny-llama",
     *(
         f"model.overrides.{name}={value}"
-        for name, value in {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}.items()
+        for name, value in {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 8,
+        }.items()
     ),
 )
 
@@ -23,7 +33,9 @@ MODEL = (
 def zinfer(folder: Path, *overrides: str) -> dict[str, Any]:
     """One job's result."""
     command = [sys.executable, "-m", "zinfer", "format=json", "tracking=none", *overrides]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.stdout, done.stderr
     result = json.loads(done.stdout)
     assert result["status"] == "ok", (result, done.stderr)
@@ -32,7 +44,9 @@ def zinfer(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, built_ops: list[str]) -> dict[str, dict[str, Any]]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, built_ops: list[str]
+) -> dict[str, dict[str, Any]]:
     """The same dummy model resident and under every offload target, in float32."""
     folder = tmp_path_factory.mktemp("gpu")
     targets = {
@@ -42,7 +56,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, built_ops: list[str]) -> dict
         "pinned": ("offload=cpu", "offload.pin_memory=true"),
         "nvme": ("offload=nvme",),
     }
-    return {name: zinfer(folder, *MODEL, *BATCH, "dtype=float32", *overrides) for name, overrides in targets.items()}
+    return {
+        name: zinfer(folder, *MODEL, *BATCH, "dtype=float32", *overrides)
+        for name, overrides in targets.items()
+    }
 
 
 @pytest.mark.parametrize("target", ["none", "cpu", "pinned", "nvme"])
@@ -66,7 +83,9 @@ def test_the_plan_covers_the_device_peak(runs: dict[str, dict[str, Any]]) -> Non
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_run(dtype: str, tmp_path: Path, built_ops: list[str]) -> None:
-    assert zinfer(tmp_path, *MODEL, *BATCH, f"dtype={dtype}", "offload=cpu")["model"]["dtype"] == dtype
+    assert (
+        zinfer(tmp_path, *MODEL, *BATCH, f"dtype={dtype}", "offload=cpu")["model"]["dtype"] == dtype
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-RAISE, EXIT, SEGFAULT, KILLED, MEMORY, TORCH_MEMORY, HANG, SLEEP = 101, 102, 103, 104, 105, 106, 107, 108
+RAISE, EXIT, SEGFAULT, KILLED, MEMORY, TORCH_MEMORY, HANG, SLEEP = (
+    101,
+    102,
+    103,
+    104,
+    105,
+    106,
+    107,
+    108,
+)
 
 
 def misbehave(seed: int) -> None:
@@ -71,7 +80,9 @@ class Wrapped(importlib.abc.Loader):
 class Finder(importlib.abc.MetaPathFinder):
     """Finds zinfer.generate where it is, once."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != "zinfer.generate":
             return None
         sys.meta_path.remove(self)

@@ -1,0 +1,134 @@
+"""Dummy weights that behave like data, and checkpoints that are read only as far as they are trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.composing import composed
+from zinfer.config import ConfigError, ModelConfig
+from zinfer.job.events import EventLog
+from zinfer.model.spec import model_spec
+from zinfer.model.weights.dummy import POOL_NUMEL, STDDEV, DummyFiller, dummy_model
+from zinfer.model.weights.pretrained import pretrained_model, weights_source
+
+OPT = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+
+
+def filler(tmp_path: Path, model: str = "tiny-llama") -> DummyFiller:
+    return DummyFiller(model_spec(composed(f"model={model}").model), EventLog(tmp_path))
+
+
+def test_dummy_weights_are_normal_for_matrices_one_for_norms_zero_for_biases(
+    tmp_path: Path,
+) -> None:
+    values = filler(tmp_path)
+    matrix, norm, bias = torch.zeros(512, 512), torch.zeros(512), torch.ones(512)
+    values.fill("weight", matrix)
+    values.fill("weight", norm)
+    values.fill("bias", bias)
+    assert float(matrix.mean()) == pytest.approx(0.0, abs=1e-3)
+    assert float(matrix.std()) == pytest.approx(STDDEV, rel=0.02)
+    assert not (matrix == 0).any()
+    assert (norm == 1).all()
+    assert (bias == 0).all()
+
+
+def test_two_parameters_of_a_shape_differ_and_another_filler_repeats_them(tmp_path: Path) -> None:
+    first, second, again = torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(64, 64)
+    values = filler(tmp_path)
+    values.fill("weight", first)
+    values.fill("weight", second)
+    assert not torch.equal(first, second)
+    filler(tmp_path).fill("weight", again)
+    assert torch.equal(first, again)
+
+
+def test_a_parameter_larger_than_the_pool_is_tiled_and_lending_equals_filling(
+    tmp_path: Path,
+) -> None:
+    rows = POOL_NUMEL // 1024 + 100
+    filled = torch.zeros(rows, 1024)
+    lent = torch.nn.Parameter(torch.zeros(rows, 1024), requires_grad=False)
+    filler(tmp_path).fill("weight", filled)
+    filler(tmp_path).lend("weight", lent)
+    assert torch.equal(filled, lent.data)
+    assert not torch.equal(filled[0], filled[1])
+    assert not (filled == 0).all(dim=1).any()
+
+
+def test_a_dummy_model_has_no_unfilled_parameter_and_keeps_its_ties(tmp_path: Path) -> None:
+    config = composed("model=tiny-opt")
+    model = dummy_model(
+        config.model,
+        model_spec(config.model),
+        torch.float32,
+        torch.device("cpu"),
+        EventLog(tmp_path),
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            assert float(parameter.detach().std()) == pytest.approx(STDDEV, rel=0.2), name
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path / "checkpoint"
+    settings = {name: value for name, value in OPT.items() if name != "model_type"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **settings)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def custom(folder: Path, **more: bool) -> ModelConfig:
+    return composed(
+        "model=custom",
+        f"model.source={folder}",
+        *(f"model.{name}={str(value).lower()}" for name, value in more.items()),
+    ).model
+
+
+def test_a_pickle_checkpoint_is_read_only_when_asked(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no safetensors weights.*model\.allow_pickle=true"):
+        pretrained_model(custom(checkpoint), torch.float32, EventLog(tmp_path))
+    model = pretrained_model(
+        custom(checkpoint, allow_pickle=True), torch.float32, EventLog(tmp_path)
+    )
+    assert model.config.hidden_size == 32
+
+
+def test_a_checkpoint_that_is_not_what_is_pinned_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    pinned = replace(composed("model=tiny-opt").model, source=str(checkpoint))
+    pretrained_model(pinned, torch.float32, EventLog(tmp_path))
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert any(
+        "hidden_size is 64" in event["message"] for event in events if event["event"] == "warning"
+    )
+
+
+def test_weights_that_cannot_be_reached_are_a_sentence(tmp_path: Path) -> None:
+    model = composed("model=llama-2-7b", "weights=pretrained").model
+    assert weights_source(model) == "meta-llama/Llama-2-7b-hf"
+    with pytest.raises(ConfigError, match="weights=dummy"):
+        pretrained_model(model, torch.float32, EventLog(tmp_path))

@@ -1,0 +1,276 @@
+"""task=plan: the page, the warnings, the advice, and grids in one process."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.composing import choices, composed
+from tests.plan.test_ceiling import profile
+from zinfer.config import RunConfig
+from zinfer.job.outcome import Outcome
+from zinfer.machine.hardware import Hardware, detect_hardware
+from zinfer.model.spec import ModelSpec, model_spec
+from zinfer.plan.advice import plan_warnings, suggestions
+from zinfer.plan.memory import memory_plan
+from zinfer.plan.page import advice_document, page, verdict_line
+from zinfer.plan.prediction import predict
+from zinfer.units import GIB
+
+
+def planned(*overrides: str, **changes: Any) -> tuple[ModelSpec, RunConfig, Hardware]:
+    config = composed(*overrides)
+    spec = model_spec(
+        config.model, compute_dtype=None if config.dtype.compute == "auto" else config.dtype.compute
+    )
+    return spec, config, dataclasses.replace(detect_hardware(config.hardware, None), **changes)
+
+
+def warnings(*overrides: str, **changes: Any) -> str:
+    spec, config, hardware = planned(*overrides, **changes)
+    plan = memory_plan(spec, config, hardware)
+    return "\n".join(plan_warnings(spec, config, hardware, plan, predict(spec, config, hardware)))
+
+
+def lines(*overrides: str, **changes: Any) -> str:
+    spec, config, hardware = planned(*overrides, **changes)
+    plan, said = memory_plan(spec, config, hardware), predict(spec, config, hardware)
+    document = {
+        **plan.document(),
+        "prediction": said.document(plan),
+        "advice": advice_document(spec, config, hardware, plan, said),
+    }
+    json.dumps(document)
+    return "\n".join(page(Outcome(status="planned", plan=document)))
+
+
+def test_the_page_of_a_published_run() -> None:
+    """LLaMA-3-70B from NVMe on an H100: 141.1 GB at 13 GB/s are 10.9 s a pass; published are 8.6 to 8.9 tokens/s."""
+    text = lines(
+        "model=llama-3-70b",
+        "offload=nvme",
+        "dtype=float16",
+        "hardware=h100_2nvme",
+        "batch=paper",
+        "batch.batch_size=96",
+    )
+    assert "fits: " in text and "to spare on the tightest tier, device" in text
+    assert "decode step  at best 10.85 s, bound by NVMe" in text
+    assert "tokens/s     at best 8.844" in text
+    assert "largest batch that fits: " in text
+    assert "offload=cpu" in text
+
+
+def test_the_page_says_what_is_too_little_and_by_how_much() -> None:
+    text = lines("model=opt-30b", "offload=none", "dtype=float16", "hardware=a6000")
+    assert "does not fit: device needs" in text and "too little" in text
+    assert "largest batch that fits: none" in text
+    assert "offload=cpu" in text and "offload=nvme" in text
+
+
+def test_an_unknown_box_is_unknown() -> None:
+    unknown: dict[str, Any] = dict.fromkeys(
+        (
+            "device_memory_bytes_per_s",
+            "host_to_device_bytes_per_s",
+            "nvme_read_bytes_per_s",
+            "device_free_bytes",
+            "host_available_bytes",
+        )
+    )
+    text = lines(
+        "model=opt-30b",
+        "offload=cpu",
+        "dtype=float16",
+        "hardware=a6000",
+        device_flops_per_s={},
+        **unknown,
+    )
+    assert "fits, as far as is known" in text
+    assert "how fast: unknown" in text and "task=calibrate" in text
+
+
+def test_a_finished_run_shows_prediction_and_ceiling() -> None:
+    metrics = {
+        "generated_tokens_per_s": 5.0,
+        "ceiling_generated_tokens_per_s": 10.0,
+        "predicted_generated_tokens_per_s": 5.5,
+    }
+    said = verdict_line(
+        Outcome(status="ok", plan={"prediction": {"binding_resource": "nvme"}}, metrics=metrics)
+    )
+    assert said == "predicted 5.5 tokens/s, measured 5: 50% of the ceiling of 10; bound by NVMe"
+    assert verdict_line(Outcome(status="ok", metrics={"generated_tokens_per_s": 5.0})) is None
+
+
+WARNED = [  # overrides, changes of the box, words of the warning
+    (
+        ("model=opt-66b", "offload=cpu", "offload.pin_memory=true"),
+        {},
+        "can neither move nor reclaim",
+    ),
+    (
+        ("model=opt-13b", "offload=nvme", "zero=paper"),
+        {"host_total_bytes": 100 * GIB},
+        "of host memory. Type zero=tuned",
+    ),
+    (
+        ("model=opt-66b", "offload=nvme"),
+        {"host_total_bytes": 64 * GIB},
+        "of host memory. Type offload.buffer_count=2 for as few",
+    ),
+    (
+        ("model=opt-13b", "offload=nvme"),
+        {"memlock_limit_bytes": 8 << 20},
+        "`ulimit -l` allows 8.0 MiB",
+    ),
+    (
+        ("model=opt-66b", "offload=nvme"),
+        {"disk_filesystem": "tmpfs"},
+        "is on tmpfs, which is memory, not a disk",
+    ),
+    (("model=opt-66b", "offload=nvme"), {"disk_filesystem": "overlay"}, "is on overlay"),
+    (
+        ("model=opt-66b", "offload=nvme"),
+        {"disk_filesystem": "nfs4"},
+        "is on nfs4, which is on the network",
+    ),
+    (("model=opt-66b", "offload=nvme"), {"disk_filesystem": "fuse.sshfs"}, "is on fuse.sshfs"),
+    (("model=opt-1.3b", "offload=cpu"), {}, "everything fits the device and would be"),
+    (
+        ("model=opt-1.3b", "offload=none", "batch=paper", "batch.batch_size=1024"),
+        {},
+        "is beyond the knee",
+    ),
+    (("model=tiny-llama", "offload=nvme"), {}, "swaps nothing of this model"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "changes", "words"), WARNED)
+def test_a_person_would_warn(
+    overrides: tuple[str, ...], changes: dict[str, Any], words: str
+) -> None:
+    assert words in warnings(*overrides, "dtype=float16", "hardware=a6000", **changes)
+
+
+@pytest.mark.parametrize(
+    ("page_cache", "host_available_bytes", "is_said"),
+    [
+        (
+            "used: O_DIRECT is refused (Invalid argument), so these may be rates of memory",
+            200 * GIB,
+            True,
+        ),
+        (
+            "used: O_DIRECT is refused (Invalid argument), so these may be rates of memory",
+            26 * GIB,
+            False,
+        ),  # 24 GiB are swapped
+        ("bypassed", 200 * GIB, False),
+    ],
+)
+def test_a_page_cache_that_holds_all_swapped_weights_is_said(
+    page_cache: str, host_available_bytes: int, is_said: bool
+) -> None:
+    measured = dataclasses.replace(profile(), nvme_page_cache=page_cache)
+    box: dict[str, Any] = {"profile": measured, "host_available_bytes": host_available_bytes}
+    said = warnings(
+        "model=opt-13b",
+        "offload=nvme",
+        "dtype=float16",
+        "hardware=a6000",
+        "batch.batch_size=1",
+        **box,
+    )
+    assert ("what is measured as NVMe would be RAM" in said) is is_said
+
+
+@pytest.mark.parametrize("filesystem", ["ext4", "xfs", "btrfs", "zfs", None])
+def test_nothing_is_said_of_a_sound_plan(filesystem: str | None) -> None:
+    said = warnings(
+        "model=opt-30b",
+        "offload=nvme",
+        "dtype=float16",
+        "hardware=a6000",
+        "batch.batch_size=4",
+        disk_filesystem=filesystem,
+    )
+    assert said == ""
+
+
+def test_suggestions_name_only_what_exists_and_what_helps() -> None:
+    spec, config, hardware = planned(
+        "model=opt-30b", "offload=nvme", "dtype=float16", "hardware=a6000", "batch=paper"
+    )
+    plan, said = memory_plan(spec, config, hardware), predict(spec, config, hardware)
+    found = suggestions(spec, config, hardware, plan, said, 16)
+    by_name = {entry.override: entry for entry in found}
+    assert by_name["offload=cpu"].gain == pytest.approx(31.5 / 5.6, rel=0.05)
+    assert (
+        by_name["batch.batch_size=16"].gain is not None and by_name["batch.batch_size=16"].gain > 10
+    )
+    assert all((entry.gain or 0) > 1.05 for entry in found)
+    for entry in found:
+        assert composed("model=opt-30b", "offload=nvme", "dtype=float16", entry.override)
+
+
+@pytest.mark.parametrize("box", [name for name in choices("hardware") if name != "detect"])
+def test_every_published_box_plans_every_offload(box: str) -> None:
+    for offload in ("none", "cpu", "nvme"):
+        spec, config, hardware = planned(
+            "model=opt-30b", f"offload={offload}", "dtype=float16", f"hardware={box}"
+        )
+        assert predict(spec, config, hardware).ceiling.decode_step.ceiling_s
+        assert memory_plan(spec, config, hardware).tier("device").available_bytes
+        assert hardware.rates_source and "data sheet" in hardware.rates_source
+
+
+def plan_grid(tmp_path: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
+    """Rows of the CSV, and what was printed. How fast: bench/bench_plan.py."""
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "zinfer",
+        "-m",
+        "task=plan",
+        "hydra.sweep.dir=grid",
+        *arguments,
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| torch\n" not in done.stderr  # not imported in this process
+    with (tmp_path / "grid/plans.csv").open() as file:
+        return list(csv.DictReader(file)), done.stdout
+
+
+def test_a_grid_is_planned_in_one_process_and_tracked(tmp_path: Path) -> None:
+    model_spec(composed("model=opt-13b").model)
+    grid = (
+        "model=tiny-llama,opt-13b",
+        "offload=none,cpu,nvme",
+        "batch.batch_size=1,8",
+        "dtype=float16",
+        "hardware=a6000",
+    )
+    rows, shown = plan_grid(tmp_path, *grid)
+    assert len(rows) == 12
+    assert {row["offload"] for row in rows} == {"none", "cpu", "nvme"}
+    opt = {
+        (row["offload"], row["batch.batch_size"]): row for row in rows if row["model"] == "opt-13b"
+    }
+    assert float(opt["cpu", "8"]["ceiling_generated_tokens_per_s"]) > 7 * float(
+        opt["cpu", "1"]["ceiling_generated_tokens_per_s"]
+    )
+    assert opt["cpu", "1"]["binding_resource"] == "host_device_link"
+    assert opt["none", "1"]["fits"] == "True"
+    assert "12 plans" in shown
+    assert (tmp_path / "mlflow.db").exists()

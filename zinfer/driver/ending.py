@@ -1,0 +1,194 @@
+"""How a worker ended: its own last word if it had one, else what the system says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zinfer.config import RunConfig
+from zinfer.driver.worker_process import Worker
+from zinfer.job.events import Event
+from zinfer.job.folder import WORKER_LOG
+from zinfer.job.outcome import Outcome, Status
+from zinfer.units import MIB, format_bytes
+
+TRACEBACK_LINES = 40
+FULL_DISK_BYTES = 4 * MIB
+"""A swap disk with less than this left, after a worker failed on it, was full."""
+HOST_MEMORY_SIGNS = (
+    "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "unable to mmap", "failed to allocate",
+    "resource temporarily unavailable", "memoryerror", "mlock",
+)  # fmt: skip
+"""What Python, torch, libstdc++ and DeepSpeed's aio say when host memory, or the limit on it, is used up."""
+
+
+@dataclass
+class Watched:
+    """What the events of a worker have said so far."""
+
+    model: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
+    deepspeed: dict[str, Any] | None = None
+    result: Event | None = None
+    generated: dict[str, Any] | None = None
+    phase: str = "start"
+    samples: list[Event] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def take(self, event: Event) -> None:
+        """One more event."""
+        fields = {key: value for key, value in event.items() if key not in ("event", "time_s")}
+        match event["event"]:
+            case "planned":
+                self.model, self.plan, self.deepspeed = (
+                    fields["model"],
+                    fields["plan"],
+                    fields["deepspeed"],
+                )
+            case "phase":
+                self.phase = fields["name"]
+            case "sample":
+                self.samples.append(fields)
+            case "warning":
+                self.warnings.append(fields["message"])
+            case "generated":
+                self.generated = fields
+            case "result":
+                self.result = fields
+
+    def outcome(self, status: Status, **fields: Any) -> Outcome:
+        """An outcome with everything that the worker had got to."""
+        return Outcome(
+            status=status,
+            model=self.model,
+            plan=self.plan,
+            deepspeed=self.deepspeed,
+            samples=tuple(self.samples),
+            warnings=tuple(self.warnings),
+            generated=self.generated,
+            **fields,
+        )
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed for want of memory on this machine. Source: oom_kill in /proc/vmstat, Linux 4.13 and later."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def disk_free_bytes(folder: Path) -> int | None:
+    """Left for this user on the file system of the swap folder; asked before the folder is removed."""
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What the driver saw while the worker ran."""
+
+    ended: str = "exit"
+    """exit, timeout, or interrupted: by whom."""
+    oom_kills: int = 0
+    swap_free_bytes: int | None = None
+    """On the swap disk when the worker had ended; None without one."""
+
+
+def outcome_of(
+    config: RunConfig, job_dir: Path, watched: Watched, worker: Worker, seen: Circumstances
+) -> Outcome:
+    """The truthful status of a job whose worker is gone."""
+    where = f"while in phase {watched.phase}"
+    if watched.result is not None:
+        return watched.outcome(watched.result["status"], metrics=watched.result["metrics"])
+    if seen.ended == "interrupted":
+        return watched.outcome("killed", reason=f"interrupted {where}")
+    if seen.ended == "timeout":
+        return watched.outcome(
+            "timeout",
+            reason=f"not done after launcher.timeout_s={config.launcher.timeout_s:g} {where}",
+        )
+    log_tail = _log_tail(job_dir)
+    returncode = worker.returncode
+    rank = config.launcher.node_rank * config.launcher.ranks + (worker.first_failed or 0)
+    who = "the worker" if len(worker.ranks) == 1 else f"rank {rank}"
+    if returncode < 0:
+        status, reason = _of_signal(signal.Signals(-returncode), who, log_tail, config, seen)
+        return watched.outcome(status, reason=f"{reason} {where}", traceback=log_tail)
+    failures = _failures(job_dir)
+    failed = min(
+        failures, key=lambda event: event["time_s"], default=None
+    )  # the other ranks fail because of it
+    said_nothing = returncode != 0 and rank not in [event["rank"] for event in failures]
+    if failed is not None and not said_nothing:
+        reason = failed["reason"]
+        if failed["status"] == "error" and _disk_is_full(seen):
+            reason = f"{_full_disk(config, seen)}: {reason}"
+        return watched.outcome(
+            failed["status"],
+            reason=reason,
+            problems=tuple(failed["problems"]),
+            traceback=failed["traceback"],
+        )
+    if returncode == 0 and config.launcher.node_rank > 0:
+        return watched.outcome(
+            "ok", reason=f"done as node {config.launcher.node_rank}; the results are with node 0"
+        )
+    reason = f"{who} ended with exit code {returncode} {where} and said nothing"
+    if _disk_is_full(seen):
+        reason = f"{_full_disk(config, seen)}: {reason}"
+    return watched.outcome("error", reason=reason, traceback=log_tail)
+
+
+def _of_signal(
+    sign: signal.Signals, who: str, log_tail: str | None, config: RunConfig, seen: Circumstances
+) -> tuple[Status, str]:
+    """A process that was killed, or that aborted in C++."""
+    if sign == signal.SIGKILL and seen.oom_kills:
+        return "oom_host", f"the kernel ended {who} for want of host memory"
+    said = (log_tail or "").lower()
+    if sign == signal.SIGABRT and any(hint in said for hint in HOST_MEMORY_SIGNS):
+        return "oom_host", f"host memory ran out: {who} aborted"
+    if sign in (signal.SIGABRT, signal.SIGBUS) and _disk_is_full(seen):
+        return "error", f"{_full_disk(config, seen)}: {who} aborted"
+    return "killed", f"{who} was ended by {sign.name}"
+
+
+def _disk_is_full(seen: Circumstances) -> bool:
+    return seen.swap_free_bytes is not None and seen.swap_free_bytes < FULL_DISK_BYTES
+
+
+def _full_disk(config: RunConfig, seen: Circumstances) -> str:
+    return f"the disk of offload.nvme_path={config.offload.nvme_path} is full ({format_bytes(seen.swap_free_bytes)} left)"
+
+
+def _failures(job_dir: Path) -> list[Event]:
+    """What each rank of this host reported as its end, with the rank."""
+    failures = []
+    for path in job_dir.glob("events*.jsonl"):
+        found = re.fullmatch(r"events\.rank(\d+)\.jsonl", path.name)
+        events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        failures += [
+            {**event, "rank": int(found[1]) if found else 0}
+            for event in events
+            if event["event"] == "failed"
+        ]
+    return failures
+
+
+def _log_tail(job_dir: Path) -> str | None:
+    try:
+        lines = (job_dir / WORKER_LOG).read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return "\n".join(lines[-TRACEBACK_LINES:]) or None

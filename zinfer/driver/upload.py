@@ -1,0 +1,117 @@
+"""task=upload: sends the runs whose store could not be reached when they ran. Their files stayed in their job folders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from zinfer.config import RunConfig
+from zinfer.driver.ending import Watched
+from zinfer.driver.orphans import config_of
+from zinfer.driver.terminal import Terminal
+from zinfer.job.events import EventReader
+from zinfer.job.folder import ENVIRONMENT_FILE, NOT_LOGGED_FILE, RESULT_FILE, read_json, write_json
+from zinfer.job.outcome import Outcome
+from zinfer.tracking.client import connect, store_errors
+from zinfer.tracking.run import TrackedRun, open_run
+from zinfer.tracking.store import TrackingUnavailable, tracking_uri
+
+ROOTS = ("outputs", "multirun")
+"""Where jobs of this working directory are, unless hydra.run.dir or hydra.sweep.dir say otherwise."""
+
+
+def upload(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
+    """Send every run of this working directory that is not logged yet, to the store that `tracking` names now."""
+    folders = sorted(path.parent for root in ROOTS for path in Path(root).rglob(NOT_LOGGED_FILE))
+    if config.tracking.store == "none":
+        return Outcome(
+            status="error",
+            reason="tracking=none stores nothing. Type tracking=sqlite, or tracking=server tracking.uri=...",
+        )
+    sent = 0
+    for folder in folders:
+        try:
+            run_id = send(folder, config)
+        except TrackingUnavailable as error:
+            return Outcome(
+                status="error",
+                reason=f"{sent} of {len(folders)} runs were sent, then: {error}",
+                job_dir=str(job_dir),
+            )
+        if run_id is None:
+            terminal.warning(
+                f"{folder} has no configuration that this version reads: left as it is"
+            )
+            continue
+        sent += 1
+        terminal.note(f"sent {folder} as run {run_id}")
+    said = f"{sent} of {len(folders)} runs sent to {tracking_uri(config.tracking, Path.cwd())}"
+    terminal.note(said)
+    return Outcome(status="ok", reason=said, job_dir=str(job_dir))
+
+
+def send(folder: Path, config: RunConfig) -> str | None:
+    """Log one job folder, into the run that was opened for it if one was. Returns the run's id.
+
+    Raises:
+        TrackingUnavailable: the store does not take it; the folder stays as it is.
+    """
+    job = config_of(folder)
+    result = read_json(folder / RESULT_FILE)
+    environment = read_json(folder / ENVIRONMENT_FILE)
+    if job is None or result is None or environment is None:
+        return None
+    tracking = replace(
+        config.tracking,
+        experiment=job.tracking.experiment,
+        run_name=job.tracking.run_name,
+        tags=job.tracking.tags,
+    )
+    job = replace(job, tracking=tracking, sweep=replace(job.sweep, parent_run_id=None))
+    opened = (read_json(folder / NOT_LOGGED_FILE) or {}).get("run_id")
+    outcome = outcome_in(folder)
+    run = _existing(opened, job, folder, environment) if opened else None
+    run = run or open_run(job, job_dir=folder.absolute(), environment=environment)
+    run.finish(outcome)
+    write_json(folder / RESULT_FILE, {**result, "run_id": run.run_id})
+    (folder / NOT_LOGGED_FILE).unlink()
+    return run.run_id
+
+
+def _existing(
+    run_id: str, job: RunConfig, folder: Path, environment: dict[str, object]
+) -> TrackedRun | None:
+    """The run that the job had opened before the store went away, if it is in this store."""
+    uri = tracking_uri(job.tracking, Path.cwd())
+    with store_errors(uri):
+        from mlflow.exceptions import MlflowException
+
+        client = connect(uri)
+        try:
+            client.get_run(run_id)
+        except MlflowException:
+            return None
+    return TrackedRun(
+        run_id=run_id,
+        config=job,
+        job_dir=folder.absolute(),
+        environment=environment,
+        uri=uri,
+        client=client,
+    )
+
+
+def outcome_in(folder: Path) -> Outcome:
+    """The job's outcome, from its result and its worker's events."""
+    result = read_json(folder / RESULT_FILE)
+    watched = Watched()
+    for event in EventReader(folder).new_events():
+        watched.take(event)
+    return watched.outcome(
+        result["status"],
+        reason=result.get("reason"),
+        problems=tuple(result.get("problems") or ()),
+        metrics=result.get("metrics") or {},
+        environment=read_json(folder / ENVIRONMENT_FILE),
+        job_dir=str(folder),
+    )

@@ -1,0 +1,62 @@
+"""Describe the processor: its name, instruction sets, usable cores, and the types it computes in."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from zinfer.machine.cgroups import cgroup_folders
+from zinfer.machine.reading import ROOT, read_text
+
+
+def cpu_model_name(root: Path = ROOT) -> str | None:
+    """As /proc/cpuinfo names it; None where it does not (many Arm machines)."""
+    found = re.search(
+        r"^(?:model name|Model|cpu model)\s*:\s*(.+)$",
+        read_text(root / "proc/cpuinfo"),
+        re.MULTILINE,
+    )
+    return found[1].strip() if found else None
+
+
+def cpu_flags(root: Path = ROOT) -> frozenset[str]:
+    """Instruction set extensions of the first core: `flags` on x86, `Features` on Arm."""
+    found = re.search(
+        r"^(?:flags|Features)\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE
+    )
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def cpu_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
+    """Types of DeepSpeed's CPU accelerator: float32 and bfloat16 always, float16 where oneDNN computes in it.
+
+    oneDNN wants AVX512-FP16 (with its bf16 and vnni companions), or AVX-VNNI-INT8 with AVX-NE-CONVERT, or Arm's half precision.
+    Sources: oneDNN src/cpu/platform.cpp has_data_type_support, src/cpu/x64/cpu_isa_traits.hpp; torch.ops.mkldnn._is_mkldnn_fp16_supported.
+    """
+    avx512 = {"avx512_fp16", "avx512_bf16", "avx512_vnni", "avx_vnni"} <= flags
+    avx2 = {"avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert"} <= flags
+    arm = {"fphp", "asimdhp"} <= flags
+    return ("float32", "bfloat16", "float16") if avx512 or avx2 or arm else ("float32", "bfloat16")
+
+
+def host_cores(root: Path = ROOT) -> int:
+    """Cores this process may keep busy: its affinity, and the whole cores of the smallest cgroup CPU quota (at least one)."""
+    allowed = len(os.sched_getaffinity(0))
+    quotas = [quota for quota in cpu_quotas(root) if quota is not None]
+    return max(1, min([allowed, *(int(quota) for quota in quotas)]))
+
+
+def cpu_quotas(root: Path = ROOT) -> list[float | None]:
+    """Cores that each cgroup around this process allows, v2 (cpu.max) and v1 (cpu.cfs_quota_us); None for no limit."""
+    quotas: list[float | None] = []
+    for folder in cgroup_folders("cpu", root):
+        quota, _, period = read_text(folder / "cpu.max").strip().partition(" ")
+        if not quota:
+            quota, period = (
+                read_text(folder / "cpu.cfs_quota_us").strip(),
+                read_text(folder / "cpu.cfs_period_us").strip(),
+            )
+        limited = quota.isdecimal() and period.isdecimal() and int(period) > 0
+        quotas.append(int(quota) / int(period) if limited else None)
+    return quotas

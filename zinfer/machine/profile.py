@@ -1,0 +1,317 @@
+"""What `task=calibrate` measured of one machine: stored in the cache folder, found again by the machine's fingerprint.
+
+A profile is a JSON file under cache_dir()/profiles. The newest one whose version, fingerprint and number of threads match is used until
+the machine changes. Every rate is a median; its spread is half the range of the middle half of the samples, over the median.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from zinfer.paths import cache_dir
+
+PROFILE_VERSION = 5
+"""Raised when what is measured, or what a field means, changes; older profiles are not read."""
+NOTICED_SLOWDOWN = 1.25
+"""Of the machine itself, between a run and its calibration or another run, that is worth a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Bytes or operations per second."""
+
+    median: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTime:
+    """One measured matrix product of `rows` x K with K x N weights that are not in the processor's cache."""
+
+    dtype: str
+    rows: int
+    weight_numel: int
+    """K * N."""
+    wide: bool
+    """Many more columns than rows of weights, as in an output head."""
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DequantiseTime:
+    """Unpacking one quantised matrix into a new one of `dtype`, which DeepSpeed does at every use of it."""
+
+    bits: int
+    dtype: str
+    weight_numel: int
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvmeRate:
+    """Through DeepSpeed's aio handle."""
+
+    operation: str
+    """read or write."""
+    block_bytes: int
+    queue_depth: int
+    intra_op_parallelism: int
+    rate: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyCost:
+    """What a decoder layer costs beside its products and attention, in plain transformers, by model family (ANY_FAMILY: any other)."""
+
+    model_type: str
+    dtype: str
+    op_s: float
+    """For each operation that a layer starts (ModelSpec.layer_ops)."""
+    value_s: float
+    """For each element that its elementwise operations write (ModelSpec.layer_values)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeCost:
+    """What a mode adds to a forward pass, whatever the model: resident, none, cpu, nvme, or one of these with BY_MODULE behind it."""
+
+    mode: str
+    dtype: str
+    step_s: float
+    """Once: generate's own loop, embedding, final norm, head."""
+    layer_s: float
+    """For each decoder layer."""
+    part_s: float
+    """For each parameter of a layer that is fetched as a whole; for each module of one that is fetched module by module."""
+
+
+ANY_FAMILY = "*"
+BY_MODULE = ", by module"
+"""Of ZeRO-3 without leaf layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadCost:
+    """Building a model with random weights in one mode."""
+
+    fixed_s: float
+    parameter_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCost:
+    """Reading weights from NVMe while generating, as a whole run shows it."""
+
+    parameter_s: float
+    """For each parameter that is read."""
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationProfile:
+    """One machine with one number of threads per rank. Unknown is None or absent."""
+
+    version: int = PROFILE_VERSION
+    created: str
+    fingerprint: str
+    threads: int
+    device_kind: str
+    device_name: str
+    packages: dict[str, str] = field(default_factory=dict)
+    seconds: float
+    """How long measuring took."""
+    host_read: Rate
+    host_copy: Rate
+    device_read: Rate | None
+    """None where device memory is host memory."""
+    host_to_device_pageable: Rate | None
+    host_to_device_pinned: Rate | None
+    device_to_host_pinned: Rate | None
+    kernels: tuple[KernelTime, ...]
+    dequantise: tuple[DequantiseTime, ...] = ()
+    attention: dict[str, Rate]
+    """dtype -> bytes of keys and values that one decode step's attention reads per second."""
+    attention_flops: dict[str, Rate]
+    """dtype -> operations per second of the prefill's attention."""
+    nvme: tuple[NvmeRate, ...] = ()
+    nvme_path_filesystem: str | None = None
+    nvme_free_bytes: int | None = None
+    nvme_page_cache: str | None = None
+    """'bypassed' (O_DIRECT), or why not."""
+    families: tuple[FamilyCost, ...] = ()
+    modes: tuple[ModeCost, ...] = ()
+    disturbance: float = 1.0
+    """What a usual run took over the calmest of the same job: what others on this machine add. It is in every prediction."""
+    yardstick_s: float | None = None
+    """What the yardstick of a run took at the time, the median of all jobs."""
+    cold_factor: float = 1.0
+    """What fixed costs and products of few rows grow by where the weights fit no cache of the processor: each layer finds it cold."""
+    stream: StreamCost | None = None
+    load: dict[str, LoadCost] = field(default_factory=dict)
+    """Mode -> what loading costs."""
+    imported_rss_bytes: int
+    """Resident memory of a fresh worker once everything is imported."""
+    growth_bytes: dict[str, int] = field(default_factory=dict)
+    """Mode -> what a run of a model without size adds to it."""
+
+    @property
+    def nvme_read_bytes_per_s(self) -> float | None:
+        """The best read rate of those measured."""
+        return max((row.rate.median for row in self.nvme if row.operation == "read"), default=None)
+
+    def flops_per_s(self, dtype: str) -> float | None:
+        """The best matrix product rate of this dtype."""
+        rates = [
+            2 * row.rows * row.weight_numel / row.seconds
+            for row in self.kernels
+            if row.dtype == dtype
+        ]
+        return max(rates, default=None)
+
+    def kernel_s(
+        self, dtype: str, rows: float, weight_numel: int, *, wide: bool = False
+    ) -> float | None:
+        """Seconds of one matrix product, interpolated between those measured (log-log), at their rate beyond. None: dtype not measured."""
+        table = self._kernel_tables.get((dtype, wide))
+        if not table:
+            return None
+        by_rows = [
+            (measured_rows, _interpolate(times, weight_numel)) for measured_rows, times in table
+        ]
+        return _interpolate(by_rows, max(rows, by_rows[0][0]))
+
+    @cached_property
+    def _kernel_tables(self) -> dict[tuple[str, bool], list[tuple[int, list[tuple[int, float]]]]]:
+        """(dtype, wide) -> for each number of rows, rising, (weights, seconds), rising: a plan of many experts asks hundreds of times."""
+        found: dict[tuple[str, bool], dict[int, list[tuple[int, float]]]] = {}
+        for row in self.kernels:
+            found.setdefault((row.dtype, row.wide), {}).setdefault(row.rows, []).append(
+                (row.weight_numel, row.seconds)
+            )
+        return {
+            kind: [(rows, sorted(times)) for rows, times in sorted(table.items())]
+            for kind, table in found.items()
+        }
+
+    def dequantise_s(self, bits: int, dtype: str, weight_numel: int) -> float | None:
+        """Seconds of unpacking one matrix, interpolated as kernel_s. None: these bits were not measured in this dtype."""
+        points = sorted(
+            (row.weight_numel, row.seconds)
+            for row in self.dequantise
+            if (row.bits, row.dtype) == (bits, dtype)
+        )
+        return _interpolate(points, weight_numel) if points else None
+
+    def family_cost(self, model_type: str, dtype: str) -> FamilyCost | None:
+        """Of this family, else of any. None: dtype not measured."""
+        found = {cost.model_type: cost for cost in self.families if cost.dtype == dtype}
+        return found.get(model_type) or found.get(ANY_FAMILY)
+
+    def mode_cost(self, mode: str, dtype: str) -> ModeCost | None:
+        """None: not measured."""
+        return next((cost for cost in self.modes if (cost.mode, cost.dtype) == (mode, dtype)), None)
+
+
+def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
+    """y at x through points sorted by x: straight lines in log-log, the first also before it; in proportion to x beyond the last."""
+    if x >= points[-1][0]:
+        return points[-1][1] * x / points[-1][0]
+    index = max(1, bisect_right([point[0] for point in points], x))
+    (x0, y0), (x1, y1) = points[index - 1], points[min(index, len(points) - 1)]
+    if x1 == x0:
+        return y0
+    share = (log(x) - log(x0)) / (log(x1) - log(x0))
+    return exp(log(y0) + share * (log(y1) - log(y0)))
+
+
+def profiles_dir() -> Path:
+    """$ZINFER_PROFILES, or profiles/ in zinfer's cache. Not created here."""
+    chosen = os.environ.get("ZINFER_PROFILES")
+    return Path(chosen).expanduser().absolute() if chosen else cache_dir() / "profiles"
+
+
+def save_profile(profile: CalibrationProfile) -> Path:
+    """Write the profile whole; returns its path, which names the fingerprint, the threads and the time."""
+    folder = profiles_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = profile.created.replace(":", "").replace("-", "")
+    path = folder / f"{profile.fingerprint}-t{profile.threads}-{stamp}.json"
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+        json.dump(asdict(profile), file, indent=1)
+    os.replace(file.name, path)
+    return path
+
+
+def read_profile(path: Path) -> CalibrationProfile:
+    """The profile in that file.
+
+    Raises:
+        ValueError: it is no profile, or one of another version.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(path.expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"hardware.profile={path} cannot be read: {error}. Type zinfer task=calibrate"
+        ) from error
+    if fields.get("version") != PROFILE_VERSION:
+        version = fields.get("version")
+        raise ValueError(
+            f"hardware.profile={path} has version {version}, this zinfer reads {PROFILE_VERSION}. Type zinfer task=calibrate"
+        )
+    return profile_from_document(fields)
+
+
+def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
+    """From `asdict` read back from JSON."""
+    rates = (
+        "host_read",
+        "host_copy",
+        "device_read",
+        "host_to_device_pageable",
+        "host_to_device_pinned",
+        "device_to_host_pinned",
+    )
+    values = dict(fields)
+    for name in rates:
+        values[name] = Rate(**values[name]) if values[name] else None
+    for name in ("attention", "attention_flops"):
+        values[name] = {dtype: Rate(**rate) for dtype, rate in values[name].items()}
+    values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
+    values["dequantise"] = tuple(DequantiseTime(**row) for row in values["dequantise"])
+    values["nvme"] = tuple(
+        NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"]
+    )
+    values["families"] = tuple(FamilyCost(**row) for row in values["families"])
+    values["modes"] = tuple(ModeCost(**row) for row in values["modes"])
+    values["load"] = {mode: LoadCost(**cost) for mode, cost in values["load"].items()}
+    values["stream"] = StreamCost(**values["stream"]) if values["stream"] else None
+    return CalibrationProfile(**values)
+
+
+def newest_profile(fingerprint: str, threads: int) -> tuple[CalibrationProfile, Path] | None:
+    """The newest profile of this machine with that many threads; None without one."""
+    for path in sorted(profiles_dir().glob(f"{fingerprint}-t{threads}-*.json"), reverse=True):
+        try:
+            return read_profile(path), path
+        except (ValueError, TypeError, KeyError):  # of another version, or cut short
+            continue
+    return None
+
+
+def now_text() -> str:
+    """The time, UTC, to the second: 2026-03-01T12:00:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

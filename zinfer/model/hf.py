@@ -1,0 +1,272 @@
+"""What transformers is asked about a model before its weights: configuration, class and tokenizer.
+
+transformers is imported inside the functions: importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import socket
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from zinfer.config import ModelConfig
+
+CATALOGUE_HINT = "Choose a model of the catalogue (zinfer --help lists it), e.g. model=opt-125m"
+ROPE_KEYS = ("rope_theta", "rope_scaling")
+"""Spellings of config.json that transformers 5 keeps together in `rope_parameters`."""
+
+
+def load_hf_config(model: ModelConfig) -> PretrainedConfig:
+    """The configuration that decides the architecture: `model.source` where it is set, else the pinned values. Without quantisation.
+
+    Of a multimodal model it is the text part.
+    """
+    config = read_config(model.source, model) if model.source else _pinned_config(model)
+    return _causal_lm_part(config, model)
+
+
+def load_checkpoint_config(
+    model: ModelConfig, folder: str | Path | None = None
+) -> PretrainedConfig:
+    """config.json beside the real weights: in `folder`, else in `model.source`, else on the hub under `model.hub_id`."""
+    source = str(folder) if folder else model.source or model.hub_id
+    if source is None:
+        raise ValueError(
+            f"model={model.name} has no published checkpoint. Type weights=dummy, or model=custom model.source=/path"
+        )
+    return _causal_lm_part(read_config(source, model), model)
+
+
+def check_pinned(model: ModelConfig, checkpoint_config: PretrainedConfig) -> list[str]:
+    """Where the checkpoint's config.json differs from the pinned values, a sentence each. Token ids are not architecture."""
+    if model.model_type is None:
+        return []
+    pinned = _pinned_config(model)
+    if checkpoint_config.model_type != pinned.model_type:
+        return [
+            f"model_type is {pinned.model_type} in conf/model/{model.name}.yaml, {checkpoint_config.model_type} in the checkpoint"
+        ]
+    differences = []
+    for key in model.overrides:
+        attribute = (
+            "rope_parameters" if key in ROPE_KEYS and hasattr(pinned, "rope_parameters") else key
+        )
+        ours, theirs = getattr(pinned, attribute), getattr(checkpoint_config, attribute, None)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            theirs = {name: theirs.get(name) for name in ours}
+        if ours != theirs and not key.endswith("_token_id"):
+            differences.append(
+                f"{attribute} is {ours} in conf/model/{model.name}.yaml, {theirs} in the checkpoint's config.json"
+            )
+    return list(dict.fromkeys(differences))
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that generates with this configuration: OPT, BLOOM and LLaMA by name, AutoModelForCausalLM's choice for everything else."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    by_model_type = {
+        "opt": transformers.OPTForCausalLM,
+        "bloom": transformers.BloomForCausalLM,
+        "llama": transformers.LlamaForCausalLM,
+    }
+    if _brings_code(config):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(
+            config.auto_map["AutoModelForCausalLM"], config.name_or_path
+        )
+    return by_model_type.get(config.model_type) or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def load_tokenizer(
+    model: ModelConfig, folder: str | Path | None = None
+) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The tokenizer (padding token = end-of-sequence token, padding on the left), or None and the reason why there is none.
+
+    Looked for in `folder`, else under `model.tokenizer_id` on the hub or in its local cache, else in `model.source`.
+    """
+    source = str(folder) if folder else model.tokenizer_id or model.source
+    if source is None:
+        return None, f"model={model.name} names no tokenizer"
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _expand(source), padding_side="left", **_from_pretrained_kwargs(source, model)
+        )
+    except (OSError, ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
+        return None, f"no tokenizer could be read from {source}: {_first_line(error)}"
+    if tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, None
+
+
+def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
+    """config.json of a local folder or a hub repository, changed by the overrides of model=custom (elsewhere they are pinned values)."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    overrides = model.overrides if source == model.source and model.model_type is None else {}
+    is_folder = Path(_expand(source)).is_dir()
+    if is_folder and not model.gguf_file and not (Path(_expand(source)) / "config.json").is_file():
+        raise ValueError(
+            f"{source} has no config.json. Give a folder that has one, or a hub id: model.source=facebook/opt-125m"
+        )
+    if not is_folder and (source.startswith(("/", "./", "../", "~")) or source.count("/") > 1):
+        raise ValueError(
+            f"there is no folder {source}. Give an existing one, or a hub id: model.source=facebook/opt-125m"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            _expand(source), **_from_pretrained_kwargs(source, model)
+        )
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(_why_no_config(source, is_folder, error)) from error
+    _refuse_misspelt(overrides, config, model)
+    text = config.get_text_config(decoder=True)
+    for key, value in copy.deepcopy(overrides).items():
+        setattr(text, key, value)
+    return config
+
+
+def _pinned_config(model: ModelConfig) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if model.model_type is None:
+        raise ValueError(
+            f"model={model.name} has neither model_type nor source. Set model.source to a hub id or a local folder"
+        )
+    if model.model_type not in CONFIG_MAPPING_NAMES:
+        close = difflib.get_close_matches(model.model_type, CONFIG_MAPPING_NAMES, n=3)
+        hint = f"Did you mean {' or '.join(close)}?" if close else CATALOGUE_HINT
+        raise ValueError(
+            f"transformers {__version__} knows no model_type={model.model_type}. {hint}"
+        )
+    try:
+        default = AutoConfig.for_model(model.model_type)
+        config = AutoConfig.for_model(
+            model.model_type, **copy.deepcopy(model.overrides)
+        )  # transformers adds to nested values
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(
+            f"model={model.name}: {' '.join(str(error).split())}. Correct model.overrides"
+        ) from error
+    _refuse_misspelt(model.overrides, default, model)
+    return config
+
+
+def _refuse_misspelt(
+    overrides: dict[str, Any], config: PretrainedConfig, model: ModelConfig
+) -> None:
+    """A key that the configuration lacks but that looks like one that it has. transformers would keep it and ignore it."""
+    text = config.get_text_config(decoder=True)
+    known = [name for name in dir(text) if not name.startswith("_")]
+    for key in overrides:
+        close = (
+            []
+            if hasattr(text, key) or key in ROPE_KEYS
+            else difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        )
+        if close:
+            raise ValueError(
+                f"{config.model_type} has no {key}. Type model.overrides.{close[0]}={overrides[key]}"
+            )
+
+
+def _causal_lm_part(config: PretrainedConfig, model: ModelConfig) -> PretrainedConfig:
+    """The part of the configuration that AutoModelForCausalLM can build, or a refusal."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+    )
+
+    text = config.get_text_config(decoder=True)
+    if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        text.dtype = text.dtype or config.dtype
+        text.tie_word_embeddings = getattr(text, "tie_word_embeddings", config.tie_word_embeddings)
+        config = text
+    what = None
+    if config.is_encoder_decoder:
+        what = "an encoder-decoder"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        what = "encoder-only"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_code(config):
+        what = "no causal language model"
+    if what:
+        raise ValueError(
+            f"model={model.name}: {model.source or config.model_type} ({config.model_type}) is {what}. {CATALOGUE_HINT}"
+        )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _brings_code(config: PretrainedConfig) -> bool:
+    """Whether the model's class comes with the model: transformers loaded its configuration class under trust_remote_code."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    return (
+        type(config).__module__.startswith("transformers_modules")
+        and "AutoModelForCausalLM" in auto_map
+    )
+
+
+def _why_no_config(source: str, is_folder: bool, error: Exception) -> str:
+    text = str(error)
+    folder_hint = "give a local folder: model.source=/path/to/a/folder"
+    if "trust_remote_code" in text:
+        return f"{source} brings its own Python code. If you trust its authors, type model.trust_remote_code=true"
+    if is_folder:
+        return f"{source}/config.json names no model that this transformers knows: {_first_line(error)}. {CATALOGUE_HINT}"
+    if "gated" in text or "401" in text:
+        return f"{source} is gated or private on the hub. Accept its licence there and set HF_TOKEN, or {folder_hint}"
+    if not hub_reachable():
+        return f"the hub cannot be reached and {source} is not in its local cache. {CATALOGUE_HINT}, or {folder_hint}"
+    return f"no model {source} could be read from the hub: {_first_line(error)}. Correct model.source, or {folder_hint}"
+
+
+def _from_pretrained_kwargs(source: str, model: ModelConfig) -> dict[str, Any]:
+    is_folder = Path(_expand(source)).is_dir()
+    kwargs: dict[str, Any] = {
+        "trust_remote_code": model.trust_remote_code,
+        "local_files_only": not is_folder and not hub_reachable(),
+    }
+    if model.gguf_file and source == model.source:
+        kwargs["gguf_file"] = model.gguf_file
+    return kwargs
+
+
+@cache
+def hub_reachable() -> bool:
+    """One connection, at most 3 s: the hub's client would try for 23 s before it gives up. True behind a proxy, where this cannot tell."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    from urllib.request import getproxies  # here: it imports the whole of http.client
+
+    if getproxies():
+        return True
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _expand(source: str) -> str:
+    return os.path.expanduser(source)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")[:200]

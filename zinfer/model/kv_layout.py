@@ -1,0 +1,139 @@
+"""What each layer of a model keeps in transformers' own KV cache, read from that cache on the meta device.
+
+One forward pass of a few tokens over a model without storage fills a real cache object; its layers say what they hold. So MHA, GQA, sliding
+windows, latent attention and recurrent states need no formula of ours, and a family that cannot be read is reported with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zinfer.model.meta_pass import PROBE_TOKENS, MetaPass
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+GROWING_LAYERS = {"DynamicLayer", "DynamicIndexedLayer", "LinearAttentionAndFullAttentionLayer"}
+WINDOWED_LAYERS = {"DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
+CONSTANT_LAYERS = {"LinearAttentionLayer", "DummyLayer"}
+"""Class names in transformers.cache_utils whose growth is known. Any other class (compressed caches, say) is refused, not guessed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvLayer:
+    """What one layer keeps for one sequence, in elements."""
+
+    kind: str
+    """mha, gqa, mla, sliding, linear_state, hybrid (attention and a recurrent state), none (no attention, or another layer's cache)."""
+    values_per_token: int
+    """Keys, values and whatever else grows with the sequence."""
+    window: int | None = None
+    """The attention window in tokens, None when the layer sees everything."""
+    const_values: int = 0
+    """Convolution and recurrent state in the compute dtype: its size does not depend on the length."""
+    const_float32_values: int = 0
+    """Recurrent state that stays in float32 whatever the compute dtype is."""
+
+    def cached_tokens(self, tokens: int) -> int:
+        """Tokens of a sequence of `tokens` that this layer holds between two steps.
+
+        A sliding layer holds window - 1: the next token makes the window full (transformers' DynamicSlidingWindowLayer).
+        """
+        return tokens if self.window is None else min(tokens, self.window - 1)
+
+    def cache_bytes(self, tokens: int, bytes_per_element: int) -> int:
+        """Bytes of this layer's cache for one sequence of `tokens` tokens."""
+        elements = self.values_per_token * self.cached_tokens(tokens) + self.const_values
+        return elements * bytes_per_element + 4 * self.const_float32_values
+
+
+def kv_layout(
+    model: PreTrainedModel, config: PretrainedConfig, done: MetaPass
+) -> tuple[tuple[KvLayer, ...] | None, str | None]:
+    """Each layer's cache after that pass of `model`, or None and the reason why it could not be read."""
+    name = type(model).__name__
+    if done.failed:
+        return None, done.failed
+    layers = getattr(done.cache, "layers", [])
+    if type(done.cache).__name__ != "DynamicCache" or len(layers) != config.num_hidden_layers:
+        return (
+            None,
+            f"{name} keeps no DynamicCache with one entry for each layer between steps (but {type(done.cache).__name__})",
+        )
+    try:
+        return tuple(_kv_layer(layer, config, index) for index, layer in enumerate(layers)), None
+    except ValueError as error:
+        return None, f"{name}: {error}"
+
+
+def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int) -> KvLayer:
+    """One layer of the filled cache."""
+    class_name = type(layer).__name__
+    if class_name not in GROWING_LAYERS | WINDOWED_LAYERS | CONSTANT_LAYERS:
+        raise ValueError(f"how {class_name} grows with the sequence is not known")
+    states = [
+        *getattr(layer, "conv_states", {}).values(),
+        *getattr(layer, "recurrent_states", {}).values(),
+    ]
+    states = [state for state in states if state is not None]
+    const_float32_values = sum(state.numel() for state in states if state.element_size() == 4)
+    const_values = sum(state.numel() for state in states) - const_float32_values
+    has_state = bool(states)
+    keys, values, indexer_keys = (
+        getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")
+    )
+    if extra := _unexplained(layer, [*states, keys, values, indexer_keys]):
+        raise ValueError(f"{class_name} also holds {', '.join(extra)}")
+    if keys is None or keys.numel() == 0:
+        kind = "linear_state" if has_state else "none"
+        return KvLayer(
+            kind=kind,
+            values_per_token=0,
+            const_values=const_values,
+            const_float32_values=const_float32_values,
+        )
+    window = int(layer.sliding_window) if class_name in WINDOWED_LAYERS else None
+    held_tokens = PROBE_TOKENS if window is None else min(PROBE_TOKENS, window - 1)
+    if keys.shape[-2] != held_tokens:
+        raise ValueError(
+            f"{class_name} stores keys as {tuple(keys.shape)}, not [batch, heads, tokens, dimension]"
+        )
+    grown = [tensor for tensor in (keys, values, indexer_keys) if tensor is not None]
+    if any(tensor.element_size() != 2 for tensor in grown):
+        raise ValueError(f"{class_name} does not store keys and values in the compute dtype")
+    return KvLayer(
+        kind="hybrid" if has_state else _attention_kind(config, layer_index, keys.shape[1], window),
+        values_per_token=sum(tensor.numel() for tensor in grown) // held_tokens,
+        window=window,
+        const_values=const_values,
+        const_float32_values=const_float32_values,
+    )
+
+
+def _attention_kind(
+    config: PretrainedConfig, layer_index: int, cached_heads: int, window: int | None
+) -> str:
+    if window is not None:
+        return "sliding"
+    if getattr(config, "kv_lora_rank", None) and cached_heads == 1:
+        return "mla"
+    per_layer = getattr(
+        config, "per_layer_config", None
+    )  # a configuration may differ from layer to layer
+    query_heads = getattr(
+        per_layer[layer_index] if per_layer else config, "num_attention_heads", None
+    )
+    return "mha" if cached_heads == query_heads else "gqa"
+
+
+def _unexplained(layer: Any, explained: list[Any]) -> list[str]:
+    """Names of the layer's tensors, counters apart, that the size of the cache would have to include too."""
+    import torch
+
+    known = {id(tensor) for tensor in explained}
+    return [
+        name
+        for name, held in vars(layer).items()
+        if isinstance(held, torch.Tensor) and held.numel() > 1 and id(held) not in known
+    ]

@@ -1,0 +1,105 @@
+"""One forward pass of a few tokens over a model without storage: the cache that it fills, the operations that a decoder layer starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROBE_TOKENS = 8
+"""More than the usual width of a convolution (4), so that its state has its full size."""
+FIRST, LAST = 8, 4
+"""Decoder layers of a long stack in which operations are counted: counting makes each of them ten times as slow."""
+NOT_ELEMENTWISE = frozenset({
+    "mm", "addmm", "bmm", "baddbmm", "index", "_softmax", "_safe_softmax", "_scaled_dot_product_attention_math", "_unsafe_view",
+})  # fmt: skip
+"""Products and attention, which are counted from the model's sizes; `index` gathers whole experts here, which no real run does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaPass:
+    """What the pass left. Where the model cannot run without storage, the reason why and nothing else."""
+
+    cache: Any = None
+    layer_ops: float | None = None
+    """Operations of PyTorch's dispatcher (views too) that one decoder layer starts, the mean over the layers. None: not known."""
+    layer_values: float | None = None
+    """Elements that one decoder layer's elementwise operations (norms, activations, residuals, copies) write for each token, the mean."""
+    failed: str | None = None
+
+
+def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
+    """Run PROBE_TOKENS tokens of one sequence. `model` is on the meta device; it is changed to bfloat16.
+
+    Args:
+        layers: the decoder layers, in which operations are counted.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import DynamicCache
+
+    class Counter(TorchDispatchMode):
+        is_on, operations, values = False, 0, 0
+
+        def turn(self, on: bool) -> None:
+            if on != self.is_on:
+                self.is_on = on
+                self.__enter__() if on else self.__exit__(None, None, None)
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.operations += 1
+            if func.overloadpacket.__name__ not in NOT_ELEMENTWISE and not _is_view(func):
+                written = result if isinstance(result, tuple | list) else (result,)
+                self.values += sum(
+                    tensor.numel() for tensor in written[:1] if isinstance(tensor, torch.Tensor)
+                )
+            return result
+
+    counter = Counter()
+    counted = layers if len(layers) <= FIRST + LAST else layers[:FIRST] + layers[-LAST:]
+    hooks = [layer.register_forward_pre_hook(lambda *_: counter.turn(True)) for layer in counted]
+    hooks += [layer.register_forward_hook(lambda *_: counter.turn(False)) for layer in counted]
+    model.to(torch.bfloat16).eval()
+    model.config._experts_implementation = (
+        "batched_mm"  # the only one whose shapes do not depend on which experts are chosen
+    )
+    try:
+        cache = (
+            {"past_key_values": DynamicCache(config=model.config)}
+            if model._supports_default_dynamic_cache()
+            else {}
+        )
+        with torch.no_grad():
+            output = model(
+                input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta"),
+                use_cache=True,
+                **cache,
+            )
+    except Exception as error:  # any family may do anything here; the reason is the result
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return MetaPass(
+            failed=f"{type(model).__name__} does not run on the meta device: {type(error).__name__}: {first_line[:200]}"
+        )
+    finally:
+        counter.turn(False)
+        for hook in hooks:
+            hook.remove()
+    filled = output.get("past_key_values")
+    return MetaPass(
+        cache=filled if filled is not None else output.get("cache_params"),
+        layer_ops=counter.operations / len(counted) if counter.operations else None,
+        layer_values=counter.values / PROBE_TOKENS / len(counted) if counter.operations else None,
+    )
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the operation only looks at its argument's memory in another way."""
+    return any(
+        found.alias_info is not None and not found.alias_info.is_write
+        for found in func._schema.returns
+    )

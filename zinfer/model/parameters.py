@@ -1,0 +1,115 @@
+"""Every weight tensor of a model, its owner and its layer, counted on the meta device: no storage is allocated."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from zinfer.model.hf import model_class
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from zinfer.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One weight tensor. Tied weights are one parameter, named where it is first met."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    module: str
+    """Name of the module that owns it."""
+    kind: Literal["linear", "embedding", "other"]
+    """linear and embedding: the weight of exactly nn.Linear or nn.Embedding, which DeepSpeed's quantised initialisation replaces."""
+    layer: int | None
+    """Index of its decoder layer; None outside (embeddings, final norm, output head)."""
+    is_expert: bool
+    """Of a routed expert: only experts_per_token of num_experts are used for a token."""
+
+
+def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
+    """The model without storage. Not from_config, which would enter zero.Init under DeepSpeed."""
+    import torch
+
+    deepspeed_glue = sys.modules.get("transformers.integrations.deepspeed")
+    assert deepspeed_glue is None or not deepspeed_glue.is_deepspeed_zero3_enabled(), (
+        "count before any HfDeepSpeedConfig is alive"
+    )
+    cls = model_class(config)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (
+        ValueError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        ZeroDivisionError,
+        KeyError,
+    ) as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"model={model.name}: {cls.__name__} refuses this configuration: {problem}. Correct model.overrides"
+        ) from error
+
+
+def decoder_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, ...]:
+    """The modules of the stack of decoder layers; none where the model has no such list."""
+    prefix = _layers_prefix(model, num_layers)
+    return () if prefix is None else tuple(model.get_submodule(prefix.removesuffix(".")).children())
+
+
+def weight_tensors(model: PreTrainedModel, num_layers: int) -> tuple[Parameter, ...]:
+    """Every weight of a model of `num_layers` decoder layers, in the order of its modules."""
+    from torch import nn
+
+    kinds: dict[type, Literal["linear", "embedding"]] = {
+        nn.Linear: "linear",
+        nn.Embedding: "embedding",
+    }
+    layers_prefix = _layers_prefix(model, num_layers)
+    seen: set[int] = set()
+    found = []
+    for module_name, module in model.named_modules():
+        for own_name, tensor in module.named_parameters(recurse=False):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            parents = module_name.split(".")
+            in_layer = layers_prefix is not None and module_name.startswith(layers_prefix)
+            found.append(
+                Parameter(
+                    name=f"{module_name}.{own_name}" if module_name else own_name,
+                    shape=tuple(tensor.shape),
+                    numel=tensor.numel(),
+                    module=module_name,
+                    kind=kinds.get(type(module), "other") if own_name == "weight" else "other",
+                    layer=int(module_name.removeprefix(layers_prefix or "").split(".")[0])
+                    if in_layer
+                    else None,
+                    is_expert="experts" in parents or type(module).__name__.endswith("Experts"),
+                )
+            )
+    return tuple(found)
+
+
+def _layers_prefix(model: PreTrainedModel, num_layers: int) -> str | None:
+    """Name, with a dot, of the list of decoder layers: the biggest ModuleList of that length."""
+    from torch import nn
+
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    }
+    if not lists:
+        return None
+    return (
+        max(lists, key=lambda name: sum(tensor.numel() for tensor in lists[name].parameters()))
+        + "."
+    )

@@ -1,0 +1,316 @@
+"""ModelSpec: what a model's architecture says before any weight exists. Parameters, their owners, and bytes of the KV cache.
+
+Counted on the meta device from transformers' own classes, then kept (spec_cache): the second plan of a model, and the first of a catalogue
+model, imports neither torch nor transformers and takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zinfer.config import ITEMSIZE_BYTES
+from zinfer.model.hf import (
+    check_pinned,
+    load_checkpoint_config,
+    load_hf_config,
+    load_tokenizer,
+    model_class,
+)
+from zinfer.model.kv_layout import KvLayer, kv_layout
+from zinfer.model.meta_pass import meta_pass
+from zinfer.model.parameters import Parameter, decoder_layers, meta_model, weight_tensors
+from zinfer.model.spec_cache import Fields, cache_key, is_kept, read_counted, write_counted
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from zinfer.config import ModelConfig
+
+__all__ = [
+    "KvLayer",
+    "ModelSpec",
+    "Parameter",
+    "bytes_per_element",
+    "check_pinned",
+    "hidden_bytes",
+    "is_counted",
+    "kv_bytes_per_token",
+    "kv_cache_bytes",
+    "kv_cache_bytes_paper",
+    "load_checkpoint_config",
+    "load_hf_config",
+    "load_tokenizer",
+    "model_class",
+    "model_spec",
+]
+
+DEFAULT_DTYPE = "float16"
+"""Where neither the user nor the checkpoint's config names one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Architecture only: no weight has been read."""
+
+    name: str
+    model_type: str
+    architecture: str
+    """Class name in transformers."""
+    dtype: str
+    """What the model computes in: as asked for, else as the checkpoint's config says, else float16."""
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    """Here and in the next two: the most of any layer where layers differ, 0 in a model without attention."""
+    num_kv_heads: int
+    head_dim: int
+    """Elements of one query or key head."""
+    intermediate_size: int | None
+    """Width of the dense feed-forward block. None: the config does not say."""
+    vocab_size: int
+    max_positions: int | None
+    """None: no limit of its own (ALiBi)."""
+    tied_embeddings: bool
+    num_parameters: int
+    """Tied weights once; buffers not."""
+    num_active_parameters: int | None
+    """Used for one token: all but the routed experts that are not chosen. None: it is not known how many are chosen."""
+    num_experts: int | None
+    experts_per_token: int | None
+    parameters: tuple[Parameter, ...]
+    layer_classes: tuple[str, ...]
+    """Class names of the decoder layers; empty where there is no list of them."""
+    layer_modules: float | None
+    """Modules of a decoder layer, itself included, the mean. None: there is no list of layers."""
+    layer_ops: float | None
+    """Operations that one decoder layer starts in a forward pass; None where it was not seen running (see meta_pass.MetaPass)."""
+    layer_values: float | None
+    """Elements that they write for each token, products and attention apart."""
+    kv_layers: tuple[KvLayer, ...] | None
+    kv_unknown_reason: str | None
+
+    @property
+    def bytes_per_element(self) -> int:
+        return bytes_per_element(self.dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """All parameters in the compute dtype."""
+        return self.num_parameters * self.bytes_per_element
+
+    @property
+    def largest_parameter(self) -> Parameter:
+        return max(self.parameters, key=lambda parameter: parameter.numel)
+
+    @property
+    def largest_layer_numel(self) -> int:
+        """Elements of the biggest decoder layer."""
+        per_layer: dict[int, int] = {}
+        for parameter in self.parameters:
+            if parameter.layer is not None:
+                per_layer[parameter.layer] = per_layer.get(parameter.layer, 0) + parameter.numel
+        return max(per_layer.values(), default=self.num_parameters)
+
+
+def bytes_per_element(dtype: str) -> int:
+    """Bytes of one element of a compute dtype."""
+    if dtype not in ITEMSIZE_BYTES:
+        raise ValueError(
+            f"compute dtype {dtype} is not one of {', '.join(ITEMSIZE_BYTES)}. Type dtype=bfloat16"
+        )
+    return ITEMSIZE_BYTES[dtype]
+
+
+def kv_bytes_per_token(spec: ModelSpec) -> int | None:
+    """Bytes that one more token of one sequence adds to the KV cache, all layers, keys and values. None: not known.
+
+    Layers with a sliding window are left out: once their window is full a token adds nothing to them. For multi-head attention this is
+    2 * num_layers * num_kv_heads * head_dim * bytes_per_element.
+    Source: Kwon et al. 2023 (arXiv:2309.06180) section 3, generalised to grouped-query and latent attention.
+    """
+    if spec.kv_layers is None:
+        return None
+    return (
+        sum(layer.values_per_token for layer in spec.kv_layers if layer.window is None)
+        * spec.bytes_per_element
+    )
+
+
+def kv_cache_bytes(spec: ModelSpec, batch_size: int, tokens: int) -> int | None:
+    """Bytes of the KV cache of `batch_size` sequences of `tokens` (prompt + new) tokens, recurrent states included. None: not known.
+
+    The size of the tensors that transformers' DynamicCache hands on to the next step. A sliding layer is a view: the memory behind it
+    also holds the token that just left the window, and right after the prefill the whole prompt.
+    """
+    if spec.kv_layers is None:
+        return None
+    return batch_size * sum(
+        layer.cache_bytes(tokens, spec.bytes_per_element) for layer in spec.kv_layers
+    )
+
+
+def kv_cache_bytes_paper(spec: ModelSpec, batch_size: int, tokens: int) -> int:
+    """The published formula: right for multi-head attention, too much for grouped-query, latent and sliding attention.
+
+    Source: cache_bytes in DeepSpeedExamples inference/huggingface/zero_inference/utils.py, the same in FlexGen's opt_config.py (there
+    always 2 bytes per element).
+    """
+    return 2 * batch_size * tokens * spec.num_layers * spec.hidden_size * spec.bytes_per_element
+
+
+def hidden_bytes(spec: ModelSpec, batch_size: int, tokens: int) -> int:
+    """Bytes of one layer's hidden states of the whole batch. Source: hidden_bytes beside cache_bytes, as above."""
+    return batch_size * tokens * spec.hidden_size * spec.bytes_per_element
+
+
+def model_spec(model: ModelConfig, *, compute_dtype: str | None = None) -> ModelSpec:
+    """The architecture of `model`. ValueError, with what to type instead, when it cannot be read or is no causal language model."""
+    key, is_stored = cache_key(model)
+    fields = _COUNTED.get(key) or (read_counted(key) if is_stored else None)
+    if fields is None:
+        fields = count(model)
+        if is_stored:
+            write_counted(key, fields)
+    _COUNTED[key] = fields
+    fields = dict(fields)
+    config_dtype = fields.pop("config_dtype")
+    dtype = compute_dtype or model.checkpoint_dtype or config_dtype or DEFAULT_DTYPE
+    bytes_per_element(dtype)
+    return ModelSpec(name=model.name, dtype=dtype, **fields)
+
+
+def is_counted(model: ModelConfig) -> bool:
+    """Whether model_spec knows this architecture from before, and imports neither torch nor transformers for it."""
+    key, is_stored = cache_key(model)
+    return key in _COUNTED or (is_stored and is_kept(key))
+
+
+_COUNTED: dict[str, Fields] = {}
+"""Known in this process: cache key -> fields."""
+
+
+# ---- counting ----
+
+
+def count(model: ModelConfig) -> Fields:
+    """Count this architecture now, whatever is kept of it. Imports torch and transformers. Raises ValueError as model_spec does."""
+    with _no_garbage_collection():
+        return _count(load_hf_config(model), model)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Importing transformers makes millions of objects that live on: looking through them for garbage takes a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
+    if missing := [
+        name
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+        if not isinstance(_first(config, name), int)
+    ]:
+        raise ValueError(
+            f"model={model.name} ({config.model_type}) names no {', '.join(missing)}: it is not one stack of decoder layers"
+        )
+    empty = meta_model(config, model)
+    parameters = weight_tensors(empty, config.num_hidden_layers)
+    num_parameters = sum(parameter.numel for parameter in parameters)
+    num_experts, experts_per_token = _experts(config, parameters)
+    expert_numel = sum(parameter.numel for parameter in parameters if parameter.is_expert)
+    active = None
+    if expert_numel == 0:
+        active = num_parameters
+    elif num_experts and experts_per_token:
+        active = num_parameters - expert_numel + expert_numel * experts_per_token // num_experts
+    head = empty.get_output_embeddings()
+    tied = head is not None and head.weight is empty.get_input_embeddings().weight
+    layers = decoder_layers(empty, config.num_hidden_layers)
+    done = meta_pass(empty, layers)
+    kv_layers, reason = kv_layout(empty, config, done)
+    num_heads = _first(config, "num_attention_heads", default=0)
+    return {
+        "model_type": config.model_type,
+        "architecture": type(empty).__name__,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": num_heads,
+        "num_kv_heads": _num_kv_heads(config, num_heads),
+        "head_dim": _first(
+            config, "qk_head_dim", "head_dim", default=config.hidden_size // num_heads
+        )
+        if num_heads
+        else 0,
+        "intermediate_size": _intermediate_size(config),
+        "vocab_size": config.vocab_size,
+        "max_positions": _first(config, "max_position_embeddings", "n_positions", "max_seq_len"),
+        "tied_embeddings": tied,
+        "num_parameters": num_parameters,
+        "num_active_parameters": active,
+        "num_experts": num_experts,
+        "experts_per_token": experts_per_token,
+        "parameters": parameters,
+        "layer_classes": tuple(dict.fromkeys(type(layer).__name__ for layer in layers)),
+        "layer_modules": sum(1 for layer in layers for _ in layer.modules()) / len(layers)
+        if layers
+        else None,
+        "layer_ops": done.layer_ops,
+        "layer_values": done.layer_values,
+        "kv_layers": kv_layers,
+        "kv_unknown_reason": reason,
+        "config_dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
+    }
+
+
+def _experts(
+    config: PretrainedConfig, parameters: tuple[Parameter, ...]
+) -> tuple[int | None, int | None]:
+    """Routed experts of a layer, and how many of them a token uses. (None, None) for a dense model."""
+    fused = [parameter for parameter in parameters if parameter.is_expert]
+    if not fused:
+        return None, None
+    num_experts = _first(
+        config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
+    )
+    if isinstance(num_experts, list) or num_experts is None:
+        num_experts = fused[0].shape[0] if len(fused[0].shape) == 3 else None
+    return num_experts, _first(
+        config, "num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts"
+    )
+
+
+def _num_kv_heads(config: PretrainedConfig, num_heads: int) -> int:
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):  # Falcon, GPT-BigCode
+        return 1
+    return _first(config, "num_key_value_heads", "num_kv_heads", default=num_heads)
+
+
+def _intermediate_size(config: PretrainedConfig) -> int | None:
+    if config.model_type == "bloom":
+        return 4 * config.hidden_size  # BloomMLP; the config has no field for it
+    size = _first(config, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    return size if isinstance(size, int) else None
+
+
+def _first(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
+    """The first of these attributes that the config has and that is not None; the largest value of one that differs from layer to layer."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError
+            value = max(getattr(layer, name) for layer in config.per_layer_config)
+        if value is not None:
+            return value
+    return default

@@ -1,0 +1,149 @@
+"""Where counted architectures are kept: the catalogue's come with zinfer, every other one is kept on disk once it was counted.
+
+Both are found by the same name, which covers what was asked for, the libraries' versions and the code that counts: where any of them
+differs from what counted the catalogue, its models are counted here like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zinfer.model.kv_layout import KvLayer
+from zinfer.model.parameters import Parameter
+from zinfer.paths import cache_dir
+
+if TYPE_CHECKING:
+    from zinfer.config import ModelConfig
+
+CATALOGUE = Path(__file__).with_name("catalogue_specs.zip")
+"""Written by `make catalogue-specs`."""
+COUNTING = ("spec.py", "spec_cache.py", "parameters.py", "meta_pass.py", "kv_layout.py", "hf.py")
+"""The modules whose code decides what is counted and how it is written down."""
+
+Fields = dict[str, Any]
+"""Of ModelSpec but name and dtype, and the config's own dtype as `config_dtype`."""
+
+
+def cache_key(model: ModelConfig) -> tuple[str, bool]:
+    """What the counted numbers depend on, and whether that is all known here: a hub's files and a model's own code are not."""
+    folder = Path(os.path.expanduser(model.source)) if model.source else None
+    config_file = folder / "config.json" if folder else None
+    config_hash = (
+        hashlib.sha256(config_file.read_bytes()).hexdigest()
+        if config_file and config_file.is_file()
+        else None
+    )
+    key = [
+        model.model_type,
+        model.overrides,
+        model.source,
+        config_hash,
+        model.trust_remote_code,
+        model.gguf_file,
+    ]
+    is_stored = (
+        not model.trust_remote_code
+        and not model.gguf_file
+        and (model.source is None or config_hash is not None)
+    )
+    return json.dumps(key, sort_keys=True, default=str), is_stored
+
+
+@functools.cache
+def _origin() -> tuple[str, str]:
+    """The version of transformers, and a digest of what else counts: torch (whichever device it was built for) and our own code."""
+    versions = {
+        package: importlib.metadata.version(package).split("+")[0]
+        for package in ("transformers", "torch")
+    }
+    digest = hashlib.sha256(str(versions).encode())
+    for module in COUNTING:
+        digest.update(Path(__file__).with_name(module).read_bytes())
+    return versions["transformers"], digest.hexdigest()
+
+
+def entry_name(key: str) -> str:
+    """The file that holds the counts of this key."""
+    transformers, origin = _origin()
+    return f"{transformers}-{hashlib.sha256((origin + key).encode()).hexdigest()[:32]}.json"
+
+
+def _cache_file(key: str) -> Path:
+    return cache_dir() / "model_specs" / entry_name(key)
+
+
+def is_kept(key: str) -> bool:
+    """Whether read_counted finds it."""
+    return _cache_file(key).is_file() or _catalogue_entry(key) is not None
+
+
+def read_counted(key: str) -> Fields | None:
+    """What was counted for this key, by this machine or with the catalogue. None: nobody did, or it cannot be read."""
+    try:
+        text: str | bytes | None = _cache_file(key).read_text()
+    except OSError:
+        text = _catalogue_entry(key)
+    try:
+        return None if text is None else from_json(text)
+    except ValueError:  # cut short: count again
+        return None
+
+
+def _catalogue_entry(key: str) -> bytes | None:
+    try:
+        with zipfile.ZipFile(CATALOGUE) as catalogue:
+            return catalogue.read(entry_name(key))
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def write_counted(key: str, fields: Fields) -> None:
+    """Whole or not at all. A cache that cannot be written costs the next plan a few seconds, nothing else."""
+    path = _cache_file(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(to_json(fields))
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def write_catalogue(counted: Iterable[tuple[str, Fields]], path: Path = CATALOGUE) -> None:
+    """All of (key, fields) in one archive, the same bytes for the same counts."""
+    entries = {entry_name(key): to_json(fields) for key, fields in counted}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, text in sorted(entries.items()):
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
+
+
+def to_json(fields: Fields) -> str:
+    """As kept."""
+    rows = fields | {
+        "parameters": [dataclasses.astuple(parameter) for parameter in fields["parameters"]]
+    }
+    if fields["kv_layers"] is not None:
+        rows["kv_layers"] = [dataclasses.asdict(layer) for layer in fields["kv_layers"]]
+    return json.dumps(rows)
+
+
+def from_json(text: str | bytes) -> Fields:
+    """The counter's own types again. Raises ValueError for what is no JSON."""
+    fields: Fields = json.loads(text)
+    fields["parameters"] = tuple(
+        Parameter(name, tuple(shape), *rest) for name, shape, *rest in fields["parameters"]
+    )
+    fields["layer_classes"] = tuple(fields["layer_classes"])
+    if fields["kv_layers"] is not None:
+        fields["kv_layers"] = tuple(KvLayer(**layer) for layer in fields["kv_layers"])
+    return fields

@@ -1,0 +1,308 @@
+"""The fastest that a run can be: for each phase the time that each resource needs for the bytes and operations it must move.
+
+The ceiling of a phase is the largest of these times, as if all of them overlapped perfectly (a roofline; Williams et al. 2009,
+doi:10.1145/1498765.1498785). Nothing here is calibrated: bytes and operations are counted from ModelSpec and the ZeRO layout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.machine.hardware import Hardware
+from zinfer.model.spec import ModelSpec, Parameter
+from zinfer.plan.zero_layout import ZeroLayout, zero_layout
+
+Resource = Literal["device_compute", "device_memory", "host_device_link", "nvme", "host_memory"]
+RESOURCES: tuple[Resource, ...] = (
+    "device_compute",
+    "device_memory",
+    "host_device_link",
+    "nvme",
+    "host_memory",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What one phase takes of one device and its host: operations and bytes, of one rank."""
+
+    device_flops: float
+    device_memory_bytes: float
+    host_device_link_bytes: float
+    nvme_bytes: float
+    host_memory_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCeiling:
+    """Lower bounds of one phase's time."""
+
+    demand: Demand
+    seconds: Mapping[Resource, float]
+    """Of each resource that the phase uses and whose rate is known."""
+
+    @property
+    def ceiling_s(self) -> float | None:
+        """The largest of them; None where no rate is known."""
+        return max(self.seconds.values(), default=None)
+
+    @property
+    def binding(self) -> Resource | None:
+        """The resource that takes longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name], default=None)
+
+    def document(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "ceiling_s": self.ceiling_s,
+            "binding": self.binding,
+            "seconds": dict(self.seconds),
+            "demand": asdict(self.demand),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """Of a whole generation: one prefill and new_tokens - 1 decode steps."""
+
+    load: PhaseCeiling
+    prefill: PhaseCeiling
+    decode_step: PhaseCeiling
+    """With the cache as long as it is on average."""
+    generated_tokens_per_s: float | None
+    streamed_bytes: int
+    """Weights that one forward pass fetches from host memory or NVMe, all ranks; 0 when they stay on the device."""
+
+
+@dataclass(frozen=True)
+class MatrixProducts:
+    """A model's weight matrices by what multiplies them."""
+
+    dense: Mapping[int, int]
+    """Elements of one matrix -> how many such matrices every token meets."""
+    head: int
+    """Elements of the output head, met by one token of each row."""
+    experts: Mapping[int, int]
+    """Elements of one expert's matrix -> in how many places (layer and role) there is one for each expert."""
+
+
+_COUNTED: dict[int, tuple[ModelSpec, MatrixProducts]] = {}
+"""id of a model's parameters -> (whose they are, counted): plans ask many times of one model."""
+
+
+def matrix_products(spec: ModelSpec) -> MatrixProducts:
+    """Each of them counted once for a model."""
+    held = _COUNTED.get(id(spec.parameters))
+    if held is None or held[0].parameters is not spec.parameters:
+        held = _COUNTED[id(spec.parameters)] = (spec, _count_products(spec))
+    return held[1]
+
+
+def _count_products(spec: ModelSpec) -> MatrixProducts:
+    """Every matrix of two dimensions is a product, embeddings apart (a lookup); fused experts are [experts, out, in]."""
+    dense: Counter[int] = Counter()
+    experts: Counter[int] = Counter()
+    head = 0
+    for parameter in spec.parameters:
+        if parameter.is_expert and spec.num_experts:
+            if len(parameter.shape) == 3:
+                experts[parameter.numel // parameter.shape[0]] += 1
+            elif len(parameter.shape) == 2:  # a module for each expert: together they are one place
+                experts[parameter.numel] += 1
+        elif len(parameter.shape) == 2 and spec.vocab_size in parameter.shape:
+            if parameter.kind != "embedding" or spec.tied_embeddings:
+                head = parameter.numel
+        elif (
+            len(parameter.shape) == 2
+            and parameter.kind != "embedding"
+            and not _is_position_table(parameter)
+        ):
+            dense[parameter.numel] += 1
+    separate = any(
+        parameter.is_expert and len(parameter.shape) == 2 for parameter in spec.parameters
+    )
+    if separate and spec.num_experts:
+        experts = Counter(
+            {numel: -(-count // spec.num_experts) for numel, count in experts.items()}
+        )
+    return MatrixProducts(dense=dense, head=head, experts=experts)
+
+
+def _is_position_table(parameter: Parameter) -> bool:
+    """OPT's learned positions are a subclass of nn.Embedding: a lookup too."""
+    return parameter.layer is None and parameter.kind == "other" and "embed" in parameter.name
+
+
+def touched_experts(spec: ModelSpec, tokens: int) -> float:
+    """Distinct experts of a layer that `tokens` tokens use, if each token chooses evenly and independently: E * (1 - (1 - k/E)^tokens)."""
+    if not spec.num_experts or not spec.experts_per_token:
+        return 0.0
+    share = spec.experts_per_token / spec.num_experts
+    return spec.num_experts * (1 - (1 - share) ** tokens)
+
+
+def pass_flops(spec: ModelSpec, rows: int, new: int, context: float) -> float:
+    """Operations of one forward pass of `new` tokens for each of `rows` sequences that attend to `context` tokens each.
+
+    Two for each weight and token, and 4 * heads * head_dim for each pair of tokens and layer (queries by keys, weights by values).
+    Source: Kaplan et al. 2020 (arXiv:2001.08361) section 2.1.
+    """
+    products = matrix_products(spec)
+    dense = sum(numel * count for numel, count in products.dense.items())
+    expert = sum(numel * count for numel, count in products.experts.items()) * (
+        spec.experts_per_token or 0
+    )
+    attention = (
+        4 * spec.num_layers * spec.num_attention_heads * spec.head_dim * context * new * rows
+    )
+    return 2.0 * (dense + expert) * rows * new + 2.0 * products.head * rows + attention
+
+
+def touched_weight_bytes(spec: ModelSpec, tokens: int, itemsize_bytes: float) -> float:
+    """Weights that a pass of that many tokens reads from device memory: of routed experts only those that it touches."""
+    products = matrix_products(spec)
+    dense = sum(numel * count for numel, count in products.dense.items()) + products.head
+    expert = sum(numel * count for numel, count in products.experts.items()) * touched_experts(
+        spec, tokens
+    )
+    return (dense + expert) * itemsize_bytes
+
+
+def kv_read_bytes(spec: ModelSpec, rows: int, context: float) -> float:
+    """Keys and values of `context` tokens of each row; 0 where the cache is unknown (a lower bound stays one)."""
+    layers = spec.kv_layers or ()
+    return (
+        rows
+        * sum(layer.values_per_token * layer.cached_tokens(int(context)) for layer in layers)
+        * ITEMSIZE_BYTES[spec.dtype]
+    )
+
+
+def _pass_demand(
+    spec: ModelSpec,
+    config: RunConfig,
+    hardware: Hardware,
+    layout: ZeroLayout,
+    *,
+    new: int,
+    context: float,
+) -> Demand:
+    """Of one forward pass on one rank."""
+    rows, size = config.batch.batch_size // config.launcher.ranks, layout.itemsize_bytes
+    resident = config.engine.name == "resident" or config.offload.device == "none"
+    stored = layout.stored_numel * size
+    on_host = stored - layout.small_numel * size
+    nvme = layout.swapped_numel * size if config.offload.device == "nvme" else 0
+    aliased = hardware.device_kind == "cpu"
+    link = 0 if resident or aliased else on_host / config.launcher.ranks
+    weights = touched_weight_bytes(spec, rows * new, stored / max(1, spec.num_parameters))
+    device = (
+        weights
+        + kv_read_bytes(spec, rows, context)
+        + rows * new * spec.hidden_size * size * 2 * spec.num_layers
+    )
+    host = link + nvme
+    return Demand(
+        device_flops=pass_flops(spec, rows, new, context if new == 1 else context / 2),
+        device_memory_bytes=device,
+        host_device_link_bytes=link,
+        nvme_bytes=nvme,
+        host_memory_bytes=host,
+    )
+
+
+def _bounded(demand: Demand, rates: Mapping[Resource, float | None]) -> PhaseCeiling:
+    amounts: dict[Resource, float] = {
+        "device_compute": demand.device_flops,
+        "device_memory": demand.device_memory_bytes,
+        "host_device_link": demand.host_device_link_bytes,
+        "nvme": demand.nvme_bytes,
+        "host_memory": demand.host_memory_bytes,
+    }
+    seconds = {
+        name: amounts[name] / rate for name in RESOURCES if (rate := rates[name]) and amounts[name]
+    }
+    return PhaseCeiling(demand=demand, seconds=seconds)
+
+
+def resource_rates(spec: ModelSpec, hardware: Hardware) -> dict[Resource, float | None]:
+    """Operations or bytes per second of each resource. On a machine without an accelerator device memory is host memory."""
+    on_cpu = hardware.device_kind == "cpu"
+    return {
+        "device_compute": hardware.device_flops_per_s.get(spec.dtype),
+        "device_memory": (hardware.device_memory_bytes_per_s or hardware.host_memory_bytes_per_s)
+        if on_cpu
+        else hardware.device_memory_bytes_per_s,
+        "host_device_link": hardware.host_to_device_bytes_per_s,
+        "nvme": hardware.nvme_read_bytes_per_s,
+        "host_memory": hardware.host_memory_bytes_per_s,
+    }
+
+
+def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
+    """The fastest that this run can be on this hardware. Several ranks share NVMe and host memory, each has a device and a link."""
+    layout, ranks, batch = zero_layout(config, spec), config.launcher.ranks, config.batch
+    rates = resource_rates(spec, hardware)
+    shared: set[Resource] = {"nvme", "host_memory"}
+    if hardware.device_kind == "cpu":
+        shared |= {"device_memory", "device_compute"}
+    rates = {
+        name: rate / ranks if rate and name in shared else rate for name, rate in rates.items()
+    }
+    prefill = _bounded(
+        _pass_demand(
+            spec, config, hardware, layout, new=batch.prompt_tokens, context=batch.prompt_tokens
+        ),
+        rates,
+    )
+    context = batch.prompt_tokens + batch.new_tokens / 2
+    step = _bounded(_pass_demand(spec, config, hardware, layout, new=1, context=context), rates)
+    load_bytes = layout.stored_numel * layout.itemsize_bytes / ranks
+    load = _bounded(
+        Demand(
+            device_flops=0,
+            device_memory_bytes=load_bytes,
+            host_device_link_bytes=0,
+            nvme_bytes=0,
+            host_memory_bytes=load_bytes,
+        ),
+        rates,
+    )
+    tokens_per_s = None
+    if prefill.ceiling_s is not None and step.ceiling_s is not None:
+        tokens_per_s = (
+            batch.batch_size
+            * batch.new_tokens
+            / (prefill.ceiling_s + (batch.new_tokens - 1) * step.ceiling_s)
+        )
+    return Ceiling(
+        load=load,
+        prefill=prefill,
+        decode_step=step,
+        generated_tokens_per_s=tokens_per_s,
+        streamed_bytes=streamed_bytes(config, layout, device_is_host=hardware.device_kind == "cpu"),
+    )
+
+
+def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: bool) -> int:
+    """Weights that one forward pass fetches, all ranks: all that is stored below the device, whole experts too (they are one parameter)."""
+    if (
+        config.engine.name == "resident"
+        or config.offload.device == "none"
+        or (config.offload.device == "cpu" and device_is_host)
+    ):
+        return 0
+    if config.offload.device == "nvme":
+        return layout.swapped_numel * layout.itemsize_bytes * config.launcher.ranks
+    return (layout.stored_numel - layout.small_numel) * layout.itemsize_bytes
+
+
+def implied_bandwidth_bytes_per_s(
+    weight_bytes: float, tokens_per_s: float, batch_size: int
+) -> float:
+    """Bandwidth at which weights must have been streamed for this throughput: every pass of the batch reads them once and adds a token."""
+    return weight_bytes * tokens_per_s / batch_size

@@ -1,0 +1,245 @@
+"""The DeepSpeed configuration of a run: a pure function of RunConfig and ModelSpec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zinfer.config import RunConfig
+from zinfer.model.spec import ModelSpec
+from zinfer.plan.zero_layout import PAPER_AIO_BLOCK_BYTES, ZeroLayout, aio_block_bytes, zero_layout
+from zinfer.units import GIB, format_bytes
+
+Json = dict[str, Any]
+
+PAPER_QUEUE_DEPTH = 64
+TUNED_QUEUE_DEPTH = 16
+TUNED_INTRA_OP_PARALLELISM = 4
+MIN_TUNED_BUFFERS = 5
+
+
+def deepspeed_json(
+    config: RunConfig, spec: ModelSpec, *, staging_limit_bytes: int | None = None
+) -> Json:
+    """The DeepSpeed configuration of this run.
+
+    Args:
+        staging_limit_bytes: tuned NVMe buffers use at most this much page-locked memory per rank, but never fewer buffers than work.
+    """
+    if config.zero.derivation == "paper":
+        return _paper(config, spec)
+    return _tuned(config, spec, staging_limit_bytes)
+
+
+def _paper(config: RunConfig, spec: ModelSpec) -> Json:
+    """The published derivation, key for key.
+
+    Source: DeepSpeedExamples, inference/huggingface/zero_inference/run_model.py, get_ds_model and utils.get_quant_config.
+    There `GB` is 1 << 30 and buffer_size counts elements. Quantisation is emitted for 4 bits only; 8 bits are emitted the same way here,
+    because a run that asks for them must not silently run unquantised.
+    """
+    h = spec.hidden_size
+    zero: Json = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": 2 * h * h,
+        "stage3_param_persistence_threshold": h,
+        "stage3_max_live_parameters": 2 * h * h,
+    }
+    derived: Json = {
+        "fp16": {"enabled": spec.dtype == "float16"},
+        "bf16": {"enabled": spec.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "steps_per_print": 2000,
+        "train_batch_size": config.batch.batch_size,
+        "wall_clock_breakdown": False,
+        **_quantisation(config),
+    }
+    if config.offload.device == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": config.offload.pin_memory}
+    if config.offload.device == "nvme":
+        count, numel = _paper_buffers(spec.model_type, config.offload.use_gds)
+        zero["offload_param"] = {
+            "device": "nvme",
+            "pin_memory": config.offload.pin_memory,
+            "nvme_path": config.offload.nvme_path,
+            "buffer_count": count,
+            "buffer_size": numel,
+        }
+        derived["aio"] = {
+            "block_size": PAPER_AIO_BLOCK_BYTES,
+            "queue_depth": PAPER_QUEUE_DEPTH,
+            "thread_count": 8,
+            "use_gds": config.offload.use_gds,
+            "single_submit": False,
+            "overlap_events": True,
+        }
+    return derived
+
+
+def _paper_buffers(model_type: str, use_gds: bool) -> tuple[int, int]:
+    """(buffer_count, elements of each) of the published example."""
+    if model_type == "bloom":
+        return (3, 8 * GIB) if use_gds else (5, 9 * GIB)
+    if model_type == "mixtral":
+        return 10, 1 * GIB
+    return 5, 2 * GIB
+
+
+def _tuned(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None) -> Json:
+    """Derived from the largest layer and the largest parameter; no key that is ignored, no value that corrupts tokens."""
+    layout = zero_layout(config, spec)
+    zero: Json = {
+        "stage": 3,
+        "stage3_prefetch_bucket_size": _given(
+            config.zero.prefetch_bucket_numel, layout.layer_numel
+        ),
+        "stage3_param_persistence_threshold": _persistence_threshold(config, spec, layout),
+        "stage3_max_live_parameters": _given(config.zero.max_live_numel, 2 * layout.layer_numel),
+    }
+    if config.dtype.bits is None:  # quantised weights are unpacked by it
+        zero["memory_efficient_linear"] = (
+            False  # it saves memory in training; here it costs time at every product
+        )
+    if leaf_layers(config, spec, staging_limit_bytes):
+        zero["leaf_module"] = {"classes": list(spec.layer_classes)}
+    derived: Json = {
+        "train_micro_batch_size_per_gpu": config.batch.batch_size
+        // config.launcher.ranks,  # wanted even to infer
+        "zero_optimization": zero,
+        **_float_mode(spec.dtype),
+        **_quantisation(config),
+    }
+    if config.offload.device == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": config.offload.pin_memory}
+    if config.offload.device == "nvme":
+        numel = _buffer_numel(config, layout)
+        zero["offload_param"] = {
+            "device": "nvme",
+            "pin_memory": config.offload.pin_memory,
+            "nvme_path": config.offload.nvme_path,
+            "buffer_count": _buffer_count(config, layout, spec, staging_limit_bytes),
+            "buffer_size": numel,
+        }
+        derived["aio"] = {
+            "block_size": aio_block_bytes(config),
+            "queue_depth": _given(config.zero.aio_queue_depth, TUNED_QUEUE_DEPTH),
+            "intra_op_parallelism": _given(
+                config.zero.aio_intra_op_parallelism, TUNED_INTRA_OP_PARALLELISM
+            ),
+            "single_submit": False,
+            "overlap_events": True,
+            **({"use_gds": True} if config.offload.use_gds else {}),
+        }
+    return derived
+
+
+def _given(override: int | None, derived: int) -> int:
+    return derived if override is None else override
+
+
+def _persistence_threshold(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
+    """Elements; smaller parameters stay gathered.
+
+    Under NVMe it must stay below every swapped partition, else DeepSpeed returns wrong tokens on one rank and crashes on two.
+    """
+    wanted = _given(config.zero.persistence_threshold_numel, spec.hidden_size)
+    return min(wanted, layout.swap_min_numel - 1) if config.offload.device == "nvme" else wanted
+
+
+def leaf_layers(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None = None) -> bool:
+    """Whether a decoder layer is one leaf of ZeRO-3: fetched and released at once, without hooks on the modules inside.
+
+    Not where experts are modules of their own (all of them would be fetched, whether used or not), not for quantised weights, and not where
+    the NVMe buffers hold less than a layer.
+    """
+    if not _leaf_is_wanted(config, spec):
+        return False
+    if config.zero.leaf_layers or config.offload.device != "nvme":
+        return True
+    layout = zero_layout(config, spec)
+    return _buffer_count(config, layout, spec, staging_limit_bytes) >= min_buffer_count(
+        layout, spec, leaf=True
+    )
+
+
+def _leaf_is_wanted(config: RunConfig, spec: ModelSpec) -> bool:
+    if config.zero.derivation == "paper" or not spec.layer_classes:
+        return False
+    if config.zero.leaf_layers is not None:
+        return config.zero.leaf_layers
+    return config.dtype.bits is None and not zero_layout(config, spec).separate_experts
+
+
+def min_buffer_count(layout: ZeroLayout, spec: ModelSpec, *, leaf: bool) -> int:
+    """Fewest staging buffers that work: those of one module or leaf, one more where a tied embedding may hold its own throughout."""
+    together = max(layout.swapped_per_module, layout.swapped_per_layer if leaf else 0)
+    return max(2, together + int(spec.tied_embeddings))
+
+
+def _buffer_numel(config: RunConfig, layout: ZeroLayout) -> int:
+    return _given(
+        config.offload.buffer_numel, max(layout.largest_swapped_numel, layout.swap_min_numel)
+    )
+
+
+def _buffer_count(
+    config: RunConfig, layout: ZeroLayout, spec: ModelSpec, staging_limit_bytes: int | None
+) -> int:
+    """As typed; else two layers' worth, as far as the limit allows and never fewer than work."""
+    if config.offload.buffer_count is not None:
+        return config.offload.buffer_count
+    least = min_buffer_count(
+        layout, spec, leaf=bool(config.zero.leaf_layers) and _leaf_is_wanted(config, spec)
+    )
+    wanted = max(MIN_TUNED_BUFFERS, 2 * layout.swapped_per_layer, least)
+    if staging_limit_bytes is None:
+        return wanted
+    return max(
+        least,
+        min(wanted, staging_limit_bytes // (_buffer_numel(config, layout) * layout.itemsize_bytes)),
+    )
+
+
+def _float_mode(dtype: str) -> Json:
+    return {"float16": {"fp16": {"enabled": True}}, "bfloat16": {"bf16": {"enabled": True}}}.get(
+        dtype, {}
+    )
+
+
+def _quantisation(config: RunConfig) -> Json:
+    if config.dtype.bits is None:
+        return {}
+    scheme = {
+        "num_bits": config.dtype.bits,
+        "group_size": config.dtype.group_size,
+        "group_dim": 1,
+        "symmetric": False,
+    }
+    return {"weight_quantization": {"quantized_initialization": scheme}}
+
+
+def derivation_warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
+    """What the emitted configuration does not do although it says so, or does although it should not."""
+    layout = zero_layout(config, spec)
+    warnings = []
+    if config.zero.derivation == "paper" and config.offload.device == "nvme":
+        count, numel = _paper_buffers(spec.model_type, config.offload.use_gds)
+        staging = count * numel * layout.itemsize_bytes
+        warnings.append(
+            "zero=paper: DeepSpeed ignores aio.thread_count (it reads intra_op_parallelism), so reads use one thread"
+        )
+        if layout.largest_swapped_numel:
+            warnings.append(
+                f"zero=paper: {count} NVMe buffers of {numel:,} elements page-lock {format_bytes(staging)} of host memory; the largest "
+                f"parameter needs {layout.largest_swapped_numel:,}. zero=tuned sizes them from the model"
+            )
+    threshold = config.zero.persistence_threshold_numel
+    if (
+        threshold is not None
+        and config.offload.device == "nvme"
+        and threshold >= layout.swap_min_numel
+    ):
+        warnings.append(
+            f"zero.persistence_threshold_numel={threshold} was lowered to {layout.swap_min_numel - 1}: from {layout.swap_min_numel} on, "
+            "parameters would be both swapped to NVMe and kept, and DeepSpeed returns wrong tokens"
+        )
+    return warnings

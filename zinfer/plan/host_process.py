@@ -1,0 +1,93 @@
+"""Host memory of a worker that belongs to no tensor of the model: Python and its libraries, the loader, memory that glibc keeps.
+
+The constants were measured on Linux x86-64 with torch 2.13 (CPU), transformers 5.23, DeepSpeed 0.19.8; a calibration profile replaces the
+first two by this machine's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.machine.profile import CalibrationProfile
+from zinfer.model.spec import ModelSpec
+from zinfer.model.weights.local import checkpoint_folder
+from zinfer.plan.zero_layout import ZeroLayout
+from zinfer.units import MIB
+
+IMPORTED_RSS_BYTES = 500 * MIB
+"""Resident memory of a fresh worker with torch, transformers and deepspeed imported."""
+GROWTH_BYTES = {"resident": 20 * MIB, "none": 48 * MIB, "cpu": 48 * MIB, "nvme": 64 * MIB}
+"""What loading and running a model without size adds: kernels' code, the process group, DeepSpeed's ops."""
+DUMMY_POOL_NUMEL = (1 << 22) + 4099
+"""Random values that weights/dummy.py tiles over the model; made in float32."""
+KEPT_FREE = {"float32": (2.4, 3.5), "other": (1.6, 1.8)}
+"""ZeRO-3 on the CPU: peak over what is alive, of working memory and of the KV cache. Each step replaces every cache tensor by one that is a
+token longer, and DeepSpeed's own small objects between them keep freed memory from going back."""
+KEPT_FREE_RESIDENT = (1.4, 2.2)
+LARGEST_KEPT = 0.6
+"""Of the largest parameter's size: what ZeRO-3's loading leaves in the heap on average."""
+KEPT_AFTER_QUANTISING = 80 * MIB
+"""What quantising the weights leaves in the heap besides: 60 to 100 MiB from 125M to 560M parameters."""
+LARGEST_WHILE_LOADING = {"untied": 1.6, "tied": 2.3}
+"""Copies of the largest parameter alive while ZeRO-3 partitions it, beside its partition; a tied head exists untied for a moment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostProcess:
+    """Of one worker."""
+
+    imported_bytes: int
+    growth_bytes: int
+
+
+def mode_of(config: RunConfig) -> str:
+    """resident, none, cpu or nvme: what decides the fixed costs of a run."""
+    return "resident" if config.engine.name == "resident" else config.offload.device
+
+
+def host_process(config: RunConfig, profile: CalibrationProfile | None) -> HostProcess:
+    """Memory of a worker before it holds a model. A forked worker touches the pages that a fresh one has read, and counts the same."""
+    mode = mode_of(config)
+    imported = profile.imported_rss_bytes if profile else IMPORTED_RSS_BYTES
+    growth = (profile.growth_bytes if profile else {}).get(mode, GROWTH_BYTES[mode])
+    return HostProcess(imported_bytes=imported, growth_bytes=growth)
+
+
+def kept_free_factor(config: RunConfig, spec: ModelSpec) -> tuple[float, float]:
+    """(working memory, KV cache): the host memory that they take at most, over what is alive, where the device is host memory."""
+    if config.engine.name == "resident":
+        return KEPT_FREE_RESIDENT
+    return KEPT_FREE.get(spec.dtype, KEPT_FREE["other"])
+
+
+def kept_after_loading(config: RunConfig, layout: ZeroLayout) -> int:
+    """Freed by the loader, not given back to the system."""
+    if config.engine.name == "resident":
+        return 0
+    quantised = 0 if config.dtype.bits is None else KEPT_AFTER_QUANTISING
+    return int(LARGEST_KEPT * layout.largest_numel * layout.itemsize_bytes) + quantised
+
+
+def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
+    """Alive at the loader's worst moment and gone afterwards, on one rank."""
+    size = ITEMSIZE_BYTES[spec.dtype]
+    pool = DUMMY_POOL_NUMEL * (size if size == 4 else 4) if config.weights == "dummy" else 0
+    if config.engine.name == "resident":
+        return pool
+    copies = LARGEST_WHILE_LOADING["tied" if spec.tied_embeddings else "untied"]
+    return pool + int(copies * layout.largest_numel * size)
+
+
+def mapped_bytes(config: RunConfig, spec: ModelSpec) -> int:
+    """Pages of the checkpoint's files in the first rank's memory once all were read: transformers maps every shard until the end.
+
+    Of files that are not on this machine: the published type's size.
+    """
+    if config.weights == "dummy":
+        return 0
+    folder = checkpoint_folder(config.model)
+    files = list(folder.glob("*.safetensors")) if folder else []
+    if files:
+        return sum(file.stat().st_size for file in files)
+    return spec.num_parameters * ITEMSIZE_BYTES[config.model.checkpoint_dtype or spec.dtype]

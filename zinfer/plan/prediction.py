@@ -1,0 +1,416 @@
+"""How long a run will take: its ceiling, and where this machine is calibrated, what the kernels, the loop and the streaming really cost.
+
+Without a calibration profile and for several ranks the predictions are None: nobody measured what they depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import comb
+from typing import Any
+
+from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.machine.hardware import Hardware
+from zinfer.machine.profile import (
+    BY_MODULE,
+    NOTICED_SLOWDOWN,
+    CalibrationProfile,
+    FamilyCost,
+    ModeCost,
+)
+from zinfer.model.spec import ModelSpec
+from zinfer.plan.ceiling import Ceiling, ceiling, kv_read_bytes, matrix_products, touched_experts
+from zinfer.plan.deepspeed_json import leaf_layers
+from zinfer.plan.host_process import mode_of
+from zinfer.plan.memory import MemoryPlan, staging_limit_bytes
+from zinfer.plan.zero_layout import ZeroLayout, zero_layout
+from zinfer.units import MIB
+
+CACHES_BYTES = 32 * MIB
+"""Weights of a model beyond which the caches of a processor's cores are taken to hold nothing from one layer to the next."""
+FEW_TOKENS = 64
+"""Tokens of a pass up to which it matters how they are spread over the experts."""
+THIN_ROWS = 64
+"""A product with more rows than this spends its time on arithmetic, not on waiting for weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Seconds and tokens per second before the run; None: unknown."""
+
+    ceiling: Ceiling
+    load_s: float | None
+    prefill_s: float | None
+    decode_step_s: float | None
+    generated_tokens_per_s: float | None
+    yardstick_s: float | None = None
+    """What the yardstick took when this machine was calibrated: the speed that all these times are for."""
+    parts: Mapping[str, float]
+    """What the predicted decode step is made of, in seconds."""
+
+    @property
+    def binding_resource(self) -> str | None:
+        """What takes longest in a decode step: fixed cost where that is more than any resource needs, else the resource of the ceiling."""
+        fixed = self.parts.get("loop", 0.0) + self.parts.get("layers", 0.0)
+        if self.decode_step_s and fixed > self.decode_step_s / 2:
+            return "fixed_cost"
+        return self.ceiling.decode_step.binding
+
+    def metrics(self, plan: MemoryPlan) -> dict[str, float]:
+        """Name -> value of what is known."""
+        values = {
+            "predicted_load_s": self.load_s,
+            "predicted_prefill_s": self.prefill_s,
+            "predicted_decode_step_s": self.decode_step_s,
+            "predicted_generated_tokens_per_s": self.generated_tokens_per_s,
+            "ceiling_prefill_s": self.ceiling.prefill.ceiling_s,
+            "ceiling_decode_step_s": self.ceiling.decode_step.ceiling_s,
+            "ceiling_generated_tokens_per_s": self.ceiling.generated_tokens_per_s,
+            "predicted_peak_host_rss_bytes": plan.peak_host_rss_bytes,
+            "predicted_peak_device_bytes": plan.peak_device_bytes,
+            "predicted_kv_cache_bytes": plan.kv_cache_bytes,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def document(self, plan: MemoryPlan) -> dict[str, Any]:
+        """JSON-able: metrics, what binds, and how the ceiling came about."""
+        return {
+            **self.metrics(plan),
+            "binding_resource": self.binding_resource,
+            "parts_of_decode_step": dict(self.parts),
+            "ceilings": {
+                "load": self.ceiling.load.document(),
+                "prefill": self.ceiling.prefill.document(),
+                "decode_step": self.ceiling.decode_step.document(),
+            },
+            "streamed_bytes": self.ceiling.streamed_bytes,
+        }
+
+
+def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Prediction:
+    """What this run will take on this hardware."""
+    bound = ceiling(spec, config, hardware)
+    profile = hardware.profile
+    batch = config.batch
+    if profile is None or config.launcher.ranks > 1:
+        return Prediction(
+            ceiling=bound,
+            load_s=None,
+            prefill_s=None,
+            decode_step_s=None,
+            generated_tokens_per_s=None,
+            parts={},
+        )
+    layout = zero_layout(config, spec)
+    leaf = leaf_layers(config, spec, staging_limit_bytes(config, hardware))
+    context = batch.prompt_tokens + batch.new_tokens / 2
+    prefill = pass_parts(
+        spec,
+        config,
+        profile,
+        layout,
+        leaf=leaf,
+        new=batch.prompt_tokens,
+        context=batch.prompt_tokens,
+    )
+    step = pass_parts(spec, config, profile, layout, leaf=leaf, new=1, context=context)
+    on_cpu = hardware.device_kind == "cpu"
+    prefill_s = _together(prefill, bound.prefill.ceiling_s, on_cpu=on_cpu)
+    step_s = _together(step, bound.decode_step.ceiling_s, on_cpu=on_cpu)
+    tokens_per_s = None
+    if prefill_s is not None and step_s is not None:
+        tokens_per_s = (
+            batch.batch_size * batch.new_tokens / (prefill_s + (batch.new_tokens - 1) * step_s)
+        )
+    return Prediction(
+        ceiling=bound,
+        load_s=_load_s(spec, config, profile, layout),
+        prefill_s=prefill_s,
+        decode_step_s=step_s,
+        generated_tokens_per_s=tokens_per_s,
+        yardstick_s=profile.yardstick_s,
+        parts=step or {},
+    )
+
+
+def _together(
+    parts: Mapping[str, float] | None, ceiling_s: float | None, *, on_cpu: bool
+) -> float | None:
+    """One processor does one thing after the other; a GPU works while the host launches and the link copies. Never under the ceiling."""
+    if parts is None:
+        return None
+    if on_cpu:
+        return max(sum(parts.values()), ceiling_s or 0.0)
+    host = parts["loop"] + parts["layers"]
+    device = sum(
+        parts[name] for name in ("matrix products", "dequantisation", "attention", "elementwise")
+    )
+    return max(host, device, parts["streaming"], ceiling_s or 0.0)
+
+
+def pass_parts(
+    spec: ModelSpec,
+    config: RunConfig,
+    profile: CalibrationProfile,
+    layout: ZeroLayout,
+    *,
+    leaf: bool,
+    new: int,
+    context: float,
+) -> dict[str, float] | None:
+    """Seconds of one forward pass by cause; None where this dtype or mode was not calibrated, or the layers were not seen running.
+
+    Args:
+        leaf: decoder layers are leaves of ZeRO-3.
+    """
+    rows = config.batch.batch_size
+    family, mode = (
+        profile.family_cost(spec.model_type, spec.dtype),
+        profile.mode_cost(fixed_mode(config, leaf=leaf), spec.dtype),
+    )
+    products_s = products_seconds(spec, profile, rows, new)
+    unpacking_s = dequantise_seconds(spec, config, profile, rows * new)
+    streaming_s = streaming_seconds(config, profile, layout)
+    if (
+        family is None
+        or mode is None
+        or spec.layer_ops is None
+        or products_s is None
+        or unpacking_s is None
+        or streaming_s is None
+    ):
+        return None
+    factor = (
+        profile.cold_factor if layout.stored_numel * layout.itemsize_bytes > CACHES_BYTES else 1.0
+    )
+    parts = {
+        "loop": factor * mode.step_s,
+        "layers": factor * layers_seconds(spec, layout, family, mode),
+        "matrix products": (factor if rows * new <= THIN_ROWS else 1.0) * products_s,
+        "dequantisation": unpacking_s,
+        "attention": attention_seconds(spec, profile, rows, new, context),
+        "elementwise": elementwise_seconds(spec, family.value_s, profile, rows, new),
+        "streaming": streaming_s,
+    }
+    return {name: profile.disturbance * seconds for name, seconds in parts.items()}
+
+
+def layers_seconds(
+    spec: ModelSpec, layout: ZeroLayout, family: FamilyCost, mode: ModeCost
+) -> float:
+    """What all decoder layers cost in a pass whatever the number of tokens, with warm caches."""
+    return spec.num_layers * (
+        (spec.layer_ops or 0.0) * family.op_s
+        + mode.layer_s
+        + layer_parts(spec, layout, mode.mode) * mode.part_s
+    )
+
+
+def fixed_mode(config: RunConfig, *, leaf: bool) -> str:
+    """The name of the run's ModeCost."""
+    return mode_of(config) + ("" if leaf or config.engine.name == "resident" else BY_MODULE)
+
+
+def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: str) -> float:
+    """What ModeCost.part_s is multiplied by: of a decoder layer its modules where ZeRO-3 fetches them one by one, else its parameters."""
+    if mode.endswith(BY_MODULE):
+        return spec.layer_modules or 0.0
+    return layout.parameters_per_layer
+
+
+def products_seconds(
+    spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int
+) -> float | None:
+    """All multiplications by weights."""
+    products, tokens = matrix_products(spec), rows * new
+    total = 0.0
+    for numel, count in products.dense.items():
+        seconds = profile.kernel_s(spec.dtype, tokens, numel)
+        if seconds is None:
+            return None
+        total += count * seconds
+    total += (
+        profile.kernel_s(spec.dtype, rows, products.head, wide=True) or 0.0
+        if products.head
+        else 0.0
+    )
+    for each, experts in tokens_of_experts(spec, tokens):
+        total += experts * sum(
+            count * (profile.kernel_s(spec.dtype, each, numel) or 0.0)
+            for numel, count in products.experts.items()
+        )
+    return total
+
+
+def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, float]]:
+    """(tokens of an expert, how many of a layer's experts get so many), those without any left out.
+
+    A product of three rows can take longer than one of four, so a few tokens are spread out: binomially, as in touched_experts. Many are
+    spread evenly over the experts that they touch.
+    """
+    if not spec.num_experts or not spec.experts_per_token:
+        return
+    share = spec.experts_per_token / spec.num_experts
+    if tokens > FEW_TOKENS:
+        touched = touched_experts(spec, tokens)
+        yield tokens * spec.experts_per_token / touched, touched
+        return
+    for each in range(1, tokens + 1):
+        yield (
+            each,
+            spec.num_experts * comb(tokens, each) * share**each * (1 - share) ** (tokens - each),
+        )
+
+
+def dequantise_seconds(
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, tokens: int
+) -> float | None:
+    """Unpacking every quantised matrix once for each use in a pass, embeddings whole; None where it was not calibrated."""
+    if config.dtype.bits is None:
+        return 0.0
+    used = touched_experts(spec, tokens) / spec.num_experts if spec.num_experts else 1.0
+    total = 0.0
+    for numel, (outside, of_experts) in quantised_matrices(spec).items():
+        seconds = profile.dequantise_s(config.dtype.bits, spec.dtype, numel)
+        if seconds is None:
+            return None
+        total += (outside + of_experts * used) * seconds
+    return total
+
+
+def quantised_matrices(spec: ModelSpec) -> dict[int, tuple[int, int]]:
+    """Elements -> uses in a pass of matrices of that size that DeepSpeed quantises: (of all tokens, of routed experts)."""
+    uses: dict[int, tuple[int, int]] = {}
+    for parameter in spec.parameters:
+        if parameter.kind in ("linear", "embedding"):
+            outside, of_experts = uses.get(parameter.numel, (0, 0))
+            times = (
+                2
+                if parameter.kind == "embedding"
+                and spec.tied_embeddings
+                and spec.vocab_size in parameter.shape
+                else 1
+            )
+            uses[parameter.numel] = (
+                (outside, of_experts + 1) if parameter.is_expert else (outside + times, of_experts)
+            )
+    return uses
+
+
+def attention_seconds(
+    spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int, context: float
+) -> float:
+    """Scores and weighted values; in decode also the copy of the whole cache into one that is a token longer (torch.cat)."""
+    flops = 4 * spec.num_layers * spec.num_attention_heads * spec.head_dim * rows * new * context
+    if new > 1:
+        rate = profile.attention_flops.get(spec.dtype)
+        return flops / rate.median if rate else 0.0
+    kv = kv_read_bytes(spec, rows, context)
+    rate = profile.attention.get(spec.dtype)
+    return (kv / rate.median if rate else 0.0) + kv / profile.host_copy.median
+
+
+def elementwise_seconds(
+    spec: ModelSpec, value_s: float, profile: CalibrationProfile, rows: int, new: int
+) -> float:
+    """Norms, activations, residuals; and the logits, copied to float32 and searched."""
+    logits = rows * spec.vocab_size * (ITEMSIZE_BYTES[spec.dtype] + 2 * 4)
+    return (
+        value_s * rows * new * (spec.layer_values or 0.0) * spec.num_layers
+        + logits / profile.host_copy.median
+    )
+
+
+def streaming_seconds(
+    config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout
+) -> float | None:
+    """What fetching weights adds to a pass; None where that was not calibrated."""
+    if config.engine.name == "resident" or config.offload.device == "none":
+        return 0.0
+    if config.offload.device == "cpu":
+        link = (
+            profile.host_to_device_pinned
+            if config.offload.pin_memory
+            else profile.host_to_device_pageable
+        )
+        if profile.device_kind == "cpu":
+            return 0.0  # the partition itself is used
+        return layout.stored_numel * layout.itemsize_bytes / link.median if link else None
+    if layout.swapped_numel == 0:
+        return 0.0
+    if profile.stream is None:
+        return None
+    return (
+        layout.swapped_count * profile.stream.parameter_s
+        + layout.swapped_numel * layout.itemsize_bytes / profile.stream.bytes_per_s
+    )
+
+
+def _load_s(
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout
+) -> float | None:
+    """Random weights in the compute dtype only: how fast a checkpoint is read depends on where it is, quantising was not timed."""
+    cost = profile.load.get(mode_of(config))
+    if cost is None or config.weights != "dummy" or config.dtype.bits is not None:
+        return None
+    return (
+        cost.fixed_s
+        + len(spec.parameters) * cost.parameter_s
+        + layout.stored_numel * layout.itemsize_bytes / cost.bytes_per_s
+    )
+
+
+def scored(
+    metrics: Mapping[str, float], prediction: Prediction, plan: MemoryPlan
+) -> dict[str, float]:
+    """What a run's metrics say of its prediction: ratios predicted / measured, the fraction of the ceiling, the implied bandwidth."""
+    predicted = prediction.metrics(plan)
+    pairs = {
+        "prediction_ratio_load": ("predicted_load_s", "load_s"),
+        "prediction_ratio_prefill": ("predicted_prefill_s", "prefill_s"),
+        "prediction_ratio_decode_step": ("predicted_decode_step_s", "decode_step_s"),
+        "prediction_ratio_tokens_per_s": (
+            "predicted_generated_tokens_per_s",
+            "generated_tokens_per_s",
+        ),
+        "prediction_ratio_peak_host_rss": ("predicted_peak_host_rss_bytes", "peak_host_rss_bytes"),
+        "prediction_ratio_peak_device": (
+            "predicted_peak_device_bytes",
+            "peak_device_allocated_bytes",
+        ),
+        "prediction_ratio_kv_cache": ("predicted_kv_cache_bytes", "kv_cache_bytes"),
+        "ceiling_fraction": ("generated_tokens_per_s", "ceiling_generated_tokens_per_s"),
+    }
+    both = {**metrics, **predicted}
+    ratios = {
+        name: both[top] / both[bottom]
+        for name, (top, bottom) in pairs.items()
+        if top in both and both.get(bottom)
+    }
+    if prediction.ceiling.streamed_bytes and metrics.get("decode_step_s"):
+        ratios["streamed_bytes_per_s"] = (
+            prediction.ceiling.streamed_bytes / metrics["decode_step_s"]
+        )
+    if prediction.yardstick_s and metrics.get("yardstick_s"):
+        ratios["slowdown"] = metrics["yardstick_s"] / prediction.yardstick_s
+        if "prediction_ratio_tokens_per_s" in ratios:
+            ratios["prediction_ratio_tokens_per_s_at_speed"] = (
+                ratios["prediction_ratio_tokens_per_s"] / ratios["slowdown"]
+            )
+    return {**predicted, **ratios}
+
+
+def speed_warnings(scores: Mapping[str, float]) -> Iterator[str]:
+    """Whether the machine itself was another one than the calibrated while a run was timed."""
+    slowdown = scores.get("slowdown", 1.0)
+    if slowdown > NOTICED_SLOWDOWN:
+        yield (
+            f"the processor was {slowdown:.1f} times slower while this ran than when it was calibrated (neighbours, heat, power saving?): "
+            "repeat the run before comparing it with others"
+        )
+    if slowdown < 1 / NOTICED_SLOWDOWN:
+        yield (
+            f"the processor was {1 / slowdown:.1f} times faster while this ran than when it was calibrated, so predictions are too slow. "
+            "Type zinfer task=calibrate"
+        )

@@ -1,0 +1,206 @@
+"""sweep.search=best_batch: the batch size with the highest generated_tokens_per_s, as published "best of a batch sweep" rows have it.
+
+The batch doubles while throughput rises; what runs out of memory or does not fit bounds it from above; then the gap between the best
+neighbours is bisected. Every trial is a job of its own, with a run of its own under one parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from zinfer.config import RunConfig
+from zinfer.driver.interrupts import Interrupts
+from zinfer.driver.refusals import refusal
+from zinfer.driver.run import finish, never, run_job
+from zinfer.driver.terminal import Terminal
+from zinfer.job.folder import RESULT_FILE, REUSED_FILE, read_json
+from zinfer.job.outcome import Json, Outcome
+from zinfer.sweep.record import Sweep
+from zinfer.sweep.resume import note_reused
+from zinfer.tracking.job_key import key_here
+from zinfer.tracking.parent import announce_parent, close_parent
+
+STILL_RISING = 1.02
+"""A doubled batch that gives less than 2% more is no reason to double again."""
+RESOLUTION = 0.125
+"""Bisection ends when the next batch size differs from the best by less than an eighth."""
+TOO_LARGE = ("oom_device", "oom_host", "does_not_fit")
+
+Trial = Callable[[int], float | None]
+"""Batch size -> tokens per second; None where it ran out of memory or does not fit."""
+
+
+class SearchStopped(Exception):
+    """A trial failed for another reason than memory, or the search was interrupted."""
+
+
+def best_batch(
+    trial: Trial, first: int, step: int, largest: int, trials: int
+) -> dict[int, float | None]:
+    """Every batch size that was tried, with its throughput. All are multiples of `step` (the ranks).
+
+    Throughput rises with the batch, flattens, and ends where memory does, so the best lies beside the best of the powers of two.
+    """
+    tried: dict[int, float | None] = {}
+
+    def rate(size: int) -> float:
+        if size not in tried:
+            tried[size] = trial(size)
+        return tried[size] or 0.0
+
+    size = max(step, first)
+    rate(size)
+    while 2 * size <= largest and len(tried) < trials and rate(size) > 0:
+        if rate(2 * size) < STILL_RISING * rate(size):
+            break
+        size *= 2
+    while len(tried) < trials:
+        best = max(tried, key=lambda tried_size: tried[tried_size] or 0.0)
+        between = [_middle(best, neighbour, step) for neighbour in _neighbours(best, tried)]
+        untried = [
+            middle
+            for middle in between
+            if middle not in tried and abs(middle - best) >= max(step, RESOLUTION * best)
+        ]
+        if not untried or not tried[best]:
+            break
+        rate(untried[0])
+    return tried
+
+
+def _neighbours(best: int, tried: dict[int, float | None]) -> list[int]:
+    """The nearest tried sizes on both sides, the faster one first; only the upper one where memory ended there, still on the rise."""
+    below = max((size for size in tried if size < best), default=None)
+    above = min((size for size in tried if size > best), default=None)
+    if above is not None and tried[above] is None:
+        return [above]
+    return sorted(
+        (size for size in (below, above) if size is not None),
+        key=lambda size: tried[size] or 0.0,
+        reverse=True,
+    )
+
+
+def _middle(one: int, other: int, step: int) -> int:
+    return (one + other) // 2 // step * step
+
+
+def search_best_batch(
+    config: RunConfig, job_dir: Path, terminal: Terminal, sweep: Sweep | None = None
+) -> Outcome:
+    """Run the trials in folders b1, b2, b4 ... of the job; the outcome is that of the best one."""
+    parent = None
+    if sweep is None and config.tracking.store != "none":
+        parent = announce_parent(job_dir, [f"model={config.model.name}", "sweep.search=best_batch"])
+        config = replace(config, sweep=replace(config.sweep, parent_run_id=str(parent)))
+    found: dict[int, Json] = {}
+
+    def trial(size: int) -> float | None:
+        found[size] = run_trial(config, size, job_dir / f"b{size}", terminal, sweep)
+        document = found[size]
+        rate = (document.get("metrics") or {}).get("generated_tokens_per_s")
+        terminal.note(
+            f"batch {size}: " + (document["status"] if rate is None else f"{rate:.4g} tokens/s")
+        )
+        if document["status"] not in ("ok", *TOO_LARGE):
+            raise SearchStopped
+        return rate
+
+    step = config.launcher.ranks * config.launcher.nodes
+    settings = config.sweep
+    try:
+        tried = best_batch(
+            trial, config.batch.batch_size, step, settings.search_max_batch, settings.search_trials
+        )
+    except SearchStopped:
+        tried = {}
+    best = max(
+        (size for size, rate in tried.items() if rate),
+        key=lambda size: tried[size] or 0.0,
+        default=None,
+    )
+    document = found[best if best is not None else list(found)[-1]]
+    outcome = outcome_of_search(document, best, found, job_dir)
+    if parent is not None:
+        close_parent(
+            parent,
+            config.tracking.uri,
+            outcome.status,
+            "FINISHED" if outcome.status == "ok" else "FAILED",
+        )
+    return finish(outcome, job_dir, terminal)
+
+
+def run_trial(
+    config: RunConfig, size: int, folder: Path, terminal: Terminal, sweep: Sweep | None
+) -> Json:
+    """One batch size: reused where a finished run is there, else run. Its result.json."""
+    if Interrupts.received or (sweep is not None and sweep.stopped()):
+        raise SearchStopped
+    trial = replace(
+        config,
+        batch=replace(config.batch, batch_size=size),
+        offload=replace(
+            config.offload,
+            nvme_path=str(folder / "swap")
+            if _is_default_path(config)
+            else config.offload.nvme_path,
+        ),
+    )
+    earlier = sweep.reusable.get(key_here(trial)) if sweep is not None and sweep.reusable else None
+    if sweep is not None and earlier is not None:
+        note_reused(earlier, folder)
+        found: Json = read_json(folder / REUSED_FILE)
+        return found
+    forked = config.launcher.fork_workers
+    stopped = never if sweep is None else lambda: sweep.stopped() == "interrupted"
+    run_job(trial, folder, Quiet(terminal), forked=forked, stopped=stopped)
+    found = read_json(folder / RESULT_FILE)
+    return found
+
+
+def _is_default_path(config: RunConfig) -> bool:
+    return config.offload.nvme_path is not None and Path(config.offload.nvme_path).name == "swap"
+
+
+class Quiet(Terminal):
+    """A trial's own tables are left out; its progress and warnings are the search's."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__("text")
+        self._shown_on = terminal
+
+    def finish(self, outcome: Outcome) -> None:
+        """Nothing: the search says one line."""
+
+
+def outcome_of_search(
+    document: Json, best: int | None, found: dict[int, Json], job_dir: Path
+) -> Outcome:
+    """The best trial's result, with how many were tried; where none ran, why."""
+    if document["status"] == "refused":
+        return refusal(document["problems"], job_dir)
+    metrics = dict(document.get("metrics") or {})
+    reason = document.get("reason")
+    if best is not None:
+        metrics |= {"best_batch_size": best, "search_trials": len(found)}
+        rows = ", ".join(f"{size}: {_shown(trial)}" for size, trial in sorted(found.items()))
+        reason = f"batch.batch_size={best} is the fastest of {rows}"
+    return Outcome(
+        status=document["status"],
+        reason=reason,
+        model=document.get("model"),
+        plan=document.get("plan"),
+        deepspeed=document.get("deepspeed"),
+        metrics=metrics,
+        warnings=tuple(document.get("warnings") or ()),
+        run_id=document.get("run_id"),
+        job_dir=str(job_dir),
+    )
+
+
+def _shown(document: Json) -> str:
+    rate = (document.get("metrics") or {}).get("generated_tokens_per_s")
+    return document["status"] if rate is None else f"{rate:.4g} tokens/s"

@@ -1,0 +1,62 @@
+"""A client of an MLflow store, and its errors as sentences. MLflow is imported inside `connect`: it takes seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from zinfer.redact import redact
+from zinfer.tracking.store import TrackingUnavailable, first_connection_lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the store, which exists. MLflow is kept from printing to stdout, phoning home and retrying for minutes."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+
+    with first_connection_lock(uri):
+        return MlflowClient(tracking_uri=uri)
+
+
+def experiment(client: MlflowClient, name: str, location: str | None) -> str:
+    """Id of the experiment, created if need be; another process may create it at the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage != "active":
+        raise TrackingUnavailable(
+            f"the experiment {name} was deleted. Type mlflow experiments restore --experiment-id {found.experiment_id}, "
+            "or tracking.experiment=another-name"
+        )
+    return str(found.experiment_id)
+
+
+@contextlib.contextmanager
+def store_errors(uri: str) -> Iterator[None]:
+    """Whatever MLflow, its database driver or its HTTP client raise becomes one sentence without credentials."""
+    try:
+        yield
+    except TrackingUnavailable:
+        raise
+    except ImportError as error:
+        raise TrackingUnavailable(
+            f"{redact(uri)} needs a package that is not installed: {error}. Type pip install mlflow"
+        ) from error
+    except Exception as error:  # MlflowException, SQLAlchemyError, requests' errors, OSError: each store has its own
+        said = str(error).strip().splitlines() or ["no message"]
+        raise TrackingUnavailable(redact(f"{uri}: {type(error).__name__}: {said[0]}")) from None

@@ -1,0 +1,134 @@
+"""The parent run of a sweep in MLflow: one run that holds all jobs together.
+
+Hydra calls this before the first job and must not wait for MLflow (3 s): the callback only writes down, in SWEEP_DIR/parent_run.json, what
+the parent is, and passes that path to the jobs in ZINFER_PARENT_RUN_ID. The first job that opens its own run, in whatever process, creates
+the parent under a lock and adds its id. A sweep in which no job got that far leaves no parent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+
+from zinfer.redact import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from omegaconf import DictConfig
+
+PARENT_FILE = "parent_run.json"
+PARENT_VARIABLE = "ZINFER_PARENT_RUN_ID"
+"""A run's id, or the path of a parent_run.json."""
+
+
+class ParentRunCallback(Callback):
+    """Hydra callback (hydra.callbacks.parent_run). Exceptions here would only be warnings, so nothing is checked."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._uri: str | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Announce the parent to the jobs, unless the sweep is itself part of another, or logs nothing."""
+        if PARENT_VARIABLE in os.environ or config.tracking.store == "none":
+            return
+        self.announce(
+            Path(str(config.hydra.sweep.dir)).absolute(),
+            list(config.hydra.overrides.task),
+            config.tracking.uri,
+        )
+
+    def announce(self, sweep_dir: Path, overrides: list[str], uri: str | None) -> None:
+        """Write the parent down for the jobs; whatever ends this process closes it."""
+        if PARENT_VARIABLE in os.environ:
+            return
+        self._uri = uri
+        self._file = announce_parent(sweep_dir, overrides)
+        os.environ[PARENT_VARIABLE] = str(self._file)
+        atexit.register(self._end_unfinished, os.getpid())
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Every job ended well: Hydra does not come here otherwise."""
+        self.end("ok", "FINISHED")
+
+    def _end_unfinished(self, pid: int) -> None:
+        """At the end of the process: a sweep that on_multirun_end has not seen had a job that failed, or was interrupted."""
+        if os.getpid() == pid:
+            self.end("error", "FAILED")
+
+    def end(self, status: str, run_status: str) -> None:
+        """Close the parent, once."""
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        if os.environ.get(PARENT_VARIABLE) == str(file):
+            del os.environ[PARENT_VARIABLE]
+        close_parent(file, self._uri, status, run_status)
+
+
+def announce_parent(sweep_dir: Path, overrides: list[str]) -> Path:
+    """Write what the parent run will be called, and return the file that will hold its id."""
+    name = redact(" ".join(overrides)) or "sweep"
+    tags = {
+        "mlflow.runName": name[:250],
+        "mlflow.source.name": "zinfer",
+        "mlflow.source.type": "LOCAL",
+        "zinfer.role": "sweep",
+        "zinfer.status": "running",
+        "zinfer.sweep_dir": str(sweep_dir),
+        "zinfer.overrides": name[:7999],
+    }
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    file = sweep_dir / PARENT_FILE
+    file.write_text(json.dumps({"tags": tags, "run_id": None}, indent=1))
+    return file
+
+
+def parent_run_id(given: str | None, client: MlflowClient, experiment_id: str) -> str | None:
+    """The id that sweep.parent_run_id stands for; creates the run that a parent_run.json announces, if no job has yet.
+
+    None without a parent, or where its file cannot be seen (a job on another host that does not share the sweep's folder).
+    """
+    if given is None or Path(given).name != PARENT_FILE:
+        return given
+    if not Path(given).is_file():
+        return None
+    with Path(given).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        announced = json.load(file)
+        if announced["run_id"] is None:
+            tags = announced["tags"]
+            announced["run_id"] = client.create_run(
+                experiment_id, tags=tags, run_name=tags["mlflow.runName"]
+            ).info.run_id
+            file.seek(0)
+            file.truncate()
+            json.dump(announced, file, indent=1)
+        run_id: str = announced["run_id"]
+        return run_id
+
+
+def close_parent(file: Path, uri: str | None, status: str, run_status: str) -> None:
+    """End the parent run, if a job has created it. The jobs are complete without it, so a store that is gone is only said."""
+    from zinfer.config import TrackingConfig
+    from zinfer.tracking.client import connect, store_errors
+    from zinfer.tracking.store import TrackingUnavailable, tracking_uri
+
+    run_id = json.loads(file.read_text())["run_id"]
+    if run_id is None:
+        return
+    absolute = tracking_uri(TrackingConfig(store="sqlite", uri=uri), Path.cwd())
+    try:
+        with store_errors(absolute):
+            client = connect(absolute)
+            client.set_tag(run_id, "zinfer.status", status)
+            client.set_terminated(run_id, run_status)
+    except TrackingUnavailable as error:
+        print(f"the sweep's run {run_id} was not closed: {error}", file=sys.stderr)

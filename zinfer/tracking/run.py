@@ -1,0 +1,318 @@
+"""One job as a run in MLflow: parameters (what was chosen), metrics (what came out), tags (under which circumstances), artifacts (files).
+
+MLflow is imported inside the functions: it takes seconds, and the driver opens the run beside its worker's own imports. Everything is
+logged after timing, in batches, through MlflowClient: no global state, no output, no credentials.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import zinfer
+from zinfer.config import METHOD_VERSION, RunConfig, config_key, config_to_tree
+from zinfer.job.outcome import Json, Outcome, Status
+from zinfer.machine.environment import hardware_fingerprint
+from zinfer.redact import redact
+from zinfer.tracking.client import connect, experiment, store_errors
+from zinfer.tracking.job_key import KEY_TAG, job_key
+from zinfer.tracking.parent import parent_run_id
+from zinfer.tracking.store import TrackingUnavailable, artifact_location, ensure_store, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["TrackedRun", "TrackingUnavailable", "ensure_store", "open_run", "tracking_uri"]
+
+RUN_STATUS: dict[Status, str] = {
+    "ok": "FINISHED",
+    "planned": "FINISHED",
+    "killed": "KILLED",
+    "timeout": "KILLED",
+}
+"""MLflow's status; FAILED for all others. The tag zinfer.status has the exact one."""
+PREDICTED_METRICS = ("predicted_", "ceiling_")
+"""Beginnings of the names of a plan's own metrics: logged also where nothing was measured."""
+METRICS_PER_BATCH = 1000
+PARAM_CHARACTERS = 5999
+TAG_CHARACTERS = 7999
+"""MLflow's limits; it cuts longer values without a word."""
+LOG_TAIL_BYTES = 10_000_000
+ARTIFACT_FILES = (
+    "config.yaml", "plan.json", "deepspeed.json", "events.jsonl", "environment.json", "samples.json", "generated.json", "generated.txt",
+    "traceback.txt", "worker.log",
+)  # fmt: skip
+NOT_PARAMETERS = frozenset({
+    "format", "tracking", "sweep", "offload.nvme_path", "launcher.master_port", "launcher.timeout_s",
+    "batch.prompt_text", "batch.prompt_file", "hardware.source", "hardware.profile", "hardware.device_flops_per_s",
+    "model.overrides", "model.config_source", "model.tokenizer_id", "model.checkpoint_dtype",
+    "model.trust_remote_code", "model.allow_pickle",
+})  # fmt: skip
+"""Where things are and how they are shown: in config.yaml, not among the choices to compare runs by."""
+MODEL_METRICS = {
+    "model_parameters": "parameters",
+    "model_active_parameters": "active_parameters",
+    "weight_bytes": "weight_bytes",
+    "kv_cache_bytes_per_token": "kv_cache_bytes_per_token",
+    "kv_cache_bytes": "kv_cache_bytes",
+    "kv_cache_bytes_paper": "kv_cache_bytes_paper",
+    "hidden_bytes": "hidden_bytes",
+}
+"""Metric name -> key of Outcome.model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """A run that is open in MLflow; with tracking=none, one that logs nothing."""
+
+    run_id: str | None
+    config: RunConfig
+    job_dir: Path
+    environment: Json
+    uri: str | None = None
+    client: MlflowClient | None = None
+
+    def finish(self, outcome: Outcome) -> None:
+        """Log everything that the job came to, and end the run with its truthful status, also when something cannot be logged.
+
+        Raises:
+            TrackingUnavailable: the store did not take it all.
+        """
+        if self.client is None or self.run_id is None or self.uri is None:
+            return
+        with store_errors(self.uri):
+            try:
+                log_outcome(self.client, self.run_id, outcome)
+                self._name_dtype(outcome)
+                with tempfile.TemporaryDirectory(prefix="zinfer-artifacts-") as folder:
+                    write_artifacts(
+                        Path(folder), self.config, self.job_dir, self.environment, outcome
+                    )
+                    self.client.log_artifacts(self.run_id, folder)
+            finally:
+                self.client.set_terminated(self.run_id, RUN_STATUS.get(outcome.status, "FAILED"))
+
+    def _name_dtype(self, outcome: Outcome) -> None:
+        """dtype=auto is decided by the model: name the run after what it became."""
+        assert self.client is not None
+        dtype = (outcome.model or {}).get("dtype")
+        if self.config.tracking.run_name is None and self.config.dtype.weights == "auto" and dtype:
+            self.client.update_run(self.run_id, name=run_name(self.config, dtype))
+
+
+def open_run(config: RunConfig, *, job_dir: Path, environment: Json) -> TrackedRun:
+    """Create the run, and its experiment and store where they do not exist, with the parameters and tags that are known before it starts.
+
+    Raises:
+        TrackingUnavailable: the store cannot be reached.
+    """
+    if config.tracking.store == "none":
+        return TrackedRun(run_id=None, config=config, job_dir=job_dir, environment=environment)
+    cwd = Path.cwd()
+    uri = tracking_uri(config.tracking, cwd)
+    ensure_store(uri)
+    with store_errors(uri):
+        client = connect(uri)
+        experiment_id = experiment(client, config.tracking.experiment, artifact_location(uri, cwd))
+        tags = run_tags(config, job_dir, environment)
+        if config.sweep.parent_run_id is not None:
+            tags |= parent_tag(config.sweep.parent_run_id, client, experiment_id)
+        run_id: str = client.create_run(
+            experiment_id, tags=tags, run_name=tags["mlflow.runName"]
+        ).info.run_id
+        client.log_batch(run_id, params=_params(run_params(config)))
+    return TrackedRun(
+        run_id=run_id,
+        config=config,
+        job_dir=job_dir,
+        environment=environment,
+        uri=uri,
+        client=client,
+    )
+
+
+# The store
+
+
+# What is logged
+
+
+def run_params(config: RunConfig) -> dict[str, str]:
+    """The choices, flattened: model.name, offload.device, batch.batch_size. What was left open (None) is absent."""
+    flat = dict(_flatten(config_to_tree(config), ""))
+    if config.batch.prompt == "text":
+        flat["batch.prompt_text"] = config.batch.prompt_text
+    if config.dtype.bits is None:
+        del flat["dtype.group_size"]
+    return {name: _text(value)[:PARAM_CHARACTERS] for name, value in flat.items()}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = prefix + key
+        if name in NOT_PARAMETERS or value is None:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def run_tags(config: RunConfig, job_dir: Path, environment: Json) -> dict[str, str]:
+    """The circumstances, as far as they are known before the worker starts. The user's tags cannot replace ours."""
+    checkout = environment["zinfer"]
+    tags = {
+        **config.tracking.tags,
+        "mlflow.runName": config.tracking.run_name or run_name(config),
+        "mlflow.source.name": "zinfer",
+        "mlflow.source.type": "LOCAL",
+        "zinfer.role": "job",
+        "zinfer.status": "running",
+        "zinfer.method_version": METHOD_VERSION,
+        "zinfer.config_key": config_key(config),
+        KEY_TAG: job_key(config, environment),
+        "zinfer.version": zinfer.__version__,
+        "zinfer.commit": checkout["commit"],
+        "zinfer.dirty": checkout["dirty"],
+        "zinfer.hardware": hardware_fingerprint(environment),
+        "zinfer.device": device_description(environment),
+        "zinfer.job_dir": job_dir.absolute(),
+    }
+    return {
+        name: _text(value)[:TAG_CHARACTERS] for name, value in tags.items() if value is not None
+    }
+
+
+def parent_tag(given: str, client: MlflowClient, experiment_id: str) -> dict[str, str]:
+    """The tag that puts this run under its sweep's run in MLflow."""
+    parent = parent_run_id(given, client, experiment_id)
+    return {} if parent is None else {"mlflow.parentRunId": parent}
+
+
+def _text(value: Any) -> str:
+    """As YAML writes it (true, false), without secrets."""
+    return redact(str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def run_name(config: RunConfig, dtype: str | None = None) -> str:
+    """'opt-125m nvme bfloat16 b4'; an engine without offload stands in the place of the tier: 'opt-125m resident bfloat16 b4'."""
+    where = config.offload.device if config.engine.name == "zero" else config.engine.name
+    weights = dtype if dtype and config.dtype.weights == "auto" else config.dtype.weights
+    return f"{config.model.name} {where} {weights} b{config.batch.batch_size}"
+
+
+def device_description(environment: Json) -> str:
+    """'NVIDIA H100 80GB HBM3 x 2' or 'AMD EPYC, 2 cores'."""
+    names = [gpu["name"] for gpu in environment["gpus"]]
+    if names:
+        return names[0] + (f" x {len(names)}" if len(names) > 1 else "")
+    cpu = environment["cpu"]
+    return f"{cpu['model'] or 'CPU'}, {cpu['usable_cores']} cores"
+
+
+def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
+    """Status, reason and every number, in as few requests as MLflow allows."""
+    from mlflow.entities import Metric, RunTag
+
+    now_ms = int(time.time() * 1000)
+    metrics = [Metric(name, value, now_ms, step) for name, value, step in outcome_metrics(outcome)]
+    tags = {
+        "zinfer.status": outcome.status,
+        "zinfer.reason": outcome.reason,
+        "zinfer.dtype": (outcome.model or {}).get("dtype"),
+        "zinfer.binding_resource": ((outcome.plan or {}).get("prediction") or {}).get(
+            "binding_resource"
+        ),
+        "zinfer.warnings": "\n".join(outcome.warnings) or None,
+    }
+    known_tags = [
+        RunTag(name, _text(value)[:TAG_CHARACTERS])
+        for name, value in tags.items()
+        if value is not None
+    ]
+    client.log_batch(run_id, metrics=metrics[:METRICS_PER_BATCH], tags=known_tags)
+    for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+
+def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:
+    """(name, value, step) of every number; those that are unknown or not finite are absent."""
+    model = outcome.model or {}
+    values: dict[str, Any] = {name: model.get(key) for name, key in MODEL_METRICS.items()}
+    if outcome.plan is not None:
+        values["plan_fits"] = int(outcome.plan["fits"])
+        for tier, plan in outcome.plan["tiers"].items():
+            values[f"plan_{tier}_needed_bytes"] = plan["needed_bytes"]
+            values[f"plan_{tier}_available_bytes"] = plan["available_bytes"]
+        values |= {
+            name: value
+            for name, value in (outcome.plan.get("prediction") or {}).items()
+            if name.startswith(PREDICTED_METRICS)
+        }
+    values |= outcome.metrics
+    timed = [sample for sample in outcome.samples if sample["kind"] == "timed"]
+    rows = [
+        *((name, value, 0) for name, value in values.items()),
+        *(("total_s_by_repeat", sample["total_s"], sample["index"]) for sample in timed),
+        *(
+            ("decode_step_s_by_step", value, step)
+            for step, value in enumerate(_medians([sample["decode_step_s"] for sample in timed]))
+        ),
+    ]
+    return [
+        (name, float(value), step)
+        for name, value, step in rows
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _medians(repeats: Iterable[list[float]]) -> Iterator[float]:
+    """Of each decode step, over the repeats that got that far."""
+    repeats = list(repeats)
+    for step in range(max(map(len, repeats), default=0)):
+        yield statistics.median(steps[step] for steps in repeats if len(steps) > step)
+
+
+def write_artifacts(
+    folder: Path, config: RunConfig, job_dir: Path, environment: Json, outcome: Outcome
+) -> None:
+    """The run's files without secrets: as they are in the job folder, else as the outcome has them."""
+    import yaml
+
+    contents: dict[str, str | None] = {
+        "config.yaml": yaml.safe_dump(config_to_tree(config), sort_keys=False),
+        "environment.json": _json(environment),
+        "plan.json": _json(outcome.plan),
+        "deepspeed.json": _json(outcome.deepspeed),
+        "samples.json": _json(list(outcome.samples) or None),
+        "generated.json": _json(outcome.generated),
+        "traceback.txt": outcome.traceback,
+    }
+    for name in ARTIFACT_FILES:
+        text = _tail(job_dir / name) if (job_dir / name).is_file() else contents.get(name)
+        if text is not None:
+            (folder / name).write_text(redact(text))
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, indent=1)
+
+
+def _tail(path: Path) -> str:
+    """A file's text; of a log without end only the last megabytes."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _params(params: Mapping[str, str]) -> list[Any]:
+    from mlflow.entities import Param
+
+    return [Param(name, value) for name, value in params.items()]

@@ -1,0 +1,38 @@
+"""Engines: each module has `load(job, spec, deepspeed, events) -> Engine`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zinfer.config import RunConfig
+from zinfer.job.events import EventLog
+from zinfer.model.hf import load_tokenizer
+from zinfer.model.weights.local import local_folder
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Weights in their tier, ready to generate. One per rank."""
+
+    model: Any
+    """An unmodified transformers causal language model."""
+    tokenizer: Any | None
+    device: torch.device
+    rank: int
+    ranks: int
+    weight_bytes: int
+    """Of the tensors that hold this rank's weights, wherever they are; tied weights once."""
+
+
+def tokenizer_for(config: RunConfig, events: EventLog) -> Any | None:
+    """The model's tokenizer, or None: where nothing is read or shown as text, or where there is none (said in a warning)."""
+    if config.weights == "dummy" and config.batch.prompt == "synthetic":
+        return None
+    tokenizer, reason = load_tokenizer(config.model, local_folder(config.model))
+    if tokenizer is None:
+        events.warning(f"prompts and output are token ids only: {reason}")
+    return tokenizer

@@ -1,0 +1,141 @@
+"""DeepSpeed ZeRO stage 3. Besides it only weights/dummy.py (zero.Init) and native_ops.adopt import deepspeed."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.inference.quantization.utils import wrap_quantized_functional
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from zinfer.config import RunConfig
+from zinfer.job.events import EventLog
+from zinfer.machine import native_ops
+from zinfer.machine.huge_pages import into_huge_pages
+from zinfer.model.spec import ModelSpec
+from zinfer.model.weights.dummy import dummy_model_partitioned
+from zinfer.model.weights.pretrained import pretrained_model
+from zinfer.plan.zero_layout import ZeroLayout, zero_layout
+from zinfer.worker.engines import Engine, tokenizer_for
+
+GATHERS, GATHERED_NUMEL = 16, 1 << 17
+"""More than gloo has threads, and each long enough for the next to find another thread; PyTorch copies that much in parallel."""
+
+
+def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
+    """Build the model partitioned and offloaded as ds_json says."""
+    accelerator = get_accelerator()
+    quantised_float16 = config.dtype.unpacks_to_float16
+    native_ops.adopt(
+        native_ops.ops_needed(
+            config.offload.device,
+            quantised_float16=quantised_float16,
+            use_gds=config.offload.use_gds,
+        )
+    )
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    gather_in_one_thread()
+    gc.freeze()  # the garbage collector need not walk the libraries again while the model is built and timed
+    alive = HfDeepSpeedConfig(
+        ds_json
+    )  # while this lives, transformers builds models under zero.Init
+    dtype = getattr(torch, spec.dtype)
+    with torch.no_grad():
+        if config.weights == "dummy":
+            model = dummy_model_partitioned(config.model, spec, ds_json, dtype, events)
+        else:
+            model = pretrained_model(config.model, dtype, events)
+    model.eval()
+    engine, *_ = deepspeed.initialize(model=model, config=ds_json)
+    if config.dtype.bits is not None and config.zero.derivation == "tuned":
+        multiply_in_one_matrix()
+    module = engine.module.eval()
+    if config.stages_in_huge_pages:
+        stage_in_huge_pages(module, zero_layout(config, spec))
+    module._zinfer_keeps_alive = (engine, alive)
+    return Engine(
+        model=module,
+        tokenizer=tokenizer_for(config, events),
+        device=torch.device(accelerator.current_device_name()),
+        rank=comm.get_rank(),
+        ranks=comm.get_world_size(),
+        weight_bytes=partition_bytes(module, dtype.itemsize),
+    )
+
+
+def gather_in_one_thread() -> None:
+    """Gloo's threads copy what they gather with one thread each, not with a team of OMP_NUM_THREADS of their own.
+
+    DeepSpeed gathers parameters while a checkpoint is loaded. The teams that gloo's threads would start then stay, and OpenMP, which counts
+    more threads than processors, lets the main thread's team sleep between operations instead of wait for them: decode steps of a small
+    model take 1.4 times as long for the rest of the run. A thread takes the number that is set when it first copies. Source: libgomp,
+    gomp_throttled_spin_count_var; ATen/Parallel.h, lazy_init_num_threads.
+    """
+    if torch.distributed.get_backend() != "gloo" or torch.get_num_threads() == 1:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    piece = torch.zeros(GATHERED_NUMEL)
+    pieces = [
+        [torch.empty_like(piece) for _ in range(torch.distributed.get_world_size())]
+        for _ in range(GATHERS)
+    ]
+    for handle in [
+        torch.distributed.all_gather(into, piece, async_op=True) for into in pieces
+    ]:  # at once, so that every thread gets one
+        handle.wait()
+    torch.set_num_threads(threads)
+
+
+def multiply_in_one_matrix() -> None:
+    """Quantised weights are unpacked as before, then multiplied by PyTorch's own linear and not by DeepSpeed's, which serves training.
+
+    DeepSpeed unpacks only where its linear is on. Both take the last tokens of a prefill, a view of all hidden states, for a batch of
+    matrices where the weight needs no gradient, as an unpacked one; on a CPU that copies the output head once for each row. A contiguous
+    input is one matrix. Source: should_fold in ATen/native/LinearAlgebra.cpp.
+    """
+
+    def linear(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch._C._nn.linear(input.contiguous(), weight, bias)
+
+    torch.nn.functional.linear = wrap_quantized_functional(linear)
+
+
+def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> None:
+    """Put the part of each NVMe staging buffer that decoder layers use into huge pages.
+
+    A buffer is as large as the largest parameter, mostly an embedding, which is read once or twice a pass; the rest stays as it is.
+    What the kernel gave is measured at the end of the run (huge_page_bytes).
+    """
+    swapper = next(
+        (
+            parameter.nvme_swapper
+            for parameter in model.parameters()
+            if getattr(parameter, "nvme_swapper", None)
+        ),
+        None,
+    )
+    if swapper is None:
+        return
+    buffers, size = swapper.buffers, swapper.buffers.element_size()
+    every = swapper.aligned_elements_per_buffer * size
+    used = (layout.largest_swapped_in_layers_numel or swapper.elements_per_buffer) * size
+    into_huge_pages(
+        buffers.data_ptr(),
+        buffers.nbytes,
+        [(number * every, used) for number in range(swapper.param_buffer_count)],
+    )
+
+
+def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
+    """Bytes of this rank's partitions, on whichever tier they are.
+
+    A partition that lies on NVMe has a placeholder of two bytes for its data, so the size of an element is given.
+    """
+    return sum(parameter.ds_tensor.ds_numel for parameter in model.parameters()) * itemsize_bytes

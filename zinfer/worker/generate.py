@@ -1,0 +1,176 @@
+"""Warm-up and timed generation: every timestamp is of a device that has finished; every sample is kept.
+
+The model's own `generate` runs, greedy, with lengths fixed: what is timed is what a user of transformers gets.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from zinfer.config import BatchConfig
+from zinfer.job.events import EventLog
+from zinfer.worker.engines import Engine
+from zinfer.worker.yardstick import Yardstick
+
+PROGRESS_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One generation of the whole batch."""
+
+    kind: Literal["warmup", "timed"]
+    index: int
+    prefill_s: float
+    """From the call to the first new token of every row, chosen: the time to first token."""
+    decode_step_s: tuple[float, ...]
+    """One for each further token: new_tokens - 1 of them."""
+    total_s: float
+    """From the call to the last token: prefill plus all decode steps. What generate does after it is not in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """All samples of a run, and what was generated."""
+
+    samples: tuple[Sample, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    """New tokens of this rank's rows, from the last timed generation; the same in every one."""
+    yardstick_s: tuple[float, ...]
+    """Of the same fixed work of the host's processor before each timed generation and after the last."""
+    kv_cache_bytes: int | None
+    """Of the tensors that this rank's cache held at the end; None where the cache does not show them."""
+
+
+def now_s(device: torch.device) -> float:
+    """Seconds, once everything queued on the device before this call is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+class StepClock(StoppingCriteria):
+    """Asked by generate after each new token; notes the time and never stops.
+
+    Says how far it is at most once a second: one short line, tens of microseconds in steps of which few fit into a second.
+    """
+
+    def __init__(self, device: torch.device, new_tokens: int, events: EventLog) -> None:
+        self._device = device
+        self._new_tokens = new_tokens
+        self._events = events
+        self._said_s = now_s(device)
+        self.times_s: list[float] = []
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        time_s = now_s(self._device)
+        self.times_s.append(time_s)
+        if time_s - self._said_s >= PROGRESS_S:
+            self._said_s = time_s
+            self._events.progress(len(self.times_s), self._new_tokens, "tokens")
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def generate_timed(
+    engine: Engine, prompts: torch.Tensor, batch: BatchConfig, events: EventLog
+) -> Generation:
+    """Warm up, then time `batch.repeats` generations of this rank's rows.
+
+    Args:
+        prompts: token ids [batch_size, prompt_tokens] of all ranks' rows.
+    """
+    rows = batch.batch_size // engine.ranks
+    mine = prompts[engine.rank * rows : (engine.rank + 1) * rows].to(engine.device)
+    _fix_lengths(engine.model, batch, engine.tokenizer)
+    samples: list[Sample] = []
+    events.phase("warm-up", generations=batch.warmup)
+    for index in range(batch.warmup):
+        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index, events)
+        samples.append(_noted(sample, events))
+    events.phase("generate", generations=batch.repeats)
+    yardstick = Yardstick()
+    yardstick_s = [yardstick.seconds()]
+    for index in range(batch.repeats):
+        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index, events)
+        samples.append(_noted(sample, events))
+        yardstick_s.append(yardstick.seconds())
+        events.progress(index + 1, batch.repeats, "generations")
+    return Generation(
+        samples=tuple(samples),
+        token_ids=tuple(tuple(row) for row in ids.tolist()),
+        yardstick_s=tuple(yardstick_s),
+        kv_cache_bytes=kv_bytes,
+    )
+
+
+def _noted(sample: Sample, events: EventLog) -> Sample:
+    events.write("sample", **asdict(sample))
+    return sample
+
+
+def _fix_lengths(model: Any, batch: BatchConfig, tokenizer: Any | None) -> None:
+    """Greedy, exactly new_tokens, end-of-sequence ignored, whatever the checkpoint's own generation settings say."""
+    padding = tokenizer.pad_token_id if tokenizer is not None else 0
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=batch.new_tokens,
+        pad_token_id=padding,
+        eos_token_id=None,
+    )
+
+
+def _generate_once(
+    engine: Engine,
+    ids: torch.Tensor,
+    batch: BatchConfig,
+    kind: Literal["warmup", "timed"],
+    index: int,
+    events: EventLog,
+) -> tuple[Sample, torch.Tensor, int | None]:
+    clock = StepClock(engine.device, batch.new_tokens, events)
+    with torch.no_grad():
+        start_s = now_s(engine.device)
+        result = engine.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            stopping_criteria=StoppingCriteriaList([clock]),
+            return_dict_in_generate=True,
+        )
+    new_ids = result.sequences[:, ids.shape[1] :].cpu()
+    assert new_ids.shape == (ids.shape[0], batch.new_tokens), (
+        f"{tuple(new_ids.shape)} new tokens, not {batch.new_tokens} a row"
+    )
+    assert len(clock.times_s) == batch.new_tokens, (
+        "generate asked its stopping criteria once for each token"
+    )
+    steps = zip(clock.times_s, clock.times_s[1:], strict=False)
+    sample = Sample(
+        kind=kind,
+        index=index,
+        prefill_s=clock.times_s[0] - start_s,
+        decode_step_s=tuple(after - before for before, after in steps),
+        total_s=clock.times_s[-1] - start_s,
+    )
+    return sample, new_ids, cache_bytes(result.past_key_values)
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes of the tensors in a transformers cache, each storage once; None when it holds none that can be seen."""
+    layers = getattr(cache, "layers", None)
+    if not layers:
+        return None
+    storages: dict[int, int] = {}
+    for layer in layers:
+        for value in vars(layer).values():
+            if isinstance(value, torch.Tensor) and value.dim() >= 2:
+                storages[value.data_ptr()] = value.numel() * value.element_size()
+    return sum(storages.values()) or None
