@@ -1,4 +1,7 @@
-"""On PYTHONPATH, this makes workers misbehave after their first timed sample, each as its batch.seed says. What breaks is real."""
+"""On PYTHONPATH, make workers misbehave after their first timed sample, each as its batch.seed says.
+
+What breaks is real: a signal, a missing page of memory, a hang.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ RAISE, EXIT, SEGFAULT, KILLED, MEMORY, TORCH_MEMORY, HANG, SLEEP = (
 
 
 def misbehave(seed: int) -> None:
-    """What a seed stands for; other seeds behave."""
+    """Do what the seed stands for; other seeds do nothing."""
     if seed == RAISE:
         raise RuntimeError("unlucky")
     if seed == EXIT:
@@ -50,7 +53,7 @@ def misbehave(seed: int) -> None:
 
 
 class Wrapped(importlib.abc.Loader):
-    """Loads zinfer.generate, and lets its first timed sample be the last good deed."""
+    """Loads zinfer.worker.generate, and lets its first timed sample be the last good deed."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -78,12 +81,12 @@ class Wrapped(importlib.abc.Loader):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds zinfer.generate where it is, once."""
+    """Finds zinfer.worker.generate where it is, once."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != "zinfer.generate":
+        if name != "zinfer.worker.generate":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

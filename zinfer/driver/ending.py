@@ -110,7 +110,12 @@ def outcome_of(
     """The truthful status of a job whose worker is gone."""
     where = f"while in phase {watched.phase}"
     if watched.result is not None:
-        return watched.outcome(watched.result["status"], metrics=watched.result["metrics"])
+        return watched.outcome(
+            watched.result["status"],
+            metrics=watched.result["metrics"],
+            stability=watched.result.get("stability"),
+            weights=watched.result.get("weights"),
+        )
     if seen.ended == "interrupted":
         return watched.outcome("killed", reason=f"interrupted {where}")
     if seen.ended == "timeout":

@@ -50,6 +50,10 @@ class Outcome:
     environment: Json | None = None
     generated: Json | None = None
     """A sample of what the model said: prompt, text (None without a tokenizer), token ids."""
+    stability: Json | None = None
+    """The verdict on the measurement (zinfer.job.stability); None where nothing was measured."""
+    weights: Json | None = None
+    """Of a verified checkpoint: how many tensors and bytes were used, and the sha256 of its headers."""
     traceback: str | None = None
     """The worker's last traceback."""
     run_id: str | None = None
@@ -76,6 +80,8 @@ class Outcome:
             "plan": self.plan,
             "deepspeed": self.deepspeed,
             "metrics": self.metrics,
+            "stability": self.stability,
+            "weights": self.weights,
             "warnings": list(self.warnings),
             "generated": self.generated,
         }

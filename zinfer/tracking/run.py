@@ -230,6 +230,9 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
         "zinfer.binding_resource": ((outcome.plan or {}).get("prediction") or {}).get(
             "binding_resource"
         ),
+        "zinfer.stability": (outcome.stability or {}).get("verdict"),
+        "zinfer.stability_reason": "\n".join((outcome.stability or {}).get("reasons", ())) or None,
+        "zinfer.weights_sha256": (outcome.weights or {}).get("sha256"),
         "zinfer.warnings": "\n".join(outcome.warnings) or None,
     }
     known_tags = [
