@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from zinfer.config import RunConfig, parse_config
 from zinfer.driver.run import run_job
 from zinfer.driver.terminal import Terminal
-from zinfer.driver.worker_process import Servers
+from zinfer.driver.workers import Servers
 from zinfer.machine.environment import environment
 from zinfer.machine.hardware import calibration_of
 from zinfer.paths import conf_dir

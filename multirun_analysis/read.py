@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import METHOD_VERSION
-from zinfer.job.events import EVENTS_FILE
-from zinfer.job.folder import JOB_FILE, RESULT_FILE
+from zinfer.job.files import EVENTS_FILE, JOB_FILE, RESULT_FILE
 from zinfer.redact import redact
 from zinfer.tracking.run import NOT_PARAMETERS, connect, store_errors
 from zinfer.tracking.store import TrackingUnavailable, database_revision, ensure_store, sqlite_path

@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from multirun_analysis.read import Selection, read_mlflow
-from zinfer.driver.worker_process import free_port
+from zinfer.driver.workers import free_port
 
 WINDOW = (1560, 720)
 PAGE_WAIT_S = 60.0

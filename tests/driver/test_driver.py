@@ -18,8 +18,9 @@ from tests.helpers.sweeping import TINY, document, environment, nothing_is_left,
 from zinfer.driver.ending import Circumstances, Watched, outcome_of
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.server import server_key
-from zinfer.driver.worker_process import Worker
+from zinfer.driver.workers import Worker
 from zinfer.job.folder import abandoned_folders, driven, is_driven
+from zinfer.job.outcome import EndedBy
 from zinfer.sweep.resume import EarlierRun, may_retry
 from zinfer.sweep.search import best_batch
 
@@ -123,24 +124,30 @@ def test_signals_wait_for_a_job_to_be_closed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "reason", "retry", "again"),
+    ("status", "ended_by", "retry", "again"),
     [
-        ("error", "unlucky", "failed", True),
-        ("error", "unlucky", "oom", False),
-        ("error", "unlucky", "none", False),
-        ("oom_host", "no memory", "oom", True),
-        ("oom_device", "no memory", "failed", True),
-        ("oom_device", "no memory", "none", False),
-        ("killed", "interrupted while in phase load", "none", True),
-        ("killed", "the driver was killed while in phase load", "none", True),
-        ("killed", "the worker was ended by SIGKILL", "none", False),
+        ("error", EndedBy.ITSELF, "failed", True),
+        ("error", EndedBy.ITSELF, "oom", False),
+        ("error", EndedBy.ITSELF, "none", False),
+        ("oom_host", EndedBy.ITSELF, "oom", True),
+        ("oom_device", EndedBy.ITSELF, "failed", True),
+        ("oom_device", EndedBy.ITSELF, "none", False),
+        ("killed", EndedBy.INTERRUPTED, "none", True),
+        ("killed", EndedBy.DRIVER_KILLED, "none", True),
+        ("killed", EndedBy.ITSELF, "none", False),
     ],
 )
 def test_retry_says_which_failures_are_run_again(
-    status: str, reason: str, retry: str, again: bool
+    status: str, ended_by: EndedBy, retry: str, again: bool
 ) -> None:
     run = EarlierRun(
-        key="k", run_id="r", status=status, reason=reason, job_dir=None, tokens_per_s=None
+        key="k",
+        run_id="r",
+        status=status,
+        reason="interrupted, as some messages begin",
+        job_dir=None,
+        tokens_per_s=None,
+        ended_by=ended_by,
     )  # type: ignore[arg-type]
     assert may_retry(run, retry) is again
 

@@ -19,7 +19,7 @@ from tests.helpers.sweeping import (
     wait_until,
 )
 from tests.misbehaving import sitecustomize as fate
-from zinfer.driver.worker_process import free_port
+from zinfer.driver.workers import free_port
 
 pytestmark = pytest.mark.slow
 

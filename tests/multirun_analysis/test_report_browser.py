@@ -242,7 +242,7 @@ def test_dark_and_light_are_both_readable(
 @pytest.fixture(scope="module")
 def server(store: str) -> Iterator[str]:
     """`mlflow server` over the store; its address."""
-    from zinfer.driver.worker_process import free_port
+    from zinfer.driver.workers import free_port
 
     port = free_port()
     command = [

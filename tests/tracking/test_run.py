@@ -569,7 +569,7 @@ def test_the_jobs_of_a_sweep_share_one_parent(tmp_path: Path) -> None:
     parent = client.get_run(parent_id)
     assert parent.info.run_name == "model=opt-125m,bloom-560m offload=none,cpu"
     assert (parent.data.tags["zinfer.role"], parent.info.status) == ("sweep", "RUNNING")
-    close_parent(file, None, "ok", "FINISHED")
+    close_parent(file, None, "ok")
     parent = client.get_run(parent_id)
     assert (parent.data.tags["zinfer.status"], parent.info.status) == ("ok", "FINISHED")
 
@@ -584,7 +584,7 @@ def test_a_parent_that_exists_already_is_taken_by_its_id() -> None:
 
 
 def test_a_sweep_without_a_tracked_job_leaves_no_parent(tmp_path: Path) -> None:
-    close_parent(announce_parent(tmp_path / "sweep", []), None, "error", "FAILED")
+    close_parent(announce_parent(tmp_path / "sweep", []), None, "error")
     assert not (tmp_path / "mlflow.db").exists()
 
 

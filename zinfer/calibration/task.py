@@ -19,16 +19,9 @@ from zinfer.calibration.fit import calm_times_s, fitted_profile
 from zinfer.config import DtypeConfig, EngineConfig, RunConfig, TrackingConfig, ZeroConfig
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.terminal import Terminal
-from zinfer.job.calibration import (
-    KERNELS_FILE,
-    ROUNDS,
-    Job,
-    calibrated_dtypes,
-    jobs,
-    small_model,
-    to_run_again,
-)
+from zinfer.job.calibration import ROUNDS, Job, calibrated_dtypes, jobs, small_model, to_run_again
 from zinfer.job.events import Event
+from zinfer.job.files import KERNELS_FILE
 from zinfer.job.outcome import Outcome
 from zinfer.machine.environment import package_versions
 from zinfer.machine.hardware import detect_hardware, machine_fingerprint

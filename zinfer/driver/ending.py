@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from zinfer.config import RunConfig
-from zinfer.driver.worker_process import Worker
+from zinfer.driver.workers import Worker
 from zinfer.job.events import Event
-from zinfer.job.folder import WORKER_LOG
-from zinfer.job.outcome import Outcome, Status
+from zinfer.job.files import WORKER_LOG
+from zinfer.job.outcome import EndedBy, Outcome, Status
 from zinfer.units import MIB, format_bytes
 
 TRACEBACK_LINES = 40
@@ -97,8 +97,7 @@ def disk_free_bytes(folder: Path) -> int | None:
 class Circumstances:
     """What the driver saw while the worker ran."""
 
-    ended: str = "exit"
-    """exit, timeout, or interrupted: by whom."""
+    ended_by: EndedBy = EndedBy.ITSELF
     oom_kills: int = 0
     swap_free_bytes: int | None = None
     """On the swap disk when the worker had ended; None without one."""
@@ -116,12 +115,13 @@ def outcome_of(
             stability=watched.result.get("stability"),
             weights=watched.result.get("weights"),
         )
-    if seen.ended == "interrupted":
-        return watched.outcome("killed", reason=f"interrupted {where}")
-    if seen.ended == "timeout":
+    if seen.ended_by is EndedBy.INTERRUPTED:
+        return watched.outcome("killed", reason=f"interrupted {where}", ended_by=seen.ended_by)
+    if seen.ended_by is EndedBy.TIMEOUT:
         return watched.outcome(
             "timeout",
             reason=f"not done after launcher.timeout_s={config.launcher.timeout_s:g} {where}",
+            ended_by=seen.ended_by,
         )
     log_tail = _log_tail(job_dir)
     returncode = worker.returncode

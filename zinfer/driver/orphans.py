@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 from zinfer.config import ConfigError, RunConfig, config_from_tree
 from zinfer.driver.ending import Watched
 from zinfer.driver.terminal import Terminal
-from zinfer.driver.worker_process import signal_group
+from zinfer.driver.workers import signal_group
 from zinfer.job.events import EventReader
-from zinfer.job.folder import (
+from zinfer.job.files import (
     ENVIRONMENT_FILE,
     JOB_FILE,
+    PARENT_FILE,
     RESULT_FILE,
+    SWEEP_FILE,
     WORKERS_FILE,
-    abandoned_folders,
-    forget,
-    read_json,
-    write_json,
 )
-from zinfer.job.outcome import Outcome
+from zinfer.job.folder import abandoned_folders, forget, read_json, write_json
+from zinfer.job.outcome import EndedBy, Outcome
 from zinfer.job.swap import is_alive, remove_swap_folder, swap_folder
 from zinfer.tracking.client import connect, store_errors
 from zinfer.tracking.run import TrackedRun
@@ -99,7 +98,12 @@ def outcome_of_abandoned(job_dir: Path) -> Outcome:
         return watched.outcome(
             watched.result["status"], metrics=watched.result["metrics"], **common
         )
-    return watched.outcome("killed", reason=f"{REASON} while in phase {watched.phase}", **common)
+    return watched.outcome(
+        "killed",
+        reason=f"{REASON} while in phase {watched.phase}",
+        ended_by=EndedBy.DRIVER_KILLED,
+        **common,
+    )
 
 
 def close_run(config: RunConfig, job_dir: Path, outcome: Outcome) -> str | None:
@@ -143,8 +147,8 @@ def working_directory(job_dir: Path) -> Path:
 
 def close_sweep(sweep_dir: Path) -> None:
     """End the sweep's own run, if one was created."""
-    from zinfer.tracking.parent import PARENT_FILE, close_parent
+    from zinfer.tracking.parent import close_parent
 
     if (sweep_dir / PARENT_FILE).exists():
-        sweep = read_json(sweep_dir / "sweep.json") or {}
-        close_parent(sweep_dir / PARENT_FILE, sweep.get("tracking_uri"), "killed", "KILLED")
+        sweep = read_json(sweep_dir / SWEEP_FILE) or {}
+        close_parent(sweep_dir / PARENT_FILE, sweep.get("tracking_uri"), "killed")

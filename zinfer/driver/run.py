@@ -19,10 +19,11 @@ from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.refusals import refusal, require_possible
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.tracking_thread import TrackingThread
-from zinfer.driver.worker_process import Servers, Worker, start_worker
+from zinfer.driver.workers import Servers, Worker, start_worker
 from zinfer.job.events import EventReader
-from zinfer.job.folder import RESULT_FILE, WORKERS_FILE, driven, write_job, write_json
-from zinfer.job.outcome import Outcome
+from zinfer.job.files import RESULT_FILE, WORKERS_FILE
+from zinfer.job.folder import driven, write_job, write_json
+from zinfer.job.outcome import EndedBy, Outcome
 from zinfer.job.swap import (
     claim_swap_folder,
     process_start_ticks,
@@ -98,23 +99,27 @@ def run_worker(
     """Start the worker, watch it, and say how it ended. Leaves no process and no swap file."""
     ooms_before = oom_kills()
     watched, reader = Watched(), EventReader(job_dir)
-    ended, swap_free = "exit", None
+    ended_by, swap_free = EndedBy.ITSELF, None
     try:
         with (
             swap_folder_of(config, job_dir, terminal) as swap,
             worker_of(config, job_dir, terminal, forked=forked) as worker,
         ):
             tracked.start()  # beside the worker's imports, not after the run
-            ended = watch(worker, config, reader, watched, terminal, stopped)
+            ended_by = watch(worker, config, reader, watched, terminal, stopped)
             swap_free = disk_free_bytes(swap) if swap is not None else None
     except KeyboardInterrupt:  # before there was a worker
-        return Outcome(status="killed", reason="interrupted before the worker started")
+        return Outcome(
+            status="killed",
+            reason="interrupted before the worker started",
+            ended_by=EndedBy.INTERRUPTED,
+        )
     except (OSError, RuntimeError) as error:
         return Outcome(status="error", reason=f"{type(error).__name__}: {error}")
     for event in reader.new_events():  # written between the last look and the end
         watched.take(event)
     seen = Circumstances(
-        ended=ended, oom_kills=oom_kills() - ooms_before, swap_free_bytes=swap_free
+        ended_by=ended_by, oom_kills=oom_kills() - ooms_before, swap_free_bytes=swap_free
     )
     return outcome_of(config, job_dir, watched, worker, seen)
 
@@ -179,8 +184,8 @@ def watch(
     watched: Watched,
     terminal: Terminal,
     stopped: Callable[[], bool],
-) -> str:
-    """Take the worker's events until it ends: `exit`, `timeout` or `interrupted`."""
+) -> EndedBy:
+    """Take the worker's events until it ends, and return who ended it."""
     deadline_s = (
         None if config.launcher.timeout_s is None else time.monotonic() + config.launcher.timeout_s
     )
@@ -190,9 +195,9 @@ def watch(
             watched.take(event)
             terminal.event(event)
         if over:
-            return "exit"
+            return EndedBy.ITSELF
         if Interrupts.received or stopped():
-            return "interrupted"
+            return EndedBy.INTERRUPTED
         if deadline_s is not None and time.monotonic() > deadline_s:
-            return "timeout"
+            return EndedBy.TIMEOUT
         terminal.tick()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from zinfer.config import RunConfig
 from zinfer.driver.terminal import Terminal
-from zinfer.job.folder import DRIVER_READY_FILE, ENVIRONMENT_FILE, NOT_LOGGED_FILE, write_json
+from zinfer.job.files import DRIVER_READY_FILE, ENVIRONMENT_FILE, NOT_LOGGED_FILE
+from zinfer.job.folder import write_json
 from zinfer.job.outcome import Outcome
 from zinfer.machine.environment import environment
 from zinfer.redact import redact

@@ -10,8 +10,9 @@ from zinfer.driver.ending import Watched
 from zinfer.driver.orphans import config_of
 from zinfer.driver.terminal import Terminal
 from zinfer.job.events import EventReader
-from zinfer.job.folder import ENVIRONMENT_FILE, NOT_LOGGED_FILE, RESULT_FILE, read_json, write_json
-from zinfer.job.outcome import Outcome
+from zinfer.job.files import ENVIRONMENT_FILE, NOT_LOGGED_FILE, RESULT_FILE
+from zinfer.job.folder import read_json, write_json
+from zinfer.job.outcome import EndedBy, Outcome
 from zinfer.tracking.client import connect, store_errors
 from zinfer.tracking.run import TrackedRun, open_run
 from zinfer.tracking.store import TrackingUnavailable, tracking_uri
@@ -110,6 +111,7 @@ def outcome_in(folder: Path) -> Outcome:
     return watched.outcome(
         result["status"],
         reason=result.get("reason"),
+        ended_by=EndedBy(result.get("ended_by", EndedBy.ITSELF)),
         problems=tuple(result.get("problems") or ()),
         metrics=result.get("metrics") or {},
         environment=read_json(folder / ENVIRONMENT_FILE),

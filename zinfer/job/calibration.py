@@ -8,8 +8,6 @@ from typing import Any
 
 from zinfer.config import BatchConfig, ModelConfig
 
-KERNELS_FILE = "kernels.json"
-"""In the folder of the job that measures kernels."""
 FAMILIES = ("llama", "opt", "bloom", "mixtral")
 LAYERS, SOME_LAYERS, FEW_LAYERS = 8, 4, 2
 FEW_LAYERS_FAMILIES = ("llama", "opt")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-EVENTS_FILE = "events.jsonl"
+from zinfer.job.files import EVENTS_FILE, RANK_EVENTS_FILE
 
 Event = dict[str, Any]
 
@@ -20,7 +20,7 @@ class EventLog:
     """Appends events; each line is flushed at once. Ranks other than 0 keep a file of their own."""
 
     def __init__(self, job_dir: Path, rank: int = 0) -> None:
-        name = EVENTS_FILE if rank == 0 else f"events.rank{rank}.jsonl"
+        name = EVENTS_FILE if rank == 0 else RANK_EVENTS_FILE.format(rank=rank)
         self._file = (job_dir / name).open("a", encoding="utf-8")
         self.rank = rank
 

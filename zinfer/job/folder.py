@@ -17,20 +17,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from zinfer.config import RunConfig, config_to_tree
+from zinfer.job.files import DRIVER_LOCK, JOB_FILE
 from zinfer.job.swap import process_start_ticks
 from zinfer.paths import cache_dir
-
-JOB_FILE = "job.json"
-RESULT_FILE = "result.json"
-REUSED_FILE = "reused.json"
-"""Instead of a result: which earlier run stands for this job."""
-WORKER_LOG = "worker.log"
-DRIVER_READY_FILE = "driver_ready"
-ENVIRONMENT_FILE = "environment.json"
-WORKERS_FILE = "workers.json"
-NOT_LOGGED_FILE = "not_logged.json"
-"""The store could not be reached; `zinfer task=upload` sends the run and removes the file."""
-DRIVER_LOCK = ".driver.lock"
 
 FolderKind = Literal["job", "sweep"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 from zinfer.config import METHOD_VERSION
@@ -20,11 +21,27 @@ Status = Literal[
 ]
 Json = dict[str, Any]
 
-EXIT_CODES: dict[Status, int] = {"ok": 0, "planned": 0, "refused": 2, "does_not_fit": 2}
-"""0: done; 2: the configuration or the machine does not allow it, nothing was run; 1: it was run and failed; 130: interrupted."""
-
-
 INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+EXIT_CODES: dict[Status, int] = {"ok": 0, "planned": 0, "refused": 2, "does_not_fit": 2}
+"""Exit code of a job. 0: done. 2: refused, nothing was run. 1, all others: it ran and failed."""
+
+
+class EndedBy(StrEnum):
+    """Who ended the job."""
+
+    ITSELF = "itself"
+    """The worker ended, well or badly, or there was none."""
+    INTERRUPTED = "interrupted"
+    """Ctrl-C, a signal to the driver, or the end of its sweep."""
+    TIMEOUT = "timeout"
+    """The driver, after launcher.timeout_s."""
+    DRIVER_KILLED = "driver_killed"
+    """The driver died first; a later start of zinfer closed the job."""
+
+
+STOPPED_FROM_OUTSIDE = (EndedBy.INTERRUPTED, EndedBy.DRIVER_KILLED)
+"""Such an end says nothing about the job: it is run again whatever sweep.retry is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +51,7 @@ class Outcome:
     status: Status
     reason: str | None = None
     """One sentence; None only for ok."""
+    ended_by: EndedBy = EndedBy.ITSELF
     problems: tuple[str, ...] = ()
     """For refused: every problem, each with what to type instead."""
     model: Json | None = None
@@ -62,7 +80,7 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         """The command's exit code for this job alone."""
-        if self.status == "killed" and self.reason and self.reason.startswith("interrupted"):
+        if self.ended_by is EndedBy.INTERRUPTED:
             return INTERRUPTED
         return EXIT_CODES.get(self.status, 1)
 
@@ -73,6 +91,7 @@ class Outcome:
         return {
             "status": self.status,
             "reason": self.reason,
+            "ended_by": self.ended_by.value,
             "run_id": self.run_id,
             "job_dir": self.job_dir,
             "method_version": METHOD_VERSION,

@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.terminal import Terminal
-from zinfer.driver.worker_process import Servers
-from zinfer.job.folder import RESULT_FILE, REUSED_FILE, is_driven, read_json
-from zinfer.job.outcome import INTERRUPTED, Json
+from zinfer.driver.workers import Servers
+from zinfer.job.files import RESULT_FILE, REUSED_FILE
+from zinfer.job.folder import is_driven, read_json
+from zinfer.job.outcome import INTERRUPTED, EndedBy, Json, Status
 from zinfer.redact import redact
 from zinfer.sweep.job import ended_well
 from zinfer.sweep.record import Sweep
@@ -20,6 +21,9 @@ from zinfer.sweep.table import result_table
 
 STOP_WAIT_S = 4.0
 """For jobs in other processes that have been told to stop."""
+
+SWEEP_STATUS: dict[int, Status] = {0: "ok", INTERRUPTED: "killed"}
+"""Exit code -> status of the sweep's own run; error for all others."""
 
 Row = tuple[int, list[str], Json | None]
 """Number, overrides, and result.json or reused.json; None for a job that has neither."""
@@ -37,9 +41,7 @@ def end_sweep(sweep: Sweep, *, interrupted: bool) -> int:
     close_abandoned(terminal)  # of jobs whose process a launcher has killed
     rows = list(rows_of(sweep))
     code = exit_code(rows, interrupted=interrupted)
-    status = {0: ("ok", "FINISHED"), INTERRUPTED: ("killed", "KILLED")}.get(
-        code, ("error", "FAILED")
-    )
+    status = SWEEP_STATUS.get(code, "error")
     if sweep.output_format == "json":
         print(
             json.dumps(
@@ -55,7 +57,7 @@ def end_sweep(sweep: Sweep, *, interrupted: bool) -> int:
     else:
         terminal.table(result_table(sweep, rows))
         print_how_to_go_on(sweep, rows, terminal, interrupted=interrupted)
-    Started.parent.end(*status)
+    Started.parent.end(status)
     Started.held.close()
     return code
 
@@ -115,11 +117,7 @@ def exit_code(rows: list[Row], *, interrupted: bool) -> int:
 
 def row_interrupted(document: Json | None) -> bool:
     """Whether this job was ended by Ctrl-C."""
-    return (
-        document is not None
-        and document["status"] == "killed"
-        and str(document.get("reason")).startswith("interrupted")
-    )
+    return document is not None and document.get("ended_by") == EndedBy.INTERRUPTED
 
 
 def document(rows: list[Row], status: str) -> Json:

@@ -13,7 +13,8 @@ from zinfer.config import ConfigError, RunConfig, parse_config
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
 from zinfer.driver.run import finish, run_job
-from zinfer.job.folder import RESULT_FILE, REUSED_FILE, read_json
+from zinfer.job.files import RESULT_FILE, REUSED_FILE
+from zinfer.job.folder import read_json
 from zinfer.job.outcome import Json
 from zinfer.sweep.record import Sweep
 from zinfer.sweep.resume import EarlierRun, note_reused

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zinfer.job.files import STOP_FILE, SWEEP_FILE
+
 if TYPE_CHECKING:
     from zinfer.sweep.resume import EarlierRun
-
-SWEEP_FILE = "sweep.json"
-STOP_FILE = "stop.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +104,8 @@ class Sweep:
 
     def count(self) -> tuple[int, int]:
         """Jobs that are done, and how many of them did not end well."""
-        from zinfer.job.folder import RESULT_FILE, REUSED_FILE, read_json
+        from zinfer.job.files import RESULT_FILE, REUSED_FILE
+        from zinfer.job.folder import read_json
 
         documents = [
             document
@@ -136,7 +136,7 @@ def read_sweep(folder: Path) -> Sweep | None:
             **stored,
             "folder": Path(stored["folder"]),
             "jobs": None if jobs is None else [SweepJob(**job) for job in jobs],
-            "reusable": {key: EarlierRun(**run) for key, run in stored["reusable"].items()},
+            "reusable": {key: EarlierRun.read(run) for key, run in stored["reusable"].items()},
         }
     )
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from zinfer.job.folder import RESULT_FILE, REUSED_FILE, read_json, write_json
-from zinfer.job.outcome import Json, Status
+from zinfer.job.files import RESULT_FILE, REUSED_FILE
+from zinfer.job.folder import read_json, write_json
+from zinfer.job.outcome import STOPPED_FROM_OUTSIDE, EndedBy, Json, Status
 from zinfer.tracking.job_key import KEY_TAG
 from zinfer.tracking.store import sqlite_path
 
 HEADLINE = "generated_tokens_per_s"
-INTERRUPTED_REASONS = ("interrupted", "the driver was killed")
-"""Such a run says nothing about its job: it is run again whatever sweep.retry is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +33,20 @@ class EarlierRun:
     reason: str | None
     job_dir: str | None
     tokens_per_s: float | None
+    ended_by: EndedBy = EndedBy.ITSELF
 
     @property
     def ended_well(self) -> bool:
         return self.status in ("ok", "planned")
 
     def document(self) -> Json:
-        """JSON-able; EarlierRun(**document) reads it back."""
+        """JSON-able; EarlierRun.read reads it back."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, document: Json) -> EarlierRun:
+        """The run that `document` describes."""
+        return cls(**{**document, "ended_by": EndedBy(document["ended_by"])})
 
 
 def reusable_runs(uri: str, experiment: str, retry: str) -> dict[str, EarlierRun]:
@@ -62,7 +67,7 @@ def reusable_runs(uri: str, experiment: str, retry: str) -> dict[str, EarlierRun
 
 def may_retry(run: EarlierRun, retry: str) -> bool:
     """Whether a run that ended badly is to be run again."""
-    if run.reason and run.reason.startswith(INTERRUPTED_REASONS):
+    if run.ended_by in STOPPED_FROM_OUTSIDE:
         return True
     return retry == "failed" or (retry == "oom" and run.status in ("oom_device", "oom_host"))
 
@@ -83,13 +88,15 @@ def ended_runs(uri: str, experiment: str) -> Iterable[EarlierRun]:
 def _from_sqlite(path: Path, experiment: str) -> Iterator[EarlierRun]:
     """Read straight from the file: importing MLflow takes seconds."""
     query = """
-        SELECT key_tag.value, runs.run_uuid, status_tag.value, reason_tag.value, dir_tag.value, metric.value
+        SELECT key_tag.value, runs.run_uuid, status_tag.value, reason_tag.value, dir_tag.value, metric.value,
+               ended_tag.value
         FROM tags AS key_tag
         JOIN runs ON runs.run_uuid = key_tag.run_uuid
         JOIN experiments ON experiments.experiment_id = runs.experiment_id
         JOIN tags AS status_tag ON status_tag.run_uuid = runs.run_uuid AND status_tag.key = 'zinfer.status'
         LEFT JOIN tags AS reason_tag ON reason_tag.run_uuid = runs.run_uuid AND reason_tag.key = 'zinfer.reason'
         LEFT JOIN tags AS dir_tag ON dir_tag.run_uuid = runs.run_uuid AND dir_tag.key = 'zinfer.job_dir'
+        LEFT JOIN tags AS ended_tag ON ended_tag.run_uuid = runs.run_uuid AND ended_tag.key = 'zinfer.ended_by'
         LEFT JOIN latest_metrics AS metric ON metric.run_uuid = runs.run_uuid AND metric.key = ?
         WHERE key_tag.key = ? AND experiments.name = ? AND runs.lifecycle_stage = 'active'
           AND runs.status IN ('FINISHED', 'FAILED', 'KILLED')
@@ -98,7 +105,7 @@ def _from_sqlite(path: Path, experiment: str) -> Iterator[EarlierRun]:
     with contextlib.closing(
         sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=60)
     ) as connection:
-        for key, run_id, status, reason, job_dir, value in connection.execute(
+        for key, run_id, status, reason, job_dir, value, ended_by in connection.execute(
             query, (HEADLINE, KEY_TAG, experiment)
         ):
             yield EarlierRun(
@@ -108,6 +115,7 @@ def _from_sqlite(path: Path, experiment: str) -> Iterator[EarlierRun]:
                 reason=reason,
                 job_dir=job_dir,
                 tokens_per_s=value,
+                ended_by=EndedBy(ended_by or EndedBy.ITSELF),
             )
 
 
@@ -141,6 +149,7 @@ def _from_mlflow(uri: str, experiment: str) -> Iterator[EarlierRun]:
                             reason=tags.get("zinfer.reason"),
                             job_dir=tags.get("zinfer.job_dir"),
                             tokens_per_s=run.data.metrics.get(HEADLINE),
+                            ended_by=EndedBy(tags.get("zinfer.ended_by", EndedBy.ITSELF)),
                         )
                 token = page.token
                 if not token:
@@ -155,6 +164,7 @@ def note_reused(earlier: EarlierRun, job_dir: Path) -> None:
     document: Json = {
         "status": earlier.status,
         "reason": earlier.reason,
+        "ended_by": earlier.ended_by.value,
         "run_id": earlier.run_id,
         "job_dir": earlier.job_dir,
     }

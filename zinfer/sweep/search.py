@@ -15,7 +15,8 @@ from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
 from zinfer.driver.run import finish, never, run_job
 from zinfer.driver.terminal import Terminal
-from zinfer.job.folder import RESULT_FILE, REUSED_FILE, read_json
+from zinfer.job.files import RESULT_FILE, REUSED_FILE
+from zinfer.job.folder import read_json
 from zinfer.job.outcome import Json, Outcome
 from zinfer.sweep.record import Sweep
 from zinfer.sweep.resume import note_reused
@@ -124,12 +125,7 @@ def search_best_batch(
     document = found[best if best is not None else list(found)[-1]]
     outcome = outcome_of_search(document, best, found, job_dir)
     if parent is not None:
-        close_parent(
-            parent,
-            config.tracking.uri,
-            outcome.status,
-            "FINISHED" if outcome.status == "ok" else "FAILED",
-        )
+        close_parent(parent, config.tracking.uri, outcome.status)
     return finish(outcome, job_dir, terminal)
 
 

@@ -23,7 +23,7 @@ from zinfer.config import ConfigError, RunConfig, parse_config
 from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.refusals import refusal
 from zinfer.driver.terminal import Terminal
-from zinfer.driver.worker_process import Servers
+from zinfer.driver.workers import Servers
 from zinfer.job.folder import driven
 from zinfer.job.outcome import Json
 from zinfer.machine.disk import filesystem_of

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from zinfer.job.files import PARENT_FILE
+from zinfer.job.outcome import Status
 from zinfer.redact import redact
+from zinfer.tracking.names import run_status
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from omegaconf import DictConfig
 
-PARENT_FILE = "parent_run.json"
 PARENT_VARIABLE = "ZINFER_PARENT_RUN_ID"
 """A run's id, or the path of a parent_run.json."""
 
@@ -56,21 +58,21 @@ class ParentRunCallback(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Every job ended well: Hydra does not come here otherwise."""
-        self.end("ok", "FINISHED")
+        self.end("ok")
 
     def _end_unfinished(self, pid: int) -> None:
         """At the end of the process: a sweep that on_multirun_end has not seen had a job that failed, or was interrupted."""
         if os.getpid() == pid:
-            self.end("error", "FAILED")
+            self.end("error")
 
-    def end(self, status: str, run_status: str) -> None:
+    def end(self, status: Status) -> None:
         """Close the parent, once."""
         if self._file is None:
             return
         file, self._file = self._file, None
         if os.environ.get(PARENT_VARIABLE) == str(file):
             del os.environ[PARENT_VARIABLE]
-        close_parent(file, self._uri, status, run_status)
+        close_parent(file, self._uri, status)
 
 
 def announce_parent(sweep_dir: Path, overrides: list[str]) -> Path:
@@ -115,7 +117,7 @@ def parent_run_id(given: str | None, client: MlflowClient, experiment_id: str) -
         return run_id
 
 
-def close_parent(file: Path, uri: str | None, status: str, run_status: str) -> None:
+def close_parent(file: Path, uri: str | None, status: Status) -> None:
     """End the parent run, if a job has created it. The jobs are complete without it, so a store that is gone is only said."""
     from zinfer.config import TrackingConfig
     from zinfer.tracking.client import connect, store_errors
@@ -129,6 +131,6 @@ def close_parent(file: Path, uri: str | None, status: str, run_status: str) -> N
         with store_errors(absolute):
             client = connect(absolute)
             client.set_tag(run_id, "zinfer.status", status)
-            client.set_terminated(run_id, run_status)
+            client.set_terminated(run_id, run_status(status))
     except TrackingUnavailable as error:
         print(f"the sweep's run {run_id} was not closed: {error}", file=sys.stderr)

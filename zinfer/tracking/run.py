@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import zinfer
 from zinfer.config import METHOD_VERSION, RunConfig, config_key, config_to_tree
-from zinfer.job.outcome import Json, Outcome, Status
+from zinfer.job.outcome import Json, Outcome
 from zinfer.machine.environment import hardware_fingerprint
 from zinfer.redact import redact
 from zinfer.tracking.client import connect, experiment, store_errors
 from zinfer.tracking.job_key import KEY_TAG, job_key
+from zinfer.tracking.names import run_status
 from zinfer.tracking.parent import parent_run_id
 from zinfer.tracking.store import TrackingUnavailable, artifact_location, ensure_store, tracking_uri
 
@@ -31,13 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrackedRun", "TrackingUnavailable", "ensure_store", "open_run", "tracking_uri"]
 
-RUN_STATUS: dict[Status, str] = {
-    "ok": "FINISHED",
-    "planned": "FINISHED",
-    "killed": "KILLED",
-    "timeout": "KILLED",
-}
-"""MLflow's status; FAILED for all others. The tag zinfer.status has the exact one."""
 PREDICTED_METRICS = ("predicted_", "ceiling_")
 """Beginnings of the names of a plan's own metrics: logged also where nothing was measured."""
 METRICS_PER_BATCH = 1000
@@ -97,7 +91,7 @@ class TrackedRun:
                     )
                     self.client.log_artifacts(self.run_id, folder)
             finally:
-                self.client.set_terminated(self.run_id, RUN_STATUS.get(outcome.status, "FAILED"))
+                self.client.set_terminated(self.run_id, run_status(outcome.status))
 
     def _name_dtype(self, outcome: Outcome) -> None:
         """dtype=auto is decided by the model: name the run after what it became."""
@@ -226,6 +220,7 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
     tags = {
         "zinfer.status": outcome.status,
         "zinfer.reason": outcome.reason,
+        "zinfer.ended_by": outcome.ended_by.value,
         "zinfer.dtype": (outcome.model or {}).get("dtype"),
         "zinfer.binding_resource": ((outcome.plan or {}).get("prediction") or {}).get(
             "binding_resource"

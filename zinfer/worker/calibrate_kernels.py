@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from zinfer.config import RunConfig
-from zinfer.job.calibration import KERNELS_FILE, calibrated_dtypes
+from zinfer.job.calibration import calibrated_dtypes
 from zinfer.job.events import EventLog
+from zinfer.job.files import KERNELS_FILE
 from zinfer.job.folder import write_json
 from zinfer.job.swap import swap_folder
 from zinfer.machine import native_ops

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from zinfer.config import ConfigError, RunConfig, config_from_tree
 from zinfer.job.events import EventLog
-from zinfer.job.folder import DRIVER_READY_FILE, read_job_config
+from zinfer.job.files import DRIVER_READY_FILE
+from zinfer.job.folder import read_job_config
 from zinfer.job.outcome import Status
 from zinfer.job.swap import is_alive, remove_swap_folder, swap_folder
 from zinfer.machine.hardware import detect_hardware

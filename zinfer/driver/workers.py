@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from zinfer.config import RunConfig
 from zinfer.driver.server import ForkedWorker, WorkerServer, server_key
-from zinfer.job.folder import WORKER_LOG
+from zinfer.job.files import WORKER_LOG
 from zinfer.machine import native_ops
 
 END_GRACE_S = 2.0

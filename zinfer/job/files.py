@@ -1,0 +1,40 @@
+"""Names of the files that a job, a sweep and a search leave in their folders.
+
+docs/architecture.md says who writes and who reads each of them.
+"""
+
+from __future__ import annotations
+
+JOB_FILE = "job.json"
+"""The checked configuration, the attempt, and which process drives it. Written before the worker."""
+RESULT_FILE = "result.json"
+"""The job's outcome. Written last."""
+REUSED_FILE = "reused.json"
+"""Instead of a result: which earlier run stands for this job."""
+WORKER_LOG = "worker.log"
+"""Everything that the worker's processes printed."""
+EVENTS_FILE = "events.jsonl"
+"""What the worker of rank 0 reported, one JSON line for each event."""
+RANK_EVENTS_FILE = "events.rank{rank}.jsonl"
+"""The same from each other rank."""
+DRIVER_READY_FILE = "driver_ready"
+"""The driver has imported MLflow; the worker may start timing."""
+ENVIRONMENT_FILE = "environment.json"
+"""Machine, packages and commit of this attempt."""
+WORKERS_FILE = "workers.json"
+"""Process id and start time of each rank on this host."""
+NOT_LOGGED_FILE = "not_logged.json"
+"""The store could not be reached. `zinfer task=upload` sends the run and removes this file."""
+KERNELS_FILE = "kernels.json"
+"""Rates that the calibration's worker measured."""
+DRIVER_LOCK = ".driver.lock"
+"""Locked by the driver for as long as it works on the folder."""
+EARLIER_FOLDER = "earlier"
+"""Files of earlier attempts in the same folder: earlier/1, earlier/2, ..."""
+
+SWEEP_FILE = "sweep.json"
+"""What every process of a sweep must know."""
+STOP_FILE = "stop.json"
+"""Why no further job of the sweep is to start."""
+PARENT_FILE = "parent_run.json"
+"""The run in MLflow that holds all jobs of a sweep or of a search."""
