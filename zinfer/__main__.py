@@ -55,8 +55,9 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
     from omegaconf import OmegaConf
 
     from zinfer.config import ConfigError, parse_config
+    from zinfer.config.tasks import function_named, task_of
     from zinfer.driver.refusals import refusal
-    from zinfer.driver.run import finish, run_job
+    from zinfer.driver.run import finish
     from zinfer.driver.terminal import Terminal
 
     terminal = Terminal(str(OmegaConf.select(composed, "format")), name=job_dir.name)
@@ -64,19 +65,13 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
         config = parse_config(composed)
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
-    if config.task == "calibrate":
-        from zinfer.calibration.task import main_task
-
-        return finish(main_task(config, job_dir, terminal), job_dir, terminal)
-    if config.task == "upload":
-        from zinfer.driver.upload import upload
-
-        return finish(upload(config, job_dir, terminal), job_dir, terminal)
-    if config.sweep.search == "best_batch":
+    task_row = task_of(config)
+    if task_row.takes_search and config.sweep.search == "best_batch":
         from zinfer.sweep.search import search_best_batch
 
         return search_best_batch(config, job_dir, terminal)
-    return run_job(config, job_dir, terminal)
+    outcome: Outcome = function_named(task_row.command)(config, job_dir, terminal)
+    return outcome
 
 
 def main() -> None:

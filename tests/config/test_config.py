@@ -55,7 +55,11 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("dtype=int8", "engine=resident"), "has none", "engine=zero"),
     (("dtype=int8", "dtype.compute=float32"), "computes in 16 bits", "dtype.compute=bfloat16"),
     (("dtype.weights=float32", "dtype.compute=bfloat16"), "differ", "dtype=float32"),
-    (("engine=resident", "offload=cpu"), "keeps all weights on the device", "engine=zero"),
+    (
+        ("engine=resident", "offload=cpu"),
+        "keeps weights on the device, but offload is cpu",
+        "engine=zero",
+    ),
     (
         ("offload=nvme", "zero.aio_block_size_bytes=1000000"),
         "not a power of two",

@@ -38,7 +38,7 @@ def test_the_driver_may_ask_without_importing_torch_or_deepspeed() -> None:
     program = """
         import sys
         from zinfer.machine import native_ops
-        native_ops.missing_requirements("nvme"), native_ops.built("async_io")
+        native_ops.missing_requirements(native_ops.ops_needed("nvme")), native_ops.built("async_io")
         native_ops.stale_lock("async_io"), native_ops.worker_environment()
         print([name for name in ("torch", "deepspeed", "transformers") if name in sys.modules])
     """
@@ -54,7 +54,7 @@ def test_without_a_compiler_the_command_that_installs_one_is_said(
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(build_requirements, "scripts_folder", lambda: "")
     problems = native_ops.missing_requirements(
-        "cpu" if native_ops.accelerator_name() == "cpu" else "nvme"
+        native_ops.ops_needed("cpu" if native_ops.accelerator_name() == "cpu" else "nvme")
     )
     assert any(
         "no C++ compiler" in problem and "apt-get install -y g++" in problem for problem in problems
@@ -69,10 +69,10 @@ def test_without_libaio_only_nvme_is_refused(
 ) -> None:
     monkeypatch.setattr(build_requirements, "_holds", lambda name, folders: False)
     monkeypatch.setattr(build_requirements, "_compiler_links_libaio", lambda: False)
-    (problem,) = native_ops.missing_requirements("nvme")
+    (problem,) = native_ops.missing_requirements(native_ops.ops_needed("nvme"))
     assert "libaio.h and libaio.so was not found" in problem
     assert "install -y libaio-dev" in problem and "export CFLAGS=-I" in problem
-    assert native_ops.missing_requirements("cpu") == []
+    assert native_ops.missing_requirements(native_ops.ops_needed("cpu")) == []
 
 
 def test_libaio_unpacked_elsewhere_is_found_and_passed_on(
@@ -108,7 +108,7 @@ def test_ops_that_are_built_need_no_compiler(
         pretend_built(op)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("zinfer.machine.native_ops.has_libaio_runtime", lambda: True)
-    assert native_ops.missing_requirements("nvme") == []
+    assert native_ops.missing_requirements(native_ops.ops_needed("nvme")) == []
 
 
 # What is there

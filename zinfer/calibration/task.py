@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zinfer.calibration.fit import calm_times_s, fitted_profile
 from zinfer.config import DtypeConfig, EngineConfig, RunConfig, TrackingConfig, ZeroConfig
 from zinfer.driver.interrupts import Interrupts
+from zinfer.driver.run import finish
 from zinfer.driver.terminal import Terminal
 from zinfer.job.calibration import ROUNDS, Job, calibrated_dtypes, jobs, small_model, to_run_again
 from zinfer.job.events import Event
@@ -61,6 +62,11 @@ def job_config(job: Job, config: RunConfig) -> RunConfig:
         ),
         plan=replace(config.plan, enforce=False),
     )
+
+
+def calibrate_job(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
+    """Calibrate this machine, and leave and show how that ended."""
+    return finish(main_task(config, job_dir, terminal), job_dir, terminal)
 
 
 def main_task(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:

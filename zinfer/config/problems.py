@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zinfer.config.engines import engine_of
+
 if TYPE_CHECKING:
     from zinfer.config.run_config import RunConfig
 
@@ -121,9 +123,11 @@ def _offload_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"offload.use_gds=true reads from NVMe, but offload is {offload.device}. Type offload=nvme or offload.use_gds=false"
         )
-    if config.engine.name != "zero" and offload.device != "none":
+    engine = engine_of(config)
+    if offload.device not in engine.places:
         problems.append(
-            f"engine={config.engine.name} keeps all weights on the device, offload is {offload.device}. Type offload=none or engine=zero"
+            f"engine={engine.name} keeps weights on {' or '.join(_place(name) for name in engine.places)}, "
+            f"but offload is {offload.device}. Set offload={engine.places[0]} or engine=zero"
         )
     if block is not None and (block < 4096 or block & (block - 1)):
         problems.append(
@@ -151,6 +155,11 @@ def _offload_problems(config: RunConfig) -> list[str]:
     return problems
 
 
+def _place(device: str) -> str:
+    """Name the tier of a value of `offload` for people."""
+    return {"none": "the device", "cpu": "host memory", "nvme": "disk"}.get(device, device)
+
+
 def _weight_problems(config: RunConfig) -> list[str]:
     problems = []
     dtype, model = config.dtype, config.model
@@ -163,9 +172,9 @@ def _weight_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"dtype.weights={dtype.weights} computes in 16 bits in DeepSpeed. Type dtype.compute=bfloat16"
         )
-    if dtype.bits is not None and config.engine.name != "zero":
+    if dtype.bits is not None and not engine_of(config).quantises:
         problems.append(
-            f"dtype={dtype.weights} is DeepSpeed's quantisation, engine={config.engine.name} has none. Type engine=zero or dtype=bfloat16"
+            f"dtype={dtype.weights} is DeepSpeed's quantisation, engine={config.engine.name} has none. Set engine=zero or dtype=bfloat16"
         )
     if dtype.bits is not None and config.weights == "pretrained":
         problems.append(

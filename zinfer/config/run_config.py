@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
-if TYPE_CHECKING:
-    pass
+from zinfer.config.engines import OffloadDevice, engine_kind, engine_names
+from zinfer.config.tasks import TASKS
 
 METHOD_VERSION = 1
 """Raised whenever what is timed, or what a metric's name means, changes. Runs of different versions are never compared silently."""
@@ -20,8 +22,28 @@ STRICT = ConfigDict(extra="forbid")
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 ITEMSIZE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-OffloadDevice = Literal["none", "cpu", "nvme"]
 FloatDtype = Literal["float32", "float16", "bfloat16"]
+
+
+def _known_task(name: str) -> str:
+    """Accept the names of TASKS. Raises what a Literal would."""
+    if name not in TASKS:
+        raise _not_one_of(tuple(TASKS))
+    return name
+
+
+def _known_engine(name: str) -> str:
+    """Accept the names of installed engines. Raises what a Literal would."""
+    try:
+        return engine_kind(name).name
+    except KeyError:
+        raise _not_one_of(engine_names()) from None
+
+
+def _not_one_of(choices: tuple[str, ...]) -> PydanticCustomError:
+    return PydanticCustomError(
+        "literal_error", "not one of {expected}", {"expected": ", ".join(choices)}
+    )
 
 
 class ConfigError(ValueError):
@@ -70,6 +92,11 @@ class OffloadConfig:
     buffer_count: int | None = None
     huge_pages: bool | None = None
     """NVMe staging buffers lie in huge pages, as far as decoder layers use them. None: except under zero=paper."""
+
+    @property
+    def nvme_folder(self) -> Path | None:
+        """nvme_path as a path, `~` expanded; None without one."""
+        return Path(self.nvme_path).expanduser() if self.nvme_path else None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -136,7 +163,8 @@ class ZeroConfig:
 class EngineConfig:
     """What runs the model."""
 
-    name: Literal["zero", "resident"]
+    name: Annotated[str, AfterValidator(_known_engine)]
+    """One of ENGINES, or of another package's entry points."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -228,7 +256,8 @@ class SweepConfig:
 class RunConfig:
     """Everything one run depends on, checked."""
 
-    task: Literal["run", "plan", "calibrate", "upload"]
+    task: Annotated[str, AfterValidator(_known_task)]
+    """One of TASKS."""
     format: Literal["text", "json"]
     weights: Literal["dummy", "pretrained"]
     model: ModelConfig
@@ -254,6 +283,21 @@ class RunConfig:
             if self.offload.huge_pages is None
             else self.offload.huge_pages
         )
+
+    def changed(self, **settings: Any) -> RunConfig:
+        """Copy with other settings: `config.changed(batch={"repeats": 5}, weights="dummy")`.
+
+        A mapping changes fields of its group, anything else replaces the setting. Not checked again.
+        """
+        values = {
+            name: replace(getattr(self, name), **value) if isinstance(value, dict) else value
+            for name, value in settings.items()
+        }
+        return replace(self, **values)
+
+    def with_batch(self, rows: int) -> RunConfig:
+        """Copy with this batch size, over all ranks."""
+        return self.changed(batch={"batch_size": rows})
 
 
 RUN_CONFIG = TypeAdapter(RunConfig)

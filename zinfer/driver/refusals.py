@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from zinfer.config import ConfigError, RunConfig
+from zinfer.config.tasks import task_of
 from zinfer.driver.terminal import Terminal
 from zinfer.job.outcome import Outcome
 from zinfer.machine import native_ops
@@ -51,13 +52,9 @@ def require_possible(config: RunConfig, hardware: Hardware, terminal: Terminal) 
         for problem in problems:
             terminal.warning(problem)
         problems = []
-    if config.task == "run" and config.engine.name == "zero":
-        problems += native_ops.missing_requirements(
-            config.offload.device,
-            quantised_float16=config.dtype.unpacks_to_float16,
-            use_gds=config.offload.use_gds,
-        )
-    if config.task == "run" and config.offload.device == "nvme" and not problems:
+    if task_of(config).loads_ops:
+        problems += native_ops.missing_requirements(native_ops.ops_of(config))
+    if task_of(config).uses_swap and config.offload.device == "nvme" and not problems:
         problems += _unwritable(config)
     if problems:
         raise ConfigError(problems)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zinfer.config import ConfigError, RunConfig
+from zinfer.config.tasks import task_of
 from zinfer.driver.ending import Circumstances, Watched, disk_free_bytes, oom_kills, outcome_of
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.orphans import close_abandoned
@@ -60,7 +61,9 @@ def run_job(
     with Interrupts.in_order(), driven(job_dir, "job"):
         close_abandoned(terminal)
         try:
-            hardware = detect_hardware(config.hardware, _nvme_path(config), config.launcher.ranks)
+            hardware = detect_hardware(
+                config.hardware, config.offload.nvme_folder, config.launcher.ranks
+            )
             require_possible(config, hardware, terminal)
         except (ConfigError, ValueError) as error:
             problems = error.problems if isinstance(error, ConfigError) else [str(error)]
@@ -81,10 +84,6 @@ def finish(outcome: Outcome, job_dir: Path, terminal: Terminal) -> Outcome:
         terminal.warning(f"{job_dir / RESULT_FILE} was not written: {error}")
     terminal.finish(outcome)
     return outcome
-
-
-def _nvme_path(config: RunConfig) -> Path | None:
-    return Path(config.offload.nvme_path) if config.offload.nvme_path else None
 
 
 def run_worker(
@@ -127,7 +126,7 @@ def run_worker(
 @contextmanager
 def swap_folder_of(config: RunConfig, job_dir: Path, terminal: Terminal) -> Iterator[Path | None]:
     """The job's swap folder while it runs; gone afterwards, whatever happened."""
-    if config.task not in ("run", "calibrate") or config.offload.device != "nvme":
+    if not task_of(config).uses_swap or config.offload.device != "nvme":
         yield None
         return
     assert config.offload.nvme_path is not None, "config_problems refuses nvme without a path"
@@ -145,7 +144,7 @@ def worker_of(
     config: RunConfig, job_dir: Path, terminal: Terminal, *, forked: bool
 ) -> Iterator[Worker]:
     """The job's worker processes; they and all that they started are gone afterwards."""
-    if config.task in ("run", "calibrate"):
+    if task_of(config).loads_ops:
         _build_ops(config, terminal)
     write_job(job_dir, config)
     server = Servers.ready(config, lambda: Interrupts.received) if forked else None
@@ -164,13 +163,7 @@ def worker_of(
 
 def _build_ops(config: RunConfig, terminal: Terminal) -> None:
     """Compile what this run loads, apart from the run and said so. Raises RuntimeError when it cannot be built."""
-    if config.engine.name != "zero":
-        return
-    ops = native_ops.ops_needed(
-        config.offload.device,
-        quantised_float16=config.dtype.unpacks_to_float16,
-        use_gds=config.offload.use_gds,
-    )
+    ops = native_ops.ops_of(config)
     for message in native_ops.remove_stale_locks(ops):
         terminal.note(message)
     with Interrupts.at_once():  # minutes, the first time on a machine

@@ -38,10 +38,7 @@ class TrackingThread:
 
     def _open(self) -> None:
         try:
-            nvme_path = (
-                Path(self._config.offload.nvme_path) if self._config.offload.nvme_path else None
-            )
-            self.environment = environment(self._config, nvme_path)
+            self.environment = environment(self._config, self._config.offload.nvme_folder)
             write_json(self._job_dir / ENVIRONMENT_FILE, self.environment)
             self._run = open_run(self._config, job_dir=self._job_dir, environment=self.environment)
         except TrackingUnavailable as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from zinfer.config import RunConfig
 from zinfer.driver.ending import Watched
 from zinfer.driver.orphans import config_of
+from zinfer.driver.run import finish
 from zinfer.driver.terminal import Terminal
 from zinfer.job.events import EventReader
 from zinfer.job.files import ENVIRONMENT_FILE, NOT_LOGGED_FILE, RESULT_FILE
@@ -19,6 +20,11 @@ from zinfer.tracking.store import TrackingUnavailable, tracking_uri
 
 ROOTS = ("outputs", "multirun")
 """Where jobs of this working directory are, unless hydra.run.dir or hydra.sweep.dir say otherwise."""
+
+
+def upload_job(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
+    """Send the runs that are not logged yet, and leave and show how that ended."""
+    return finish(upload(config, job_dir, terminal), job_dir, terminal)
 
 
 def upload(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:

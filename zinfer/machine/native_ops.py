@@ -26,13 +26,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from zinfer.config.engines import engine_of
 from zinfer.machine.build_lock import is_left_over
 from zinfer.machine.build_requirements import (
     compiler,
@@ -46,6 +48,9 @@ from zinfer.machine.build_requirements import (
     scripts_folder,
 )
 from zinfer.paths import cache_dir
+
+if TYPE_CHECKING:
+    from zinfer.config import RunConfig
 
 GIB = 2**30
 COMPILER_BYTES = 2 * GIB  # one compiler on torch's headers was seen with 1.5 GiB
@@ -119,6 +124,17 @@ def ops_needed(
         "quantizer": kind == "cuda" and quantised_float16,
     }
     return [name for name, is_wanted in wanted.items() if is_wanted]
+
+
+def ops_of(config: RunConfig) -> list[str]:
+    """The ops that this run loads: none for an engine that uses none of DeepSpeed's."""
+    if not engine_of(config).loads_ops:
+        return []
+    return ops_needed(
+        config.offload.device,
+        quantised_float16=config.dtype.unpacks_to_float16,
+        use_gds=config.offload.use_gds,
+    )
 
 
 # Where the ops are kept
@@ -201,14 +217,11 @@ def worker_environment(environ: Mapping[str, str] | None = None) -> dict[str, st
     return added
 
 
-def missing_requirements(
-    offload_device: str, *, quantised_float16: bool = False, use_gds: bool = False
-) -> list[str]:
-    """Why the ops of this offload target can neither be used nor built here: sentences with what to type. Nothing heavy is imported."""
-    needed = ops_needed(offload_device, quantised_float16=quantised_float16, use_gds=use_gds)
-    missing = [op for op in needed if not built(op)]
+def missing_requirements(ops: Sequence[str]) -> list[str]:
+    """Why these ops can neither be used nor built here: sentences with what to type. Nothing heavy is imported."""
+    missing = [op for op in ops if not built(op)]
     if not missing:
-        if offload_device == "nvme" and not has_libaio_runtime():
+        if "async_io" in ops and not has_libaio_runtime():
             return [
                 f"offload.device=nvme reads through libaio, and libaio.so.1 was not found. Install it: {install_command('libaio-dev')}"
             ]
@@ -466,18 +479,22 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 f"  {op:20} {'built' if built(op) else 'not built':10} {OPS[op].purpose}{f'; stale lock {lock}' if lock else ''}"
             )
-        print("\n".join(missing_requirements("nvme")))
+        print("\n".join(missing_requirements(default_ops())))
         return 0
     return _build_command(ops)
 
 
 def _build_command(ops: list[str]) -> int:
     """Build what can be built here. For the rest print what is missing; runs that need it are refused with the same words."""
-    problems = missing_requirements("nvme")
+    problems = missing_requirements(default_ops())
     for problem in problems:
         print(problem)
     if problems:
-        ops = [] if missing_requirements("none") else [op for op in ops if op != "async_io"]
+        ops = (
+            []
+            if missing_requirements(ops_needed("none"))
+            else [op for op in ops if op != "async_io"]
+        )
     try:
         seconds = build(ops, echo=lambda line: print(line, flush=True))
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zinfer.config import RunConfig
+from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import min_buffer_count
@@ -112,7 +113,7 @@ def _disk_warnings(config: RunConfig, hardware: Hardware, plan: MemoryPlan) -> I
 def _needless_offload(
     spec: ModelSpec, config: RunConfig, hardware: Hardware, prediction: Prediction
 ) -> Iterator[str]:
-    if config.offload.device == "none" or config.engine.name == "resident":
+    if config.offload.device == "none" or not engine_of(config).zero3:
         return
     kept = with_offload(config, "none")
     if not memory_plan(spec, kept, hardware).fits:
@@ -188,8 +189,8 @@ def candidates(
     """Overrides of settings that exist, one at a time."""
     if largest_batch and largest_batch != config.batch.batch_size:
         yield f"batch.batch_size={largest_batch}", with_batch(config, largest_batch)
-    if config.engine.name == "zero":
-        for device in ("none", "cpu", "nvme"):
+    if engine_of(config).offloads_to:
+        for device in engine_of(config).places:
             if device != config.offload.device:
                 yield f"offload={device}", with_offload(config, device)
         if config.offload.device == "none":
@@ -209,7 +210,7 @@ def candidates(
     if (
         config.dtype.bits is None
         and config.weights == "dummy"
-        and config.engine.name == "zero"
+        and engine_of(config).quantises
         and spec.dtype != "float32"
     ):
         for dtype in ("int8", "int4"):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec, Parameter
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
@@ -193,7 +194,7 @@ def _pass_demand(
 ) -> Demand:
     """Of one forward pass on one rank."""
     rows, size = config.batch.batch_size // config.launcher.ranks, layout.itemsize_bytes
-    resident = config.engine.name == "resident" or config.offload.device == "none"
+    resident = not engine_of(config).zero3 or config.offload.device == "none"
     stored = layout.stored_numel * size
     on_host = stored - layout.small_numel * size
     nvme = layout.swapped_numel * size if config.offload.device == "nvme" else 0
@@ -291,7 +292,7 @@ def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
 def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: bool) -> int:
     """Weights that one forward pass fetches, all ranks: all that is stored below the device, whole experts too (they are one parameter)."""
     if (
-        config.engine.name == "resident"
+        not engine_of(config).zero3
         or config.offload.device == "none"
         or (config.offload.device == "cpu" and device_is_host)
     ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.config.engines import engine_of
 from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec
 from zinfer.model.weights.local import checkpoint_folder
@@ -43,7 +44,7 @@ class HostProcess:
 
 def mode_of(config: RunConfig) -> str:
     """resident, none, cpu or nvme: what decides the fixed costs of a run."""
-    return "resident" if config.engine.name == "resident" else config.offload.device
+    return config.offload.device if engine_of(config).zero3 else "resident"
 
 
 def host_process(config: RunConfig, profile: CalibrationProfile | None) -> HostProcess:
@@ -56,14 +57,14 @@ def host_process(config: RunConfig, profile: CalibrationProfile | None) -> HostP
 
 def kept_free_factor(config: RunConfig, spec: ModelSpec) -> tuple[float, float]:
     """(working memory, KV cache): the host memory that they take at most, over what is alive, where the device is host memory."""
-    if config.engine.name == "resident":
+    if not engine_of(config).zero3:
         return KEPT_FREE_RESIDENT
     return KEPT_FREE.get(spec.dtype, KEPT_FREE["other"])
 
 
 def kept_after_loading(config: RunConfig, layout: ZeroLayout) -> int:
     """Freed by the loader, not given back to the system."""
-    if config.engine.name == "resident":
+    if not engine_of(config).zero3:
         return 0
     quantised = 0 if config.dtype.bits is None else KEPT_AFTER_QUANTISING
     return int(LARGEST_KEPT * layout.largest_numel * layout.itemsize_bytes) + quantised
@@ -73,7 +74,7 @@ def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int
     """Alive at the loader's worst moment and gone afterwards, on one rank."""
     size = ITEMSIZE_BYTES[spec.dtype]
     pool = DUMMY_POOL_NUMEL * (size if size == 4 else 4) if config.weights == "dummy" else 0
-    if config.engine.name == "resident":
+    if not engine_of(config).zero3:
         return pool
     copies = LARGEST_WHILE_LOADING["tied" if spec.tied_embeddings else "untied"]
     return pool + int(copies * layout.largest_numel * size)

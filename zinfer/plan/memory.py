@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from zinfer.config import RunConfig
+from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec, kv_cache_bytes
 from zinfer.plan.deepspeed_json import deepspeed_json, min_buffer_count
@@ -229,7 +230,7 @@ def _device_items(
             Item(name="kv cache of one layer, copied", bytes=kv // max(1, spec.num_layers))
         )
         items.append(Item(name="CUDA context", bytes=CUDA_CONTEXT_BYTES))
-    if config.engine.name == "resident":
+    if not engine_of(config).zero3:
         return [Item(name="weights", bytes=spec.num_parameters * size), *items]
     zero = derive(config, spec, hardware)["zero_optimization"]
     if config.offload.device == "none":
@@ -373,8 +374,8 @@ def fitting_changes(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> l
         candidates.append(
             ("zero=tuned", replace(config, zero=replace(config.zero, derivation="tuned")))
         )
-    for device in ("none", "cpu", "nvme"):
-        if device != config.offload.device and config.engine.name == "zero":
+    for device in engine_of(config).places:
+        if device != config.offload.device:
             path = config.offload.nvme_path or "/local_nvme"
             offload = replace(
                 config.offload, device=device, nvme_path=path, use_gds=False, pin_memory=False
@@ -390,7 +391,7 @@ def fitting_changes(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> l
     if (
         config.dtype.bits is None
         and config.weights == "dummy"
-        and config.engine.name == "zero"
+        and engine_of(config).quantises
         and spec.dtype != "float32"
     ):
         quantised = replace(config.dtype, weights="int4", compute="bfloat16")

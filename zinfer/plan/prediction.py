@@ -11,6 +11,7 @@ from math import comb
 from typing import Any
 
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.machine.profile import (
     BY_MODULE,
@@ -209,7 +210,7 @@ def layers_seconds(
 
 def fixed_mode(config: RunConfig, *, leaf: bool) -> str:
     """The name of the run's ModeCost."""
-    return mode_of(config) + ("" if leaf or config.engine.name == "resident" else BY_MODULE)
+    return mode_of(config) + ("" if leaf or not engine_of(config).zero3 else BY_MODULE)
 
 
 def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: str) -> float:
@@ -326,7 +327,7 @@ def streaming_seconds(
     config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout
 ) -> float | None:
     """What fetching weights adds to a pass; None where that was not calibrated."""
-    if config.engine.name == "resident" or config.offload.device == "none":
+    if not engine_of(config).zero3 or config.offload.device == "none":
         return 0.0
     if config.offload.device == "cpu":
         link = (

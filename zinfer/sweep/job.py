@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from zinfer.config import ConfigError, RunConfig, parse_config
+from zinfer.config.tasks import task_of
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
 from zinfer.driver.run import finish, run_job
@@ -42,7 +43,7 @@ def run_sweep_job(
         elif config.sweep.search == "best_batch":
             search_best_batch(config, job_dir, terminal, sweep)
         else:
-            forked = sweep.forked and config.launcher.fork_workers and config.task == "run"
+            forked = sweep.forked and config.launcher.fork_workers and task_of(config).loads_model
             run_job(
                 config,
                 job_dir,

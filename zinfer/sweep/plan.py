@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from zinfer.config import ConfigError, RunConfig, config_from_tree, config_to_tree
 from zinfer.driver.refusals import require_possible
@@ -61,9 +60,7 @@ def plan_job(config: RunConfig) -> JobPlan:
     from zinfer.plan.resolved import resolved_spec
 
     try:
-        hardware = detect_hardware(
-            config.hardware, Path(config.offload.nvme_path) if config.offload.nvme_path else None
-        )
+        hardware = detect_hardware(config.hardware, config.offload.nvme_folder)
         require_possible(config, hardware, Terminal("text", err=io.StringIO()))
         spec = resolved_spec(config, hardware, _unsaid)
         plan = memory_plan(spec, config, hardware)

@@ -172,7 +172,7 @@ class HardwareOnce:
 
     def of(self, config: RunConfig) -> Hardware:
         """For this point."""
-        path = Path(config.offload.nvme_path) if config.offload.nvme_path else None
+        path = config.offload.nvme_folder
         key = f"{config.hardware} {path} {config.launcher.ranks} {config.launcher.omp_threads}"
         if key not in self._known:
             self._known[key] = detect_hardware(

@@ -135,16 +135,9 @@ def run_trial(
     """One batch size: reused where a finished run is there, else run. Its result.json."""
     if Interrupts.received or (sweep is not None and sweep.stopped()):
         raise SearchStopped
-    trial = replace(
-        config,
-        batch=replace(config.batch, batch_size=size),
-        offload=replace(
-            config.offload,
-            nvme_path=str(folder / "swap")
-            if _is_default_path(config)
-            else config.offload.nvme_path,
-        ),
-    )
+    trial = config.with_batch(size)
+    if _is_default_path(config):
+        trial = trial.changed(offload={"nvme_path": str(folder / "swap")})
     earlier = sweep.reusable.get(key_here(trial)) if sweep is not None and sweep.reusable else None
     if sweep is not None and earlier is not None:
         note_reused(earlier, folder)

@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from zinfer.config import ConfigError, RunConfig, parse_config
+from zinfer.config.tasks import task_of
 from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.refusals import refusal
 from zinfer.driver.terminal import Terminal
@@ -93,7 +94,7 @@ def start_sweep(master: DictConfig) -> None:
     if sweep.tracking_uri is not None:
         Started.parent.announce(sweep.folder, list(master.hydra.overrides.task), sweep.tracking_uri)
     first = next(
-        (config for config in configs if config is not None and config.task == "run"), None
+        (config for config in configs if config is not None and task_of(config).loads_model), None
     )
     if sweep.forked and first is not None and first.launcher.fork_workers:
         Servers.prepare(first)  # its imports run beside Hydra's composing and MLflow's import
@@ -248,7 +249,7 @@ class _EnvironmentOnce:
 
     def of(self, config: RunConfig) -> Json:
         """For this job."""
-        nvme_path = Path(config.offload.nvme_path) if config.offload.nvme_path else None
+        nvme_path = config.offload.nvme_folder
         which = f"{config.hardware} {filesystem_of(nvme_path) if nvme_path else None}"
         if which not in self._known:
             self._known[which] = environment(config, nvme_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
-from pathlib import Path
 
 from zinfer.config import METHOD_VERSION, RunConfig, config_key
 from zinfer.job.outcome import Json
@@ -17,8 +16,7 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate")
 
 def key_here(config: RunConfig) -> str:
     """The job's key on this machine."""
-    nvme_path = Path(config.offload.nvme_path) if config.offload.nvme_path else None
-    return job_key(config, environment(config, nvme_path))
+    return job_key(config, environment(config, config.offload.nvme_folder))
 
 
 def job_key(config: RunConfig, env: Json) -> str:

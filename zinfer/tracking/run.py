@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import zinfer
 from zinfer.config import METHOD_VERSION, RunConfig, config_key, config_to_tree
+from zinfer.config.engines import engine_of
 from zinfer.job.outcome import Json, Outcome
 from zinfer.machine.environment import hardware_fingerprint
 from zinfer.redact import redact
@@ -197,7 +198,7 @@ def _text(value: Any) -> str:
 
 def run_name(config: RunConfig, dtype: str | None = None) -> str:
     """'opt-125m nvme bfloat16 b4'; an engine without offload stands in the place of the tier: 'opt-125m resident bfloat16 b4'."""
-    where = config.offload.device if config.engine.name == "zero" else config.engine.name
+    where = config.offload.device if engine_of(config).offloads_to else config.engine.name
     weights = dtype if dtype and config.dtype.weights == "auto" else config.dtype.weights
     return f"{config.model.name} {where} {weights} b{config.batch.batch_size}"
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import ConfigError, RunConfig, config_from_tree
+from zinfer.config.engines import engine_loader
+from zinfer.config.tasks import function_named, task_of
 from zinfer.job.events import EventLog
 from zinfer.job.files import DRIVER_READY_FILE
 from zinfer.job.folder import read_job_config
@@ -47,9 +49,11 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
         assert config.offload.nvme_path is not None, "config.py refuses nvme without a path"
         swap = swap_folder(config.offload.nvme_path, job_dir)
         config = replace(config, offload=replace(config.offload, nvme_path=str(swap)))
-    nvme_path = Path(config.offload.nvme_path) if config.offload.nvme_path else None
     hardware = detect_hardware(
-        config.hardware, nvme_path, config.launcher.ranks, config.launcher.omp_threads
+        config.hardware,
+        config.offload.nvme_folder,
+        config.launcher.ranks,
+        config.launcher.omp_threads,
     )
     spec = resolved_spec(config, hardware, events.warning)  # architecture only, no weights
     plan = memory_plan(spec, config, hardware)  # bytes per tier, before any is allocated
@@ -57,7 +61,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     ds_json = derive(config, spec, hardware)
     if events.rank == 0:
         planned = {**plan.document(), "prediction": prediction.document(plan)}
-        if config.task == "plan":
+        if not task_of(config).loads_model:
             planned["advice"] = advice_document(spec, config, hardware, plan, prediction)
         events.write("planned", model=describe(spec, config), plan=planned, deepspeed=ds_json)
         for warning in [
@@ -65,7 +69,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
             *plan_warnings(spec, config, hardware, plan, prediction),
         ]:
             events.warning(warning)
-    if config.task == "plan":
+    if not task_of(config).loads_model:
         if not plan.fits:
             events.warning(shortfall(plan, spec, config, hardware))
         return None
@@ -80,7 +84,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     from zinfer.worker.metrics import summarise
     from zinfer.worker.workload import prompt_ids
 
-    load = _engine_loader(config)
+    load = engine_loader(config)
     import_s = time.perf_counter() - started_s
 
     events.phase("load", weight_bytes=plan.weight_bytes)
@@ -115,6 +119,12 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     return metrics
 
 
+def run_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
+    """Do task=run or task=plan; a plan has nothing else to say in its last event."""
+    if work(config, job_dir, events) is None and events.rank == 0:
+        events.write("result", status="planned", metrics={})
+
+
 def by_rank(memory: list[MemoryUse]) -> dict[str, float]:
     """Peak memory of each of several ranks; Metrics has the totals."""
     if len(memory) == 1:
@@ -125,17 +135,6 @@ def by_rank(memory: list[MemoryUse]) -> dict[str, float]:
         for name in RANK_METRICS
     }
     return {name: value for name, value in peaks.items() if value is not None}
-
-
-def _engine_loader(config: RunConfig) -> Any:
-    """The engine's load function; importing it imports torch and, for zero, deepspeed."""
-    if config.engine.name == "resident":
-        from zinfer.worker.engines import resident
-
-        return resident.load
-    from zinfer.worker.engines import zero
-
-    return zero.load
 
 
 def _wait_for_quiet_driver(job_dir: Path, events: EventLog) -> None:
@@ -275,12 +274,9 @@ def main(job_dir: Path) -> int:
         target=_end_with_driver, args=(driver_pid, driver_start_ticks, config, job_dir), daemon=True
     ).start()
     try:
-        if config.task == "calibrate":
-            from zinfer.worker.calibrate_kernels import kernels_task
-
-            kernels_task(config, job_dir, events)
-        elif work(config, job_dir, events) is None and rank == 0:
-            events.write("result", status="planned", metrics={})
+        worker = task_of(config).worker
+        assert worker is not None, "the driver starts no worker for this task"
+        function_named(worker)(config, job_dir, events)
     except BaseException as error:  # whatever it was, the driver must learn the reason
         status, reason = failure(error)
         problems = error.problems if isinstance(error, ConfigError) else []

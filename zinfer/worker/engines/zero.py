@@ -29,14 +29,7 @@ GATHERS, GATHERED_NUMEL = 16, 1 << 17
 def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
     """Build the model partitioned and offloaded as ds_json says."""
     accelerator = get_accelerator()
-    quantised_float16 = config.dtype.unpacks_to_float16
-    native_ops.adopt(
-        native_ops.ops_needed(
-            config.offload.device,
-            quantised_float16=quantised_float16,
-            use_gds=config.offload.use_gds,
-        )
-    )
+    native_ops.adopt(native_ops.ops_of(config))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     gather_in_one_thread()
     gc.freeze()  # the garbage collector need not walk the libraries again while the model is built and timed
