@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,12 @@ import torch
 
 from tests.helpers.composing import composed
 from zinfer.config import BatchConfig, ConfigError
-from zinfer.worker.generate import Sample, cache_bytes
-from zinfer.worker.metrics import MemoryUse, Metrics, summarise
+from zinfer.worker.failure import failure
+from zinfer.worker.generate import cache_bytes
+from zinfer.worker.metrics import Measured, Metrics, summarise
+from zinfer.worker.process_use import MemoryUse
+from zinfer.worker.ranks import RankResult, metrics_by_rank
+from zinfer.worker.samples import Sample
 from zinfer.worker.workload import prompt_ids
 
 BATCH = BatchConfig(batch_size=4, prompt_tokens=10, new_tokens=3, warmup=1, repeats=3)
@@ -31,17 +37,18 @@ USE = MemoryUse(
 )
 
 
+RANK = RankResult(memory=USE, weight_bytes=5, kv_cache_bytes=None, token_ids=())
+
+
 def summary(samples: list[Sample], batch: BatchConfig = BATCH) -> Metrics:
-    return summarise(
-        samples,
-        batch,
+    measured = Measured(
+        samples=tuple(samples),
         yardstick_s=(0.01, 0.01, 0.04),
         load_s=1.0,
         import_s=2.0,
-        memory=[USE, USE],
-        weight_bytes=5,
-        kv_cache_bytes=None,
+        ranks=(RANK, RANK),
     )
+    return summarise(measured, batch)
 
 
 def test_metrics_are_medians_of_timed_generations_only() -> None:
@@ -66,6 +73,12 @@ def test_memory_is_summed_over_ranks_and_the_unknown_stays_unknown() -> None:
         20,
         14,
     )
+    assert metrics.weight_bytes == 10
+    assert metrics_by_rank((RANK,)) == {}
+    assert metrics_by_rank((RANK, RANK)) == {
+        "rank0_peak_host_rss_bytes": 100,
+        "rank1_peak_host_rss_bytes": 100,
+    }
     assert metrics.peak_device_allocated_bytes is None
     assert "peak_device_allocated_bytes" not in metrics.known()
     assert "kv_cache_bytes" not in metrics.known()
@@ -165,3 +178,33 @@ def test_cache_bytes_counts_each_tensor_once() -> None:
     cache.update(keys.clone(), keys.clone(), 1)
     assert cache_bytes(cache) == 2 * 2 * (2 * 3 * 5 * 8) * 2
     assert cache_bytes(object()) is None
+
+
+REFUSAL = """
+import sys
+from zinfer.config import ConfigError
+from zinfer.worker.failure import failure
+print(failure(ConfigError(["no"])), failure(ValueError("odd\\nmore")), "torch" in sys.modules)
+"""
+
+
+def test_a_refusal_is_told_without_importing_torch() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", REFUSAL], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == "('refused', 'no') ('error', 'ValueError: odd') False"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), "oom_host"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "oom_host"),
+        (RuntimeError("std::bad_alloc"), "oom_host"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom_device"),
+        (RuntimeError("unlucky"), "error"),
+        (KeyboardInterrupt(), "error"),
+    ],
+)
+def test_each_kind_of_failure_has_its_status(error: BaseException, status: str) -> None:
+    assert failure(error)[0] == status

@@ -6,7 +6,7 @@ The model's own `generate` runs, greedy, with lengths fixed: what is timed is wh
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -15,36 +15,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from zinfer.config import BatchConfig
 from zinfer.job.events import EventLog
 from zinfer.worker.engines import Engine
+from zinfer.worker.samples import Generation, Sample
 from zinfer.worker.yardstick import Yardstick
 
 PROGRESS_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One generation of the whole batch."""
-
-    kind: Literal["warmup", "timed"]
-    index: int
-    prefill_s: float
-    """From the call to the first new token of every row, chosen: the time to first token."""
-    decode_step_s: tuple[float, ...]
-    """One for each further token: new_tokens - 1 of them."""
-    total_s: float
-    """From the call to the last token: prefill plus all decode steps. What generate does after it is not in it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """All samples of a run, and what was generated."""
-
-    samples: tuple[Sample, ...]
-    token_ids: tuple[tuple[int, ...], ...]
-    """New tokens of this rank's rows, from the last timed generation; the same in every one."""
-    yardstick_s: tuple[float, ...]
-    """Of the same fixed work of the host's processor before each timed generation and after the last."""
-    kv_cache_bytes: int | None
-    """Of the tensors that this rank's cache held at the end; None where the cache does not show them."""
 
 
 def now_s(device: torch.device) -> float:

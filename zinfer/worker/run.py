@@ -1,122 +1,64 @@
-"""The story of one run, top to bottom. `python -m zinfer.worker JOB_DIR`, once per rank; started and watched by zinfer.driver.
+"""The story of one run: plan, load, measure, report.
 
-It reads JOB_DIR/config.json, appends to JOB_DIR/events.jsonl and never talks to MLflow. Its last event is `result` or `failed`.
+`python -m zinfer.worker JOB_DIR` runs it once for each rank. It reads JOB_DIR/job.json, appends to
+JOB_DIR/events.jsonl and never talks to MLflow. Its last event is `result` or `failed`.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinfer.config import ConfigError, RunConfig, config_from_tree
+from zinfer.config import RunConfig, config_from_tree
 from zinfer.config.engines import engine_loader
 from zinfer.config.tasks import function_named, task_of
 from zinfer.job.events import EventLog
 from zinfer.job.files import DRIVER_READY_FILE
 from zinfer.job.folder import read_job_config
-from zinfer.job.outcome import Status
 from zinfer.job.swap import is_alive, remove_swap_folder, swap_folder
-from zinfer.machine.hardware import detect_hardware
+from zinfer.machine.hardware import Hardware, detect_hardware
+from zinfer.model.spec import ModelSpec
 from zinfer.plan.advice import plan_warnings
 from zinfer.plan.deepspeed_json import derivation_warnings
-from zinfer.plan.memory import DoesNotFit, derive, memory_plan, require_fit, shortfall
+from zinfer.plan.memory import MemoryPlan, derive, memory_plan, require_fit, shortfall
 from zinfer.plan.page import advice_document
-from zinfer.plan.prediction import predict, scored, speed_warnings
+from zinfer.plan.prediction import Prediction, predict, scored, speed_warnings
 from zinfer.plan.resolved import describe, resolved_spec
+from zinfer.worker.failure import failed_event
 
 if TYPE_CHECKING:
     from zinfer.worker.engines import Engine
-    from zinfer.worker.generate import Generation
-    from zinfer.worker.metrics import MemoryUse, Metrics
+    from zinfer.worker.metrics import Measured, Metrics
 
-RANK_METRICS = ("peak_host_rss_bytes", "peak_device_allocated_bytes")
 DRIVER_READY_WAIT_S = 30.0
 
 
-def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
-    """One benchmark run, in the order it happens. None for task=plan.
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What is known before the first weight is read."""
 
-    Raises:
-        ConfigError, DoesNotFit: nothing was loaded.
-    """
-    events.phase("plan")
-    if config.offload.device == "nvme":
-        assert config.offload.nvme_path is not None, "config.py refuses nvme without a path"
-        swap = swap_folder(config.offload.nvme_path, job_dir)
-        config = replace(config, offload=replace(config.offload, nvme_path=str(swap)))
-    hardware = detect_hardware(
-        config.hardware,
-        config.offload.nvme_folder,
-        config.launcher.ranks,
-        config.launcher.omp_threads,
-    )
-    spec = resolved_spec(config, hardware, events.warning)  # architecture only, no weights
-    plan = memory_plan(spec, config, hardware)  # bytes per tier, before any is allocated
-    prediction = predict(spec, config, hardware)  # seconds, before any is spent
-    ds_json = derive(config, spec, hardware)
-    if events.rank == 0:
-        planned = {**plan.document(), "prediction": prediction.document(plan)}
-        if not task_of(config).loads_model:
-            planned["advice"] = advice_document(spec, config, hardware, plan, prediction)
-        events.write("planned", model=describe(spec, config), plan=planned, deepspeed=ds_json)
-        for warning in [
-            *derivation_warnings(config, spec),
-            *plan_warnings(spec, config, hardware, plan, prediction),
-        ]:
-            events.warning(warning)
-    if not task_of(config).loads_model:
-        if not plan.fits:
-            events.warning(shortfall(plan, spec, config, hardware))
-        return None
-    if config.plan.enforce:
-        require_fit(plan, spec, config, hardware)
-    elif not plan.fits:
-        events.warning(shortfall(plan, spec, config, hardware))
+    config: RunConfig
+    """With the job's own swap folder in place of offload.nvme_path."""
+    hardware: Hardware
+    spec: ModelSpec
+    plan: MemoryPlan
+    prediction: Prediction
+    ds_json: dict[str, Any]
 
-    events.phase("import")
-    started_s = time.perf_counter()
-    from zinfer.worker.generate import generate_timed
-    from zinfer.worker.metrics import summarise
-    from zinfer.worker.workload import prompt_ids
 
-    load = engine_loader(config)
-    import_s = time.perf_counter() - started_s
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """An engine that can generate, and how long it took to get there."""
 
-    events.phase("load", weight_bytes=plan.weight_bytes)
-    started_s = time.perf_counter()
-    engine = load(config, spec, ds_json, events)
-    load_s = time.perf_counter() - started_s
-
-    prompts = prompt_ids(config.batch, spec.vocab_size, engine.tokenizer)
-    _wait_for_quiet_driver(job_dir, events)
-    read_before = _block_read_bytes()
-    generation = generate_timed(engine, prompts, config.batch, events)
-    memory, kv_bytes, weight_bytes, token_ids = _gather_over_ranks(
-        engine, generation, _memory_use(engine, read_before)
-    )
-    metrics = summarise(
-        generation.samples,
-        config.batch,
-        yardstick_s=generation.yardstick_s,
-        load_s=load_s,
-        import_s=import_s,
-        memory=memory,
-        weight_bytes=weight_bytes,
-        kv_cache_bytes=kv_bytes,
-    )
-    if events.rank == 0:
-        events.write("generated", **_what_was_said(engine, prompts, token_ids))
-        known = {**metrics.known(), **by_rank(memory)}
-        scores = scored(known, prediction, plan)
-        for warning in speed_warnings(scores):
-            events.warning(warning)
-        events.write("result", status="ok", metrics={**known, **scores})
-    return metrics
+    engine: Engine
+    import_s: float
+    load_s: float
 
 
 def run_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
@@ -125,101 +67,146 @@ def run_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
         events.write("result", status="planned", metrics={})
 
 
-def by_rank(memory: list[MemoryUse]) -> dict[str, float]:
-    """Peak memory of each of several ranks; Metrics has the totals."""
-    if len(memory) == 1:
-        return {}
-    peaks = {
-        f"rank{rank}_{name}": getattr(use, name)
-        for rank, use in enumerate(memory)
-        for name in RANK_METRICS
-    }
-    return {name: value for name, value in peaks.items() if value is not None}
+def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
+    """Run one benchmark in the order it happens. Return None for task=plan.
+
+    Raises:
+        ConfigError, DoesNotFit: nothing was loaded.
+    """
+    prepared = plan_run(config, job_dir, events)
+    if not task_of(config).loads_model:
+        return None
+    loaded = load_engine(prepared, events)
+    measured, said = measure(prepared, loaded, job_dir, events)
+    return report(prepared, measured, said, events)
+
+
+def plan_run(config: RunConfig, job_dir: Path, events: EventLog) -> Prepared:
+    """Plan bytes and seconds, say them, and refuse what does not fit. Loads nothing."""
+    events.phase("plan")
+    config = _in_own_swap_folder(config, job_dir)
+    hardware = detect_hardware(
+        config.hardware,
+        config.offload.nvme_folder,
+        config.launcher.ranks,
+        config.launcher.omp_threads,
+    )
+    spec = resolved_spec(config, hardware, events.warning)  # architecture only, no weights
+    prepared = Prepared(
+        config=config,
+        hardware=hardware,
+        spec=spec,
+        plan=memory_plan(spec, config, hardware),  # bytes per tier, before any is allocated
+        prediction=predict(spec, config, hardware),  # seconds, before any is spent
+        ds_json=derive(config, spec, hardware),
+    )
+    if events.rank == 0:
+        _say_plan(prepared, events)
+    if not prepared.plan.fits:
+        if task_of(config).loads_model and config.plan.enforce:
+            require_fit(prepared.plan, spec, config, hardware)
+        events.warning(shortfall(prepared.plan, spec, config, hardware))
+    return prepared
+
+
+def load_engine(prepared: Prepared, events: EventLog) -> Loaded:
+    """Import the engine, then load the weights into their tier."""
+    events.phase("import")
+    started_s = time.perf_counter()
+    load = engine_loader(prepared.config)
+    importlib.import_module("zinfer.worker.generate")
+    importlib.import_module("zinfer.worker.metrics")
+    import_s = time.perf_counter() - started_s
+    events.phase("load", weight_bytes=prepared.plan.weight_bytes)
+    started_s = time.perf_counter()
+    engine = load(prepared.config, prepared.spec, prepared.ds_json, events)
+    return Loaded(engine=engine, import_s=import_s, load_s=time.perf_counter() - started_s)
+
+
+def measure(
+    prepared: Prepared, loaded: Loaded, job_dir: Path, events: EventLog
+) -> tuple[Measured, dict[str, Any]]:
+    """Generate and time. Return what was measured and what was said, of all ranks."""
+    from zinfer.worker.generate import generate_timed
+    from zinfer.worker.metrics import Measured
+    from zinfer.worker.process_use import block_read_bytes, memory_use
+    from zinfer.worker.ranks import gather_over_ranks, rows_of_all
+    from zinfer.worker.workload import prompt_ids
+
+    engine, batch = loaded.engine, prepared.config.batch
+    prompts = prompt_ids(batch, prepared.spec.vocab_size, engine.tokenizer)
+    _wait_for_quiet_driver(job_dir, events)
+    read_before = block_read_bytes()
+    generation = generate_timed(engine, prompts, batch, events)
+    ranks = gather_over_ranks(engine, generation, memory_use(engine.device, read_before))
+    measured = Measured(
+        samples=generation.samples,
+        yardstick_s=generation.yardstick_s,
+        load_s=loaded.load_s,
+        import_s=loaded.import_s,
+        ranks=ranks,
+    )
+    return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
+
+
+def report(
+    prepared: Prepared, measured: Measured, said: dict[str, Any], events: EventLog
+) -> Metrics:
+    """Summarise the samples, score the prediction, and write the result (rank 0)."""
+    from zinfer.worker.metrics import summarise
+    from zinfer.worker.ranks import metrics_by_rank
+
+    metrics = summarise(measured, prepared.config.batch)
+    if events.rank == 0:
+        events.write("generated", **said)
+        known = {**metrics.known(), **metrics_by_rank(measured.ranks)}
+        scores = scored(known, prepared.prediction, prepared.plan)
+        for warning in speed_warnings(scores):
+            events.warning(warning)
+        events.write("result", status="ok", metrics={**known, **scores})
+    return metrics
+
+
+def _in_own_swap_folder(config: RunConfig, job_dir: Path) -> RunConfig:
+    """Point offload.nvme_path at the folder that belongs to this job alone."""
+    if config.offload.device != "nvme":
+        return config
+    assert config.offload.nvme_path is not None, "config.problems refuses nvme without a path"
+    swap = swap_folder(config.offload.nvme_path, job_dir)
+    return replace(config, offload=replace(config.offload, nvme_path=str(swap)))
+
+
+def _say_plan(prepared: Prepared, events: EventLog) -> None:
+    """Write the `planned` event, and a warning for everything that the user should know."""
+    config, spec, plan = prepared.config, prepared.spec, prepared.plan
+    inputs = (spec, config, prepared.hardware, plan, prepared.prediction)
+    planned = {**plan.document(), "prediction": prepared.prediction.document(plan)}
+    if not task_of(config).loads_model:
+        planned["advice"] = advice_document(*inputs)
+    events.write("planned", model=describe(spec, config), plan=planned, deepspeed=prepared.ds_json)
+    for warning in [*derivation_warnings(config, spec), *plan_warnings(*inputs)]:
+        events.warning(warning)
 
 
 def _wait_for_quiet_driver(job_dir: Path, events: EventLog) -> None:
-    """The driver imports MLflow beside our loading; timing starts when it is done, so that it never shares a core with a sample."""
+    """Start timing when the driver has imported MLflow: a sample never shares a core with it."""
     ready = job_dir / DRIVER_READY_FILE
     deadline_s = time.monotonic() + DRIVER_READY_WAIT_S
     while not ready.exists():
         if time.monotonic() > deadline_s:
             events.warning(
-                f"the driver was still busy after {DRIVER_READY_WAIT_S:.0f} s: the first samples may share a core with it"
+                f"the driver was still busy after {DRIVER_READY_WAIT_S:.0f} s: "
+                "the first samples may share a core with it"
             )
             return
         time.sleep(0.02)
 
 
-def _memory_use(engine: Engine, read_before: int | None) -> MemoryUse:
-    """This process, now."""
-    import torch
-
-    from zinfer.worker.metrics import MemoryUse
-
-    read_now = _block_read_bytes()
-    on_gpu = engine.device.type != "cpu"
-    return MemoryUse(
-        peak_host_rss_bytes=_proc_bytes("status", "VmHWM") or 0,
-        mlocked_bytes=_proc_bytes("status", "VmLck") or 0,
-        huge_page_bytes=_proc_bytes("smaps_rollup", "AnonHugePages"),
-        nvme_read_bytes=None if read_now is None or read_before is None else read_now - read_before,
-        peak_device_allocated_bytes=torch.cuda.max_memory_allocated(engine.device)
-        if on_gpu
-        else None,
-        peak_device_reserved_bytes=torch.cuda.max_memory_reserved(engine.device)
-        if on_gpu
-        else None,
-    )
-
-
-def _proc_bytes(file: str, field: str) -> int | None:
-    """A size of /proc/self/status or smaps_rollup in bytes; None where the kernel does not say. Source: proc(5), in kB of 1024 bytes."""
-    try:
-        lines = Path("/proc/self", file).read_text().splitlines()
-    except OSError:
-        return None
-    return next(
-        (int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None
-    )
-
-
-def _block_read_bytes() -> int | None:
-    """Bytes that this process caused to be read from block devices; None where the kernel does not say. Source: proc(5), io."""
-    try:
-        lines = Path("/proc/self/io").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), None)
-
-
-TokenIds = list[tuple[int, ...]]
-
-
-def _gather_over_ranks(
-    engine: Engine, generation: Generation, memory: MemoryUse
-) -> tuple[list[MemoryUse], int | None, int, TokenIds]:
-    """Memory of every rank; KV-cache bytes, weight bytes and the new tokens of all of them, rows in the order of the prompts."""
-    mine = (memory, generation.kv_cache_bytes, engine.weight_bytes, generation.token_ids)
-    if engine.ranks == 1:
-        everyone: list[Any] = [mine]
-    else:
-        import torch.distributed
-
-        everyone = [None] * engine.ranks
-        torch.distributed.all_gather_object(everyone, mine)
-    kv = [entry[1] for entry in everyone]
-    rows = [row for entry in everyone for row in entry[3]]
-    return (
-        [entry[0] for entry in everyone],
-        None if None in kv else sum(kv),
-        sum(entry[2] for entry in everyone),
-        rows,
-    )
-
-
-def _what_was_said(engine: Engine, prompts: Any, rows: TokenIds) -> dict[str, Any]:
-    """The first rows as text, so that a person can see that the model speaks; the token ids of all."""
-    decode = engine.tokenizer.decode if engine.tokenizer is not None else None
+def _what_was_said(
+    tokenizer: Any | None, prompts: Any, rows: list[tuple[int, ...]]
+) -> dict[str, Any]:
+    """Return the first rows as text, so that a person sees the model speak; token ids of all."""
+    decode = tokenizer.decode if tokenizer is not None else None
     return {
         "prompt_text": decode(prompts[0].tolist()) if decode else None,
         "text": [decode(ids) for ids in rows[:4]] if decode else None,
@@ -227,36 +214,10 @@ def _what_was_said(engine: Engine, prompts: Any, rows: TokenIds) -> dict[str, An
     }
 
 
-def failure(error: BaseException) -> tuple[Status, str]:
-    """Status and one-line reason of what ended a run."""
-    import torch
-
-    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, DoesNotFit):
-        return "does_not_fit", str(error)
-    if isinstance(error, ConfigError):
-        return "refused", str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "oom_device", message
-    host_memory_signs = (
-        "can't allocate memory",
-        "cannot allocate memory",
-        "not enough memory",
-        "mlock",
-        "bad_alloc",
-        "std::bad_alloc",
-    )
-    if isinstance(error, MemoryError) or any(
-        sign in str(error).lower() for sign in host_memory_signs
-    ):
-        return "oom_host", f"host memory ran out: {message}"
-    return "error", f"{type(error).__name__}: {message}"
-
-
 def _end_with_driver(
     driver_pid: int, start_ticks: int | None, config: RunConfig, job_dir: Path
 ) -> None:
-    """In a thread: a driver that was killed cannot clean up, so the worker removes its swap folder and ends."""
+    """Watch the driver from a thread; when it was killed, clean up in its place and end."""
     while is_alive(driver_pid, start_ticks):
         time.sleep(0.5)
     if config.offload.nvme_path:
@@ -278,14 +239,6 @@ def main(job_dir: Path) -> int:
         assert worker is not None, "the driver starts no worker for this task"
         function_named(worker)(config, job_dir, events)
     except BaseException as error:  # whatever it was, the driver must learn the reason
-        status, reason = failure(error)
-        problems = error.problems if isinstance(error, ConfigError) else []
-        events.write(
-            "failed",
-            status=status,
-            reason=reason,
-            problems=problems,
-            traceback=traceback.format_exc(),
-        )
+        events.write("failed", **failed_event(error, traceback.format_exc()))
         return 1
     return 0

@@ -1,0 +1,36 @@
+"""The raw measurements of a run, as frozen values. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One generation of the whole batch."""
+
+    kind: Literal["warmup", "timed"]
+    index: int
+    prefill_s: float
+    """From the call to the first new token of every row: the time to first token."""
+    decode_step_s: tuple[float, ...]
+    """One for each further token: new_tokens - 1 of them."""
+    total_s: float
+    """From the call to the last token: prefill plus all decode steps.
+
+    What generate does after the last token is not in it.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """All samples of a run, and what was generated."""
+
+    samples: tuple[Sample, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    """New tokens of this rank's rows, from the last timed generation."""
+    yardstick_s: tuple[float, ...]
+    """Time of the same fixed work, before each timed generation and after the last."""
+    kv_cache_bytes: int | None
+    """Bytes of this rank's cache at the end; None where the cache shows no tensors."""
