@@ -14,7 +14,13 @@ from zinfer.config import METHOD_VERSION
 from zinfer.job.files import EVENTS_FILE, JOB_FILE, RESULT_FILE
 from zinfer.redact import redact
 from zinfer.tracking.run import NOT_PARAMETERS, connect, store_errors
-from zinfer.tracking.store import TrackingUnavailable, database_revision, ensure_store, sqlite_path
+from zinfer.tracking.store import (
+    TrackingUnavailable,
+    advised,
+    database_revision,
+    ensure_store,
+    sqlite_path,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -120,9 +126,8 @@ def read_mlflow(
     except ReportError:
         raise
     except TrackingUnavailable as error:
-        raise ReportError(
-            str(error).replace("tracking.uri=", "--uri ").replace(", or tracking=none", "")
-        ) from error
+        settings = (f"--uri {error.other_store}",) if error.other_store else ()
+        raise ReportError(advised(error.problem, error.remedy, settings)) from error
 
 
 def _revision(path: Path) -> str | None:

@@ -416,7 +416,7 @@ def test_six_processes_make_one_store_and_log_in_it_at_once(tmp_path: Path) -> N
             b"this is no database, though it is long enough to have a header" * 20,
             "file is not a database",
         ),
-        (None, r"Type tracking\.uri=sqlite"),
+        (None, r"Set tracking\.uri=sqlite"),
     ],
 )
 def test_a_store_that_cannot_be_opened_is_said_in_one_sentence(
@@ -433,7 +433,7 @@ def test_a_store_of_another_mlflow_is_not_touched(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "mlflow.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'of-yesterday'")
     with pytest.raises(
-        TrackingUnavailable, match=r"of-yesterday.*type mlflow db upgrade sqlite:///"
+        TrackingUnavailable, match=r"of-yesterday.*then run mlflow db upgrade sqlite:///"
     ):
         opened(config_of())
 

@@ -40,8 +40,9 @@ def experiment(client: MlflowClient, name: str, location: str | None) -> str:
             found = client.get_experiment_by_name(name)
     if found.lifecycle_stage != "active":
         raise TrackingUnavailable(
-            f"the experiment {name} was deleted. Type mlflow experiments restore --experiment-id {found.experiment_id}, "
-            "or tracking.experiment=another-name"
+            f"the experiment {name} was deleted",
+            remedy=f"Run mlflow experiments restore --experiment-id {found.experiment_id}",
+            settings=("tracking.experiment=another-name",),
         )
     return str(found.experiment_id)
 
@@ -55,7 +56,8 @@ def store_errors(uri: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise TrackingUnavailable(
-            f"{redact(uri)} needs a package that is not installed: {error}. Type pip install mlflow"
+            f"{redact(uri)} needs a package that is not installed: {error}",
+            remedy="Run pip install mlflow",
         ) from error
     except Exception as error:  # MlflowException, SQLAlchemyError, requests' errors, OSError: each store has its own
         said = str(error).strip().splitlines() or ["no message"]

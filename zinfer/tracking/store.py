@@ -37,7 +37,35 @@ BUSY_TIMEOUT_S = 60.0
 
 
 class TrackingUnavailable(Exception):
-    """Runs cannot be logged; the message is one sentence for the user, without credentials."""
+    """Runs cannot be logged or read. The message is for the user, without credentials.
+
+    Args:
+        problem: one sentence without its full stop.
+        remedy: what helps whichever command met the problem, or None.
+        other_store: URI of a store that could be used instead, or None.
+        settings: other overrides that avoid the problem.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        remedy: str | None = None,
+        other_store: str | None = None,
+        settings: tuple[str, ...] = (),
+    ) -> None:
+        overrides = ((f"tracking.uri={other_store}",) if other_store else ()) + settings
+        super().__init__(advised(problem, remedy, overrides))
+        self.problem, self.remedy, self.other_store = problem, remedy, other_store
+
+
+def advised(problem: str, remedy: str | None, settings: tuple[str, ...]) -> str:
+    """'PROBLEM. REMEDY, or set A or B'."""
+    setting = " or ".join(settings)
+    if remedy and setting:
+        return f"{problem}. {remedy}, or set {setting}"
+    advice = remedy or (f"Set {setting}" if setting else None)
+    return problem if advice is None else f"{problem}. {advice}"
 
 
 def tracking_uri(tracking: TrackingConfig, cwd: Path) -> str:
@@ -83,13 +111,17 @@ def _ensure_sqlite(path: Path) -> None:
         found = database_revision(path)
     except (OSError, sqlite3.Error) as error:
         raise TrackingUnavailable(
-            f"{path}: {error}. Type tracking.uri=sqlite:////path/to/mlflow.db, or tracking=none"
+            f"{path}: {error}",
+            other_store="sqlite:////path/to/mlflow.db",
+            settings=("tracking=none",),
         ) from error
     wanted = installed_revision()
     if found != wanted:
         raise TrackingUnavailable(
-            f"{path} has the schema of another MLflow version ({found}, the installed one wants {wanted}). "
-            f"Copy the file, then type mlflow db upgrade {SQLITE}{path}; or start another: tracking.uri={SQLITE}{path.with_suffix('')}-2.db"
+            f"{path} has the schema of another MLflow version ({found}, the installed one wants "
+            f"{wanted})",
+            remedy=f"Copy the file, then run mlflow db upgrade {SQLITE}{path}",
+            other_store=f"{SQLITE}{path.with_suffix('')}-2.db",
         )
 
 
@@ -147,7 +179,7 @@ def installed_revision() -> str | None:
     spec = importlib.util.find_spec("mlflow")
     if spec is None or not spec.submodule_search_locations:
         raise TrackingUnavailable(
-            "MLflow is not installed. Type pip install mlflow, or tracking=none"
+            "MLflow is not installed", remedy="Run pip install mlflow", settings=("tracking=none",)
         )
     folder = (
         Path(next(iter(spec.submodule_search_locations))) / "store" / "db_migrations" / "versions"
@@ -211,7 +243,9 @@ def _ensure_server(uri: str) -> None:
             return  # MLflow has settings of its own for certificates
         reason = getattr(error, "reason", error)
         raise TrackingUnavailable(
-            f"the MLflow server {redact(uri)} does not answer ({redact(str(reason))}). Start it, or type tracking=sqlite or tracking=none"
+            f"the MLflow server {redact(uri)} does not answer ({redact(str(reason))})",
+            remedy="Start it",
+            settings=("tracking=sqlite", "tracking=none"),
         ) from None
 
 
