@@ -18,11 +18,11 @@ import yaml
 
 from zinfer.config import ModelConfig
 from zinfer.model import hf as hf_models
+from zinfer.model import hub
 from zinfer.model.hf import (
     check_pinned,
     load_checkpoint_config,
     load_hf_config,
-    load_tokenizer,
     model_class,
 )
 from zinfer.model.spec import (
@@ -34,6 +34,7 @@ from zinfer.model.spec import (
     model_spec,
 )
 from zinfer.model.spec_cache import CATALOGUE, cache_key, entry_name, from_json, read_counted
+from zinfer.model.tokenizer import find_tokenizer
 from zinfer.units import KIB
 
 ROOT = Path(__file__).parents[2]
@@ -526,7 +527,7 @@ def test_tokenizer_pads_on_the_left_with_the_end_of_sequence(tmp_path: Path) -> 
     PreTrainedTokenizerFast(
         tokenizer_object=raw, unk_token="<unk>", eos_token="</s>"
     ).save_pretrained(tmp_path)
-    tokenizer, reason = load_tokenizer(catalogue("tiny-llama"), tmp_path)
+    tokenizer, reason = find_tokenizer(catalogue("tiny-llama"), tmp_path)
     assert reason is None and tokenizer is not None
     assert (tokenizer.pad_token, tokenizer.padding_side) == ("</s>", "left")
 
@@ -535,10 +536,11 @@ def test_without_a_tokenizer_there_is_a_reason(
     folder_with: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hf_models, "hub_reachable", lambda: False)
-    assert load_tokenizer(catalogue("tiny-llama")) == (None, "model=tiny-llama names no tokenizer")
-    tokenizer, reason = load_tokenizer(folder_with({"model_type": "llama", **GQA}))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
+    assert find_tokenizer(catalogue("tiny-llama")) == (None, "model=tiny-llama names no tokenizer")
+    tokenizer, reason = find_tokenizer(folder_with({"model_type": "llama", **GQA}))
     assert tokenizer is None and "no tokenizer could be read from" in (reason or "")
-    tokenizer, reason = load_tokenizer(ModelConfig(name="x", tokenizer_id="nobody/published-this"))
+    tokenizer, reason = find_tokenizer(ModelConfig(name="x", tokenizer_id="nobody/published-this"))
     assert tokenizer is None and "nobody/published-this" in (reason or "")
 
 
@@ -581,6 +583,7 @@ def test_refusal_says_what_to_type_instead(
     model: ModelConfig, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hf_models, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     with pytest.raises(ValueError, match=message) as refusal:
         model_spec(model)
     assert "\n" not in str(refusal.value)

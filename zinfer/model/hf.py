@@ -8,17 +8,20 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-import socket
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+
+from zinfer.model.hub import from_pretrained_kwargs, hub_reachable
+from zinfer.model.named import named_model
+from zinfer.model.tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from zinfer.config import ModelConfig
 
+DEFAULT_DTYPE = "float16"
+"""The compute dtype where neither the user nor the checkpoint's config names one."""
 CATALOGUE_HINT = "Choose a model of the catalogue (zinfer --help lists it), e.g. model=opt-125m"
 ROPE_KEYS = ("rope_theta", "rope_scaling")
 """Spellings of config.json that transformers 5 keeps together in `rope_parameters`."""
@@ -88,27 +91,54 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return by_model_type.get(config.model_type) or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def load_tokenizer(
-    model: ModelConfig, folder: str | Path | None = None
-) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """The tokenizer (padding token = end-of-sequence token, padding on the left), or None and the reason why there is none.
+def load_model_config(model: str | ModelConfig) -> PretrainedConfig:
+    """Return the configuration that decides this model's architecture, before any weight exists.
 
-    Looked for in `folder`, else under `model.tokenizer_id` on the hub or in its local cache, else in `model.source`.
+    This is the published way to configure a model for ZeRO-Inference, as one function. Memory can
+    be estimated and ZeRO-3's buffers sized from what comes back: hidden size, layers, heads.
+
+    1. The base is the architecture that the catalogue pins (no network), or AutoConfig of the
+       folder or hub id. OPT-175B is on no hub: it is OPT-66B plus five overrides.
+    2. Overrides change it, and `model_type` decides the class: `config.architectures[0]`.
+    3. `dtype` is the checkpoint's own, and float16 where its config names none.
+
+    Of a multimodal model the text part comes back, and quantisation is left out.
+
+    Args:
+        model: a name of the catalogue ("opt-175b"), a folder with a config.json, a hub id
+            ("facebook/opt-125m"), or a composed ModelConfig (`compose(...).model`).
+
+    Raises:
+        ValueError: with the file, the field and its value, and with what to set instead.
     """
-    source = str(folder) if folder else model.tokenizer_id or model.source
-    if source is None:
-        return None, f"model={model.name} names no tokenizer"
-    from transformers import AutoTokenizer
+    chosen = named_model(model) if isinstance(model, str) else model
+    config = load_hf_config(chosen)
+    config.architectures = [model_class(config).__name__]
+    config.dtype = chosen.checkpoint_dtype or config.dtype or DEFAULT_DTYPE
+    return config
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            _expand(source), padding_side="left", **_from_pretrained_kwargs(source, model)
-        )
-    except (OSError, ValueError, TypeError, ImportError, AttributeError, KeyError) as error:
-        return None, f"no tokenizer could be read from {source}: {_first_line(error)}"
-    if tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, None
+
+def load_tokenizer(
+    model: str | ModelConfig, folder: str | Path | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer: padding token = end-of-sequence token, padding on the left.
+
+    A model without a tokenizer of its own borrows a compatible one: OPT-175B that of OPT-66B.
+
+    Args:
+        model: as in load_model_config.
+        folder: read the tokenizer from this folder instead.
+
+    Raises:
+        ValueError: the model names no tokenizer, or it cannot be read, with the reason.
+    """
+    chosen = named_model(model) if isinstance(model, str) else model
+    from zinfer.model.weights.local import local_folder
+
+    tokenizer, reason = find_tokenizer(chosen, folder or local_folder(chosen))
+    if tokenizer is None:
+        raise ValueError(f"{reason}. Set model.tokenizer_id to a hub id that has one")
+    return tokenizer
 
 
 def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
@@ -117,8 +147,12 @@ def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     overrides = model.overrides if source == model.source and model.model_type is None else {}
-    is_folder = Path(_expand(source)).is_dir()
-    if is_folder and not model.gguf_file and not (Path(_expand(source)) / "config.json").is_file():
+    is_folder = Path(os.path.expanduser(source)).is_dir()
+    if (
+        is_folder
+        and not model.gguf_file
+        and not (Path(os.path.expanduser(source)) / "config.json").is_file()
+    ):
         raise ValueError(
             f"{source} has no config.json. Give a folder that has one, or a hub id: model.source=facebook/opt-125m"
         )
@@ -128,7 +162,7 @@ def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(
-            _expand(source), **_from_pretrained_kwargs(source, model)
+            os.path.expanduser(source), **from_pretrained_kwargs(source, model)
         )
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(_why_no_config(source, is_folder, error)) from error
@@ -234,38 +268,6 @@ def _why_no_config(source: str, is_folder: bool, error: Exception) -> str:
     if not hub_reachable():
         return f"the hub cannot be reached and {source} is not in its local cache. {CATALOGUE_HINT}, or {folder_hint}"
     return f"no model {source} could be read from the hub: {_first_line(error)}. Correct model.source, or {folder_hint}"
-
-
-def _from_pretrained_kwargs(source: str, model: ModelConfig) -> dict[str, Any]:
-    is_folder = Path(_expand(source)).is_dir()
-    kwargs: dict[str, Any] = {
-        "trust_remote_code": model.trust_remote_code,
-        "local_files_only": not is_folder and not hub_reachable(),
-    }
-    if model.gguf_file and source == model.source:
-        kwargs["gguf_file"] = model.gguf_file
-    return kwargs
-
-
-@cache
-def hub_reachable() -> bool:
-    """One connection, at most 3 s: the hub's client would try for 23 s before it gives up. True behind a proxy, where this cannot tell."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return False
-    from urllib.request import getproxies  # here: it imports the whole of http.client
-
-    if getproxies():
-        return True
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=3).close()
-    except OSError:
-        return False
-    return True
-
-
-def _expand(source: str) -> str:
-    return os.path.expanduser(source)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,13 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import ITEMSIZE_BYTES
-from zinfer.model.hf import (
-    check_pinned,
-    load_checkpoint_config,
-    load_hf_config,
-    load_tokenizer,
-    model_class,
-)
+from zinfer.model.hf import DEFAULT_DTYPE, load_hf_config
 from zinfer.model.kv_layout import KvLayer, kv_layout
 from zinfer.model.meta_pass import meta_pass
 from zinfer.model.parameters import Parameter, decoder_layers, meta_model, weight_tensors
@@ -35,21 +29,13 @@ __all__ = [
     "ModelSpec",
     "Parameter",
     "bytes_per_element",
-    "check_pinned",
     "hidden_bytes",
     "is_counted",
     "kv_bytes_per_token",
     "kv_cache_bytes",
     "kv_cache_bytes_paper",
-    "load_checkpoint_config",
-    "load_hf_config",
-    "load_tokenizer",
-    "model_class",
     "model_spec",
 ]
-
-DEFAULT_DTYPE = "float16"
-"""Where neither the user nor the checkpoint's config names one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zinfer.config import RunConfig
 from zinfer.job.events import EventLog
-from zinfer.model.hf import load_tokenizer
+from zinfer.model.tokenizer import find_tokenizer
 from zinfer.model.weights.local import local_folder
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def tokenizer_for(config: RunConfig, events: EventLog) -> Any | None:
     """The model's tokenizer, or None: where nothing is read or shown as text, or where there is none (said in a warning)."""
     if config.weights == "dummy" and config.batch.prompt == "synthetic":
         return None
-    tokenizer, reason = load_tokenizer(config.model, local_folder(config.model))
+    tokenizer, reason = find_tokenizer(config.model, local_folder(config.model))
     if tokenizer is None:
         events.warning(f"prompts and output are token ids only: {reason}")
     return tokenizer
