@@ -23,6 +23,12 @@ def format_rate(bytes_per_s: float | None) -> str:
     return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.2f} GB/s"
 
 
+def format_times(ratio: float) -> str:
+    """A ratio as people say it: '147 times', '5.6 times', '1.12 times'."""
+    digits = 0 if ratio >= 10 else 1 if ratio >= 2 else 2
+    return f"{ratio:.{digits}f} times"
+
+
 def format_seconds(seconds: float | None) -> str:
     """'1.23 s', '45.6 ms', '2 min 05 s'; unknown is '-'."""
     if seconds is None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.composing import composed
-from tests.plan.test_ceiling import profile
+from tests.helpers.planning import profile
 from zinfer.calibration.fit import calm_and_usual_s, disturbance, line, stream_cost
 from zinfer.calibration.task import job_config
 from zinfer.job.calibration import FAMILIES, PREFILL, Job, jobs, small_model, to_run_again

@@ -16,7 +16,8 @@ from tests.helpers.composing import CONF, composed
 from zinfer.config import RunConfig
 from zinfer.machine.hardware import detect_hardware
 from zinfer.model.spec import ModelSpec, model_spec
-from zinfer.plan.memory import memory_plan, shortfall
+from zinfer.plan.fit import shortfall
+from zinfer.plan.planned import plan_run
 
 FOLDER = CONF / "experiment"
 PRESETS = sorted(
@@ -62,10 +63,8 @@ def planned(config: RunConfig) -> tuple[bool, str]:
         config.model.name, None if config.dtype.compute == "auto" else config.dtype.compute
     )
     hardware = detect_hardware(config.hardware, None)
-    plan = memory_plan(spec, config, hardware)
-    return plan.fits, "" if plan.fits else shortfall(
-        plan, spec, config, hardware, with_advice=False
-    )
+    run = plan_run(config, hardware, spec)
+    return run.fits, "" if run.fits else shortfall(run, with_advice=False)
 
 
 def test_each_preset_has_a_small_sibling_and_no_sibling_is_alone() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import resource
@@ -15,31 +14,14 @@ from typing import Any
 import pytest
 
 from tests.helpers.composing import composed
-from zinfer.config import RunConfig
-from zinfer.machine.hardware import Hardware, detect_hardware
-from zinfer.model.spec import ModelSpec, model_spec
-from zinfer.plan.host_process import GROWTH_BYTES, IMPORTED_RSS_BYTES, mapped_bytes
-from zinfer.plan.memory import (
-    DoesNotFit,
-    MemoryPlan,
-    derive,
-    largest_fitting_batch,
-    memory_plan,
-    require_fit,
-)
+from tests.helpers.planning import planned
+from zinfer.model.spec import model_spec
+from zinfer.plan.fit import DoesNotFit, largest_fitting_batch, require_fit
+from zinfer.plan.memory import memory_plan
+from zinfer.plan.process_memory import GROWTH_BYTES, IMPORTED_RSS_BYTES, mapped_bytes
+from zinfer.plan.tiers import MemoryPlan
 from zinfer.plan.working_memory import prefill_bytes
 from zinfer.units import GIB, MIB
-
-
-def planned(*overrides: str, **changes: Any) -> tuple[MemoryPlan, ModelSpec, RunConfig, Hardware]:
-    config = composed(*overrides)
-    spec = model_spec(
-        config.model, compute_dtype=None if config.dtype.compute == "auto" else config.dtype.compute
-    )
-    hardware = dataclasses.replace(
-        detect_hardware(config.hardware, None), **{"profile": None, **changes}
-    )
-    return memory_plan(spec, config, hardware), spec, config, hardware
 
 
 def item(plan: MemoryPlan, tier: Any, name: str) -> int:
@@ -47,21 +29,21 @@ def item(plan: MemoryPlan, tier: Any, name: str) -> int:
 
 
 def test_buffers_that_hold_less_than_a_leaf_are_refused() -> None:
-    plan, *_ = planned(
+    plan = planned(
         "model=llama-2-7b",
         "offload=nvme",
         "dtype=bfloat16",
         "offload.buffer_count=6",
         "zero.leaf_layers=true",
-    )
+    ).plan
     assert plan.problems == (
-        "6 NVMe buffers are fewer than one layer's parameters need. Type offload.buffer_count=7",
+        "6 NVMe buffers are fewer than one layer's parameters need. Set offload.buffer_count=7",
     )
 
 
 def test_opt_175b_on_nvme_by_hand() -> None:
     """174.6 G parameters in float16; 96 layers of KV for 32 rows of 543 cached tokens; buffers as derived."""
-    plan, spec, config, hardware = planned(
+    run = planned(
         "model=opt-175b",
         "offload=nvme",
         "dtype=float16",
@@ -69,43 +51,42 @@ def test_opt_175b_on_nvme_by_hand() -> None:
         "batch=paper",
         "batch.batch_size=32",
     )
-    assert item(plan, "device", "kv cache") == 32 * 543 * 4_718_592
-    offload = derive(config, spec, hardware)["zero_optimization"]["offload_param"]
-    assert (
-        plan.tier("pinned").per_rank_bytes == offload["buffer_count"] * offload["buffer_size"] * 2
-    )
+    assert item(run.plan, "device", "kv cache") == 32 * 543 * 4_718_592
+    buffers = run.deepspeed_json()["zero_optimization"]["offload_param"]
+    staged = buffers["buffer_count"] * buffers["buffer_size"] * 2
+    plan = run.plan
+    assert plan.tier("pinned").per_rank_bytes == staged
     swapped = plan.tier("disk").per_rank_bytes
     assert 174_604_468_224 * 2 - swapped == pytest.approx(0, abs=64 * MIB)
     assert not plan.fits  # 82 GB of KV cache in 48 GB
 
 
 def test_the_published_buffers_of_bloom_take_90_gib() -> None:
-    plan, *_ = planned(
+    plan = planned(
         "model=bloom-176b", "offload=nvme", "dtype=float16", "zero=paper", "hardware=a6000"
-    )
+    ).plan
     assert plan.tier("pinned").per_rank_bytes == 5 * 9 * GIB * 2
 
 
 def test_attention_that_materialises_scores_is_counted_as_such() -> None:
     """BLOOM: rows x heads x prompt x prompt in float32, three times; LLaMA's fused attention keeps none."""
-    _, bloom, *_ = planned("model=bloom-560m", "dtype=bfloat16")
+    bloom = planned("model=bloom-560m", "dtype=bfloat16").spec
     assert prefill_bytes(bloom, 4, 2048)["attention scores"] == 3 * 4 * 16 * 2048 * 2048 * 4
-    _, llama, *_ = planned("model=llama-3-8b", "dtype=bfloat16")
+    llama = planned("model=llama-3-8b", "dtype=bfloat16").spec
     assert prefill_bytes(llama, 4, 2048).get("attention scores", 0) == 0
 
 
 def test_logits_are_of_the_last_position_only() -> None:
     """A prompt of one token: nothing is larger than the 250,880 logits, once in bfloat16 and twice in float32."""
-    _, bloom, *_ = planned("model=bloom-560m", "dtype=bfloat16")
+    bloom = planned("model=bloom-560m", "dtype=bfloat16").spec
     assert prefill_bytes(bloom, 8, 1) == {"logits of the last position": 8 * 250_880 * (2 + 8)}
-    assert prefill_bytes(bloom, 8, 512) == prefill_bytes(bloom, 8, 512) | {}
     assert "logits of the last position" not in prefill_bytes(bloom, 8, 512)
 
 
 def test_on_the_cpu_the_device_is_host_memory() -> None:
-    plan, *_ = planned(
+    plan = planned(
         "model=opt-125m", "offload=none", "dtype=float32", "hardware.accelerator=cpu"
-    )
+    ).plan
     assert plan.device_is_host
     assert plan.peak_device_bytes is None
     assert plan.tier("device").available_bytes is None
@@ -117,7 +98,7 @@ def test_on_the_cpu_the_device_is_host_memory() -> None:
 
 
 def test_a_gpu_pays_for_gathered_layers_and_a_context() -> None:
-    plan, *_ = planned("model=llama-3-8b", "offload=cpu", "dtype=bfloat16", "hardware=h100_2nvme")
+    plan = planned("model=llama-3-8b", "offload=cpu", "dtype=bfloat16", "hardware=h100_2nvme").plan
     assert item(plan, "device", "gathered layers") >= 2 * 218_112_000 * 2
     assert plan.peak_device_bytes == plan.tier("device").needed_bytes - item(
         plan, "device", "CUDA context"
@@ -164,33 +145,27 @@ def test_a_mapped_checkpoint_counts_with_the_size_of_its_files(tmp_path: Path) -
 def test_the_largest_quantised_matrix_is_unpacked_as_a_whole(
     dtype: tuple[str, ...], hardware: str, bytes_per_element: int
 ) -> None:
-    plan, *_ = planned("model=opt-1.3b", *dtype, f"hardware={hardware}")
+    plan = planned("model=opt-1.3b", *dtype, f"hardware={hardware}").plan
     assert item(plan, "device", "dequantised weights") == bytes_per_element * 50_272 * 2048
 
 
 def test_what_does_not_fit_says_what_to_type() -> None:
-    plan, spec, config, hardware = planned(
-        "model=opt-30b", "offload=none", "dtype=float16", "hardware=a6000"
-    )
+    run = planned("model=opt-30b", "offload=none", "dtype=float16", "hardware=a6000")
     with pytest.raises(DoesNotFit) as refused:
-        require_fit(plan, spec, config, hardware)
+        require_fit(run)
     assert "device: needs" in str(refused.value)
     assert "offload=cpu" in str(refused.value)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
-    _, spec, config, hardware = planned(
+    run = planned(
         "model=llama-3-8b", "offload=none", "dtype=bfloat16", "hardware=h100_2nvme", "batch=paper"
     )
-    largest = largest_fitting_batch(spec, config, hardware)
+    largest = largest_fitting_batch(run)
     assert largest is not None
 
     def fits(rows: int) -> bool:
-        return memory_plan(
-            spec,
-            dataclasses.replace(config, batch=dataclasses.replace(config.batch, batch_size=rows)),
-            hardware,
-        ).fits
+        return memory_plan(run.spec, run.config.with_batch(rows), run.hardware).fits
 
     assert fits(largest) and not fits(largest + 1)
 
@@ -260,7 +235,7 @@ def test_a_plan_that_fits_finishes_under_its_own_limit_and_one_that_does_not_by_
         "batch.prompt_tokens=32",
         "batch.new_tokens=4",
     )
-    plan, *_ = planned(*overrides, "hardware.accelerator=cpu")
+    plan = planned(*overrides, "hardware.accelerator=cpu").plan
     tensors = plan.tier("device").per_rank_bytes
     needed = plan.peak_host_rss_bytes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import subprocess
 import sys
@@ -13,40 +12,22 @@ from typing import Any
 import pytest
 
 from tests.helpers.composing import choices, composed
-from tests.plan.test_ceiling import profile
-from zinfer.config import RunConfig
+from tests.helpers.planning import planned, profile
 from zinfer.job.outcome import Outcome
-from zinfer.machine.hardware import Hardware, detect_hardware
-from zinfer.model.spec import ModelSpec, model_spec
-from zinfer.plan.advice import plan_warnings, suggestions
-from zinfer.plan.memory import memory_plan
-from zinfer.plan.page import advice_document, page, verdict_line
-from zinfer.plan.prediction import predict
+from zinfer.model.spec import model_spec
+from zinfer.plan.advice import advice_document, suggestions
+from zinfer.plan.page import page, verdict_line
+from zinfer.plan.warnings import plan_warnings
 from zinfer.units import GIB
 
 
-def planned(*overrides: str, **changes: Any) -> tuple[ModelSpec, RunConfig, Hardware]:
-    config = composed(*overrides)
-    spec = model_spec(
-        config.model, compute_dtype=None if config.dtype.compute == "auto" else config.dtype.compute
-    )
-    return spec, config, dataclasses.replace(detect_hardware(config.hardware, None), **changes)
-
-
 def warnings(*overrides: str, **changes: Any) -> str:
-    spec, config, hardware = planned(*overrides, **changes)
-    plan = memory_plan(spec, config, hardware)
-    return "\n".join(plan_warnings(spec, config, hardware, plan, predict(spec, config, hardware)))
+    return "\n".join(plan_warnings(planned(*overrides, **changes)))
 
 
 def lines(*overrides: str, **changes: Any) -> str:
-    spec, config, hardware = planned(*overrides, **changes)
-    plan, said = memory_plan(spec, config, hardware), predict(spec, config, hardware)
-    document = {
-        **plan.document(),
-        "prediction": said.document(plan),
-        "advice": advice_document(spec, config, hardware, plan, said),
-    }
+    run = planned(*overrides, **changes)
+    document = {**run.document(), "advice": advice_document(run)}
     json.dumps(document)
     return "\n".join(page(Outcome(status="planned", plan=document)))
 
@@ -119,12 +100,12 @@ WARNED = [  # overrides, changes of the box, words of the warning
     (
         ("model=opt-13b", "offload=nvme", "zero=paper"),
         {"host_total_bytes": 100 * GIB},
-        "of host memory. Type zero=tuned",
+        "of host memory. Set zero=tuned",
     ),
     (
         ("model=opt-66b", "offload=nvme"),
         {"host_total_bytes": 64 * GIB},
-        "of host memory. Type offload.buffer_count=2 for as few",
+        "of host memory. Set offload.buffer_count=2 for as few",
     ),
     (
         ("model=opt-13b", "offload=nvme"),
@@ -179,7 +160,7 @@ def test_a_person_would_warn(
 def test_a_page_cache_that_holds_all_swapped_weights_is_said(
     page_cache: str, host_available_bytes: int, is_said: bool
 ) -> None:
-    measured = dataclasses.replace(profile(), nvme_page_cache=page_cache)
+    measured = profile(nvme_page_cache=page_cache)
     box: dict[str, Any] = {"profile": measured, "host_available_bytes": host_available_bytes}
     said = warnings(
         "model=opt-13b",
@@ -206,11 +187,8 @@ def test_nothing_is_said_of_a_sound_plan(filesystem: str | None) -> None:
 
 
 def test_suggestions_name_only_what_exists_and_what_helps() -> None:
-    spec, config, hardware = planned(
-        "model=opt-30b", "offload=nvme", "dtype=float16", "hardware=a6000", "batch=paper"
-    )
-    plan, said = memory_plan(spec, config, hardware), predict(spec, config, hardware)
-    found = suggestions(spec, config, hardware, plan, said, 16)
+    run = planned("model=opt-30b", "offload=nvme", "dtype=float16", "hardware=a6000", "batch=paper")
+    found = suggestions(run, 16)
     by_name = {entry.override: entry for entry in found}
     assert by_name["offload=cpu"].gain == pytest.approx(31.5 / 5.6, rel=0.05)
     assert (
@@ -224,12 +202,10 @@ def test_suggestions_name_only_what_exists_and_what_helps() -> None:
 @pytest.mark.parametrize("box", [name for name in choices("hardware") if name != "detect"])
 def test_every_published_box_plans_every_offload(box: str) -> None:
     for offload in ("none", "cpu", "nvme"):
-        spec, config, hardware = planned(
-            "model=opt-30b", f"offload={offload}", "dtype=float16", f"hardware={box}"
-        )
-        assert predict(spec, config, hardware).ceiling.decode_step.ceiling_s
-        assert memory_plan(spec, config, hardware).tier("device").available_bytes
-        assert hardware.rates_source and "data sheet" in hardware.rates_source
+        run = planned("model=opt-30b", f"offload={offload}", "dtype=float16", f"hardware={box}")
+        assert run.prediction.ceiling.decode_step.ceiling_s
+        assert run.plan.tier("device").available_bytes
+        assert run.hardware.rates_source and "data sheet" in run.hardware.rates_source
 
 
 def plan_grid(tmp_path: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:

@@ -27,7 +27,6 @@ from zinfer.machine.profile import (
     profile_from_document,
 )
 from zinfer.model.spec import ModelSpec, model_spec
-from zinfer.plan.host_process import GROWTH_BYTES, IMPORTED_RSS_BYTES
 from zinfer.plan.memory import memory_plan
 from zinfer.plan.prediction import (
     CACHES_BYTES,
@@ -37,6 +36,7 @@ from zinfer.plan.prediction import (
     layers_seconds,
     products_seconds,
 )
+from zinfer.plan.process_memory import GROWTH_BYTES, IMPORTED_RSS_BYTES
 from zinfer.plan.zero_layout import zero_layout
 
 Measured = tuple[Job, RunConfig, Json]

@@ -54,6 +54,11 @@ class Hardware:
     profile: CalibrationProfile | None = None
     """What task=calibrate measured here; None elsewhere, and before it has run."""
 
+    @property
+    def device_is_host(self) -> bool:
+        """Without an accelerator the device's memory is the host's."""
+        return self.device_kind == "cpu"
+
 
 def detect_hardware(
     config: HardwareConfig, nvme_path: Path | None, ranks: int = 1, threads: int | None = None

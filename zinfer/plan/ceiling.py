@@ -198,7 +198,7 @@ def _pass_demand(
     stored = layout.stored_numel * size
     on_host = stored - layout.small_numel * size
     nvme = layout.swapped_numel * size if config.offload.device == "nvme" else 0
-    aliased = hardware.device_kind == "cpu"
+    aliased = hardware.device_is_host
     link = 0 if resident or aliased else on_host / config.launcher.ranks
     weights = touched_weight_bytes(spec, rows * new, stored / max(1, spec.num_parameters))
     device = (
@@ -232,7 +232,7 @@ def _bounded(demand: Demand, rates: Mapping[Resource, float | None]) -> PhaseCei
 
 def resource_rates(spec: ModelSpec, hardware: Hardware) -> dict[Resource, float | None]:
     """Operations or bytes per second of each resource. On a machine without an accelerator device memory is host memory."""
-    on_cpu = hardware.device_kind == "cpu"
+    on_cpu = hardware.device_is_host
     return {
         "device_compute": hardware.device_flops_per_s.get(spec.dtype),
         "device_memory": (hardware.device_memory_bytes_per_s or hardware.host_memory_bytes_per_s)
@@ -249,7 +249,7 @@ def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
     layout, ranks, batch = zero_layout(config, spec), config.launcher.ranks, config.batch
     rates = resource_rates(spec, hardware)
     shared: set[Resource] = {"nvme", "host_memory"}
-    if hardware.device_kind == "cpu":
+    if hardware.device_is_host:
         shared |= {"device_memory", "device_compute"}
     rates = {
         name: rate / ranks if rate and name in shared else rate for name, rate in rates.items()
@@ -285,7 +285,7 @@ def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
         prefill=prefill,
         decode_step=step,
         generated_tokens_per_s=tokens_per_s,
-        streamed_bytes=streamed_bytes(config, layout, device_is_host=hardware.device_kind == "cpu"),
+        streamed_bytes=streamed_bytes(config, layout, device_is_host=hardware.device_is_host),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zinfer.config import RunConfig
+from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.zero_layout import PAPER_AIO_BLOCK_BYTES, ZeroLayout, aio_block_bytes, zero_layout
 from zinfer.units import GIB, format_bytes
@@ -15,6 +16,21 @@ PAPER_QUEUE_DEPTH = 64
 TUNED_QUEUE_DEPTH = 16
 TUNED_INTRA_OP_PARALLELISM = 4
 MIN_TUNED_BUFFERS = 5
+STAGING_SHARE = 0.25
+"""Tuned NVMe buffers take at most this share of the host memory that is available."""
+
+
+def derive(config: RunConfig, spec: ModelSpec, hardware: Hardware) -> Json:
+    """The DeepSpeed configuration of this run on this hardware."""
+    return deepspeed_json(config, spec, staging_limit_bytes=staging_limit_bytes(config, hardware))
+
+
+def staging_limit_bytes(config: RunConfig, hardware: Hardware) -> int | None:
+    """Bytes that one rank's tuned NVMe buffers may page-lock. None: host memory is unknown."""
+    host, locked = hardware.host_available_bytes, hardware.memlock_limit_bytes
+    limits = [] if host is None else [int(host * STAGING_SHARE)]
+    limits += [] if locked is None else [locked]
+    return min(limits) // config.launcher.ranks if limits else None
 
 
 def deepspeed_json(

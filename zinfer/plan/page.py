@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zinfer.config import RunConfig
-from zinfer.job.outcome import Json, Outcome
-from zinfer.machine.hardware import Hardware
-from zinfer.model.spec import ModelSpec
-from zinfer.plan.advice import suggestions
-from zinfer.plan.memory import MemoryPlan, largest_fitting_batch
-from zinfer.plan.prediction import Prediction
-from zinfer.units import format_bytes, format_seconds
+from zinfer.job.outcome import Outcome
+from zinfer.plan.fit import LARGEST_BATCH_TRIED
+from zinfer.units import format_bytes, format_seconds, format_times
 
 BINDING = {
     "device_compute": "arithmetic of the device",
@@ -25,23 +20,6 @@ BINDING = {
 SUGGESTIONS_SHOWN = 5
 
 
-def advice_document(
-    spec: ModelSpec, config: RunConfig, hardware: Hardware, plan: MemoryPlan, prediction: Prediction
-) -> Json:
-    """What task=plan works out beyond every run's plan: the largest batch, the overrides that help, where the rates come from."""
-    largest = largest_fitting_batch(spec, config, hardware)
-    helpful = suggestions(spec, config, hardware, plan, prediction, largest)
-    return {
-        "largest_batch_size": largest,
-        "suggestions": [
-            {"override": entry.override, "gain": entry.gain, "saved_bytes": entry.saved_bytes}
-            for entry in helpful
-        ],
-        "rates_source": hardware.rates_source,
-        "calibrated": hardware.profile is not None,
-    }
-
-
 def page(outcome: Outcome) -> Iterator[str]:
     """The lines under the table of memory."""
     plan = outcome.plan
@@ -51,8 +29,9 @@ def page(outcome: Outcome) -> Iterator[str]:
     yield from time_lines(prediction, advice)
     if "largest_batch_size" in advice:
         largest = advice["largest_batch_size"]
-        limit = 1 << 20
-        yield f"largest batch that fits: {'none' if largest is None else f'{limit} and more' if largest >= limit else largest}"
+        more = f"{LARGEST_BATCH_TRIED} and more"
+        said = "none" if largest is None else more if largest >= LARGEST_BATCH_TRIED else largest
+        yield f"largest batch that fits: {said}"
     helpful = advice.get("suggestions") or []
     if helpful:
         yield "what would help most (tokens/s, each alone):"
@@ -62,7 +41,7 @@ def page(outcome: Outcome) -> Iterator[str]:
                 if entry["saved_bytes"] > 0
                 else ""
             )
-            gain = f"{entry['gain']:.2f} times" if entry["gain"] is not None else "fits"
+            gain = format_times(entry["gain"]) if entry["gain"] is not None else "fits"
             yield f"  {entry['override']:<28} {gain}{saved}"
 
 

@@ -22,9 +22,9 @@ from zinfer.machine.profile import (
 )
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.ceiling import Ceiling, ceiling, kv_read_bytes, matrix_products, touched_experts
-from zinfer.plan.deepspeed_json import leaf_layers
-from zinfer.plan.host_process import mode_of
-from zinfer.plan.memory import MemoryPlan, staging_limit_bytes
+from zinfer.plan.deepspeed_json import leaf_layers, staging_limit_bytes
+from zinfer.plan.process_memory import mode_of
+from zinfer.plan.tiers import MemoryPlan
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.units import MIB
 
@@ -116,7 +116,7 @@ def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Predictio
         context=batch.prompt_tokens,
     )
     step = pass_parts(spec, config, profile, layout, leaf=leaf, new=1, context=context)
-    on_cpu = hardware.device_kind == "cpu"
+    on_cpu = hardware.device_is_host
     prefill_s = _together(prefill, bound.prefill.ceiling_s, on_cpu=on_cpu)
     step_s = _together(step, bound.decode_step.ceiling_s, on_cpu=on_cpu)
     tokens_per_s = None

@@ -19,7 +19,8 @@ from zinfer.driver.terminal import Terminal
 from zinfer.job.outcome import Json
 from zinfer.machine.hardware import detect_hardware
 from zinfer.model.spec import is_counted
-from zinfer.plan.memory import memory_plan, shortfall
+from zinfer.plan.fit import shortfall
+from zinfer.plan.planned import plan_run
 
 PLAN_TIMEOUT_S = 300.0
 
@@ -63,14 +64,14 @@ def plan_job(config: RunConfig) -> JobPlan:
         hardware = detect_hardware(config.hardware, config.offload.nvme_folder)
         require_possible(config, hardware, Terminal("text", err=io.StringIO()))
         spec = resolved_spec(config, hardware, _unsaid)
-        plan = memory_plan(spec, config, hardware)
+        planned = plan_run(config, hardware, spec)
         needed: dict[str, int] = {
-            tier.name: tier.needed_bytes for tier in plan.tiers if tier.needed_bytes
+            tier.name: tier.needed_bytes for tier in planned.plan.tiers if tier.needed_bytes
         }
-        if not plan.fits:
+        if not planned.fits:
             return JobPlan(
                 verdict="does_not_fit",
-                reason=shortfall(plan, spec, config, hardware),
+                reason=shortfall(planned),
                 needed_bytes=needed,
             )
     except (ConfigError, ValueError) as error:

@@ -21,8 +21,8 @@ from zinfer.config import ConfigError, RunConfig, config_from_tree, parse_config
 from zinfer.driver.terminal import Terminal, new_table
 from zinfer.machine.hardware import Hardware, detect_hardware
 from zinfer.model.spec import is_counted
-from zinfer.plan.memory import largest_fitting_batch, memory_plan, shortfall
-from zinfer.plan.prediction import predict
+from zinfer.plan.fit import largest_fitting_batch, shortfall
+from zinfer.plan.planned import plan_run
 from zinfer.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -198,17 +198,17 @@ def point_row(config: RunConfig, hardware: Hardware) -> Row:
         spec = resolved_spec(config, hardware, lambda _: None)
     except (ConfigError, ValueError) as error:
         return {"status": "refused", "reason": str(error)}
-    plan = memory_plan(spec, config, hardware)
-    prediction = predict(spec, config, hardware)
+    planned = plan_run(config, hardware, spec)
+    plan, prediction = planned.plan, planned.prediction
     return {
         "status": "planned",
         "fits": plan.fits,
-        "reason": None if plan.fits else shortfall(plan, spec, config, hardware, with_advice=False),
+        "reason": None if plan.fits else shortfall(planned, with_advice=False),
         "model": spec.name,
         "dtype": config.dtype.weights if config.dtype.weights != "auto" else spec.dtype,
         **{f"{tier.name}_needed_bytes": tier.needed_bytes for tier in plan.tiers},
         **{f"{tier.name}_available_bytes": tier.available_bytes for tier in plan.tiers},
-        "largest_batch_size": largest_fitting_batch(spec, config, hardware),
+        "largest_batch_size": largest_fitting_batch(planned),
         **prediction.metrics(plan),
         "binding_resource": prediction.binding_resource,
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from zinfer.config import ConfigError
 from zinfer.job.outcome import Status
-from zinfer.plan.memory import DoesNotFit
+from zinfer.plan.fit import DoesNotFit
 
 HOST_MEMORY_SIGNS = (
     "can't allocate memory",

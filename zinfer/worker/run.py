@@ -22,14 +22,14 @@ from zinfer.job.events import EventLog
 from zinfer.job.files import DRIVER_READY_FILE
 from zinfer.job.folder import read_job_config
 from zinfer.job.swap import is_alive, remove_swap_folder, swap_folder
-from zinfer.machine.hardware import Hardware, detect_hardware
-from zinfer.model.spec import ModelSpec
-from zinfer.plan.advice import plan_warnings
+from zinfer.machine.hardware import detect_hardware
+from zinfer.plan.advice import advice_document
 from zinfer.plan.deepspeed_json import derivation_warnings
-from zinfer.plan.memory import MemoryPlan, derive, memory_plan, require_fit, shortfall
-from zinfer.plan.page import advice_document
-from zinfer.plan.prediction import Prediction, predict, scored, speed_warnings
+from zinfer.plan.fit import require_fit, shortfall
+from zinfer.plan.planned import Planned, plan_run
+from zinfer.plan.prediction import scored, speed_warnings
 from zinfer.plan.resolved import describe, resolved_spec
+from zinfer.plan.warnings import plan_warnings
 from zinfer.worker.failure import failed_event
 
 if TYPE_CHECKING:
@@ -37,19 +37,6 @@ if TYPE_CHECKING:
     from zinfer.worker.metrics import Measured, Metrics
 
 DRIVER_READY_WAIT_S = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What is known before the first weight is read."""
-
-    config: RunConfig
-    """With the job's own swap folder in place of offload.nvme_path."""
-    hardware: Hardware
-    spec: ModelSpec
-    plan: MemoryPlan
-    prediction: Prediction
-    ds_json: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,58 +60,56 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     Raises:
         ConfigError, DoesNotFit: nothing was loaded.
     """
-    prepared = plan_run(config, job_dir, events)
+    planned = prepare(config, job_dir, events)
     if not task_of(config).loads_model:
         return None
-    loaded = load_engine(prepared, events)
-    measured, said = measure(prepared, loaded, job_dir, events)
-    return report(prepared, measured, said, events)
+    loaded = load_engine(planned, events)
+    measured, said = measure(planned, loaded, job_dir, events)
+    return report(planned, measured, said, events)
 
 
-def plan_run(config: RunConfig, job_dir: Path, events: EventLog) -> Prepared:
-    """Plan bytes and seconds, say them, and refuse what does not fit. Loads nothing."""
+def prepare(config: RunConfig, job_dir: Path, events: EventLog) -> Planned:
+    """Plan bytes and seconds, say them, and refuse what does not fit. Loads nothing.
+
+    The configuration in it has the job's own swap folder in place of offload.nvme_path. A job
+    that only plans has no such folder: its plan shows the path as it was given.
+    """
     events.phase("plan")
-    config = _in_own_swap_folder(config, job_dir)
+    loads_model = task_of(config).loads_model
     hardware = detect_hardware(
         config.hardware,
         config.offload.nvme_folder,
         config.launcher.ranks,
         config.launcher.omp_threads,
     )
+    config = _in_own_swap_folder(config, job_dir) if loads_model else _as_given(config, job_dir)
     spec = resolved_spec(config, hardware, events.warning)  # architecture only, no weights
-    prepared = Prepared(
-        config=config,
-        hardware=hardware,
-        spec=spec,
-        plan=memory_plan(spec, config, hardware),  # bytes per tier, before any is allocated
-        prediction=predict(spec, config, hardware),  # seconds, before any is spent
-        ds_json=derive(config, spec, hardware),
-    )
+    planned = plan_run(config, hardware, spec)  # bytes and seconds, before any is spent
     if events.rank == 0:
-        _say_plan(prepared, events)
-    if not prepared.plan.fits:
-        if task_of(config).loads_model and config.plan.enforce:
-            require_fit(prepared.plan, spec, config, hardware)
-        events.warning(shortfall(prepared.plan, spec, config, hardware))
-    return prepared
+        _say_plan(planned, events)
+    if not planned.fits:
+        if loads_model and config.plan.enforce:
+            require_fit(planned)
+        events.warning(shortfall(planned))
+    return planned
 
 
-def load_engine(prepared: Prepared, events: EventLog) -> Loaded:
+def load_engine(planned: Planned, events: EventLog) -> Loaded:
     """Import the engine, then load the weights into their tier."""
     events.phase("import")
     started_s = time.perf_counter()
-    load = engine_loader(prepared.config)
+    load = engine_loader(planned.config)
     importlib.import_module("zinfer.worker.generate")
     importlib.import_module("zinfer.worker.metrics")
     import_s = time.perf_counter() - started_s
-    events.phase("load", weight_bytes=prepared.plan.weight_bytes)
+    events.phase("load", weight_bytes=planned.plan.weight_bytes)
     started_s = time.perf_counter()
-    engine = load(prepared.config, prepared.spec, prepared.ds_json, events)
+    engine = load(planned.config, planned.spec, planned.deepspeed_json(), events)
     return Loaded(engine=engine, import_s=import_s, load_s=time.perf_counter() - started_s)
 
 
 def measure(
-    prepared: Prepared, loaded: Loaded, job_dir: Path, events: EventLog
+    planned: Planned, loaded: Loaded, job_dir: Path, events: EventLog
 ) -> tuple[Measured, dict[str, Any]]:
     """Generate and time. Return what was measured and what was said, of all ranks."""
     from zinfer.worker.generate import generate_timed
@@ -133,8 +118,8 @@ def measure(
     from zinfer.worker.ranks import gather_over_ranks, rows_of_all
     from zinfer.worker.workload import prompt_ids
 
-    engine, batch = loaded.engine, prepared.config.batch
-    prompts = prompt_ids(batch, prepared.spec.vocab_size, engine.tokenizer)
+    engine, batch = loaded.engine, planned.config.batch
+    prompts = prompt_ids(batch, planned.spec.vocab_size, engine.tokenizer)
     _wait_for_quiet_driver(job_dir, events)
     read_before = block_read_bytes()
     generation = generate_timed(engine, prompts, batch, events)
@@ -149,18 +134,16 @@ def measure(
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
 
 
-def report(
-    prepared: Prepared, measured: Measured, said: dict[str, Any], events: EventLog
-) -> Metrics:
+def report(planned: Planned, measured: Measured, said: dict[str, Any], events: EventLog) -> Metrics:
     """Summarise the samples, score the prediction, and write the result (rank 0)."""
     from zinfer.worker.metrics import summarise
     from zinfer.worker.ranks import metrics_by_rank
 
-    metrics = summarise(measured, prepared.config.batch)
+    metrics = summarise(measured, planned.config.batch)
     if events.rank == 0:
         events.write("generated", **said)
         known = {**metrics.known(), **metrics_by_rank(measured.ranks)}
-        scores = scored(known, prepared.prediction, prepared.plan)
+        scores = scored(known, planned.prediction, planned.plan)
         for warning in speed_warnings(scores):
             events.warning(warning)
         events.write("result", status="ok", metrics={**known, **scores})
@@ -176,15 +159,24 @@ def _in_own_swap_folder(config: RunConfig, job_dir: Path) -> RunConfig:
     return replace(config, offload=replace(config.offload, nvme_path=str(swap)))
 
 
-def _say_plan(prepared: Prepared, events: EventLog) -> None:
+def _as_given(config: RunConfig, job_dir: Path) -> RunConfig:
+    """Show the default offload.nvme_path as the preset has it: equal inputs give equal plans."""
+    folder = config.offload.nvme_folder
+    if folder is None or not folder.is_relative_to(job_dir):
+        return config
+    shown = f"${{hydra:runtime.output_dir}}/{folder.relative_to(job_dir)}"
+    return replace(config, offload=replace(config.offload, nvme_path=shown))
+
+
+def _say_plan(planned: Planned, events: EventLog) -> None:
     """Write the `planned` event, and a warning for everything that the user should know."""
-    config, spec, plan = prepared.config, prepared.spec, prepared.plan
-    inputs = (spec, config, prepared.hardware, plan, prepared.prediction)
-    planned = {**plan.document(), "prediction": prepared.prediction.document(plan)}
+    config, spec = planned.config, planned.spec
+    document = planned.document()
     if not task_of(config).loads_model:
-        planned["advice"] = advice_document(*inputs)
-    events.write("planned", model=describe(spec, config), plan=planned, deepspeed=prepared.ds_json)
-    for warning in [*derivation_warnings(config, spec), *plan_warnings(*inputs)]:
+        document["advice"] = advice_document(planned)
+    deepspeed = planned.deepspeed_json()
+    events.write("planned", model=describe(spec, config), plan=document, deepspeed=deepspeed)
+    for warning in [*derivation_warnings(config, spec), *plan_warnings(planned)]:
         events.warning(warning)
 
 

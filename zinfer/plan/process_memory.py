@@ -35,7 +35,7 @@ LARGEST_WHILE_LOADING = {"untied": 1.6, "tied": 2.3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostProcess:
+class ProcessMemory:
     """Of one worker."""
 
     imported_bytes: int
@@ -47,12 +47,12 @@ def mode_of(config: RunConfig) -> str:
     return config.offload.device if engine_of(config).zero3 else "resident"
 
 
-def host_process(config: RunConfig, profile: CalibrationProfile | None) -> HostProcess:
+def process_memory(config: RunConfig, profile: CalibrationProfile | None) -> ProcessMemory:
     """Memory of a worker before it holds a model. A forked worker touches the pages that a fresh one has read, and counts the same."""
     mode = mode_of(config)
     imported = profile.imported_rss_bytes if profile else IMPORTED_RSS_BYTES
     growth = (profile.growth_bytes if profile else {}).get(mode, GROWTH_BYTES[mode])
-    return HostProcess(imported_bytes=imported, growth_bytes=growth)
+    return ProcessMemory(imported_bytes=imported, growth_bytes=growth)
 
 
 def kept_free_factor(config: RunConfig, spec: ModelSpec) -> tuple[float, float]:
