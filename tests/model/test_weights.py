@@ -13,7 +13,7 @@ from zinfer.config import ConfigError, ModelConfig
 from zinfer.job.events import EventLog
 from zinfer.model.spec import model_spec
 from zinfer.model.weights.dummy import POOL_NUMEL, STDDEV, DummyFiller, dummy_model
-from zinfer.model.weights.pretrained import pretrained_model, weights_source
+from zinfer.model.weights.pretrained import open_checkpoint, pretrained_model, weights_source
 
 OPT = {
     "model_type": "opt",
@@ -109,18 +109,18 @@ def test_a_pickle_checkpoint_is_read_only_when_asked(checkpoint: Path, tmp_path:
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"no safetensors weights.*model\.allow_pickle=true"):
-        pretrained_model(custom(checkpoint), torch.float32, EventLog(tmp_path))
-    model = pretrained_model(
+        open_checkpoint(custom(checkpoint), torch.float32, EventLog(tmp_path))
+    opened = open_checkpoint(
         custom(checkpoint, allow_pickle=True), torch.float32, EventLog(tmp_path)
     )
-    assert model.config.hidden_size == 32
+    assert pretrained_model(opened, torch.float32).model.config.hidden_size == 32
 
 
 def test_a_checkpoint_that_is_not_what_is_pinned_is_said(checkpoint: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
     pinned = replace(composed("model=tiny-opt").model, source=str(checkpoint))
-    pretrained_model(pinned, torch.float32, EventLog(tmp_path))
+    open_checkpoint(pinned, torch.float32, EventLog(tmp_path))
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert any(
         "hidden_size is 64" in event["message"] for event in events if event["event"] == "warning"
@@ -131,4 +131,4 @@ def test_weights_that_cannot_be_reached_are_a_sentence(tmp_path: Path) -> None:
     model = composed("model=llama-2-7b", "weights=pretrained").model
     assert weights_source(model) == "meta-llama/Llama-2-7b-hf"
     with pytest.raises(ConfigError, match="weights=dummy"):
-        pretrained_model(model, torch.float32, EventLog(tmp_path))
+        open_checkpoint(model, torch.float32, EventLog(tmp_path))

@@ -6,6 +6,7 @@ from typing import Any
 
 from zinfer.config import ConfigError
 from zinfer.job.outcome import Status
+from zinfer.model.weights.checkpoint import WrongWeights
 from zinfer.plan.fit import DoesNotFit
 
 HOST_MEMORY_SIGNS = (
@@ -24,6 +25,8 @@ def failure(error: BaseException) -> tuple[Status, str]:
         return "does_not_fit", str(error)
     if isinstance(error, ConfigError):
         return "refused", str(error)
+    if isinstance(error, WrongWeights):
+        return "error", str(error)
     said = str(error).strip()
     first = said.splitlines()[0] if said else type(error).__name__
     if _is_device_memory(error):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zinfer.config import BatchConfig
 from zinfer.worker.ranks import RankResult
 from zinfer.worker.samples import Sample
+
+if TYPE_CHECKING:
+    from zinfer.model.weights.verified import VerifiedWeights
 
 PERCENTILES = {50: 1, 90: 10, 95: 20, 99: 100}
 """Percentile -> how many decode steps it takes: at least one sample above it."""
@@ -25,6 +28,7 @@ class Measured:
     load_s: float
     import_s: float
     ranks: tuple[RankResult, ...]
+    verified: VerifiedWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,12 @@ def load_engine(planned: Planned, events: EventLog) -> Loaded:
     events.phase("load", weight_bytes=planned.plan.weight_bytes)
     started_s = time.perf_counter()
     engine = load(planned.config, planned.spec, planned.deepspeed_json(), events)
-    return Loaded(engine=engine, import_s=import_s, load_s=time.perf_counter() - started_s)
+    load_s = time.perf_counter() - started_s
+    if engine.verified is not None:
+        load_s -= engine.verified.seconds
+    elif planned.config.weights == "pretrained":
+        events.warning(f"engine={planned.config.engine.name} does not verify its weights")
+    return Loaded(engine=engine, import_s=import_s, load_s=load_s)
 
 
 def measure(
@@ -130,6 +135,7 @@ def measure(
         load_s=loaded.load_s,
         import_s=loaded.import_s,
         ranks=ranks,
+        verified=engine.verified,
     )
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
 
@@ -143,10 +149,13 @@ def report(planned: Planned, measured: Measured, said: dict[str, Any], events: E
     if events.rank == 0:
         events.write("generated", **said)
         known = {**metrics.known(), **metrics_by_rank(measured.ranks)}
+        if measured.verified is not None:
+            known |= measured.verified.metrics()
         scores = scored(known, planned.prediction, planned.plan)
         for warning in speed_warnings(scores):
             events.warning(warning)
-        events.write("result", status="ok", metrics={**known, **scores})
+        weights = measured.verified.document() if measured.verified else None
+        events.write("result", status="ok", metrics={**known, **scores}, weights=weights)
     return metrics
 
 

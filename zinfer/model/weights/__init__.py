@@ -1,1 +1,5 @@
-"""Where weights come from: dummy, pretrained, quantised, and the demo model."""
+"""Where weights come from: random numbers (dummy), a checkpoint (pretrained), or the demo model.
+
+`checkpoint` reads the headers of a checkpoint's files, `rehearsal` loads it on paper, `pretrained`
+loads it, and `verified` makes sure that every weight came from it.
+"""

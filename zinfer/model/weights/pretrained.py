@@ -1,59 +1,220 @@
-"""Published weights from the hub or a local folder; under an alive HfDeepSpeedConfig transformers loads them partitioned."""
+"""Load published weights from the hub or a local folder, all of them or not at all.
+
+Under an alive HfDeepSpeedConfig transformers loads them partitioned.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zinfer.config import ConfigError, ModelConfig
 from zinfer.job.events import EventLog
-from zinfer.model.hf import check_pinned, load_checkpoint_config, model_class
+from zinfer.model.hf import check_pinned, load_checkpoint_config, model_class, read_config
+from zinfer.model.weights.checkpoint import INDEX, WHOLE, Checkpoint, WrongWeights, read_checkpoint
 from zinfer.model.weights.demo_model import DEMO_MODEL
 from zinfer.model.weights.local import local_folder
+from zinfer.model.weights.rehearsal import Rehearsal, rehearse
+from zinfer.model.weights.verified import (
+    Gather,
+    Samples,
+    VerifiedWeights,
+    counted,
+    sampled,
+    weight_faults,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A checkpoint that was found to be the model's; no weight was read yet."""
+
+    model: ModelConfig
+    source: str
+    hf_config: PretrainedConfig
+    checkpoint: Checkpoint | None
+    """None for GGUF, whose tensors transformers unpacks itself."""
+    rehearsal: Rehearsal
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A model with its published weights, and samples of what was read."""
+
+    model: Any
+    samples: Samples | None
+    """None where transformers' own report was checked: it is complete without ZeRO-3."""
 
 
 def weights_source(model: ModelConfig) -> str:
     """Where this model's weights are: a folder or a hub id."""
     source = model.source or local_folder(model) or model.hub_id
-    assert source is not None, "config.py refuses weights=pretrained without a source"
+    assert source is not None, "config.problems refuses weights=pretrained without a source"
     return str(source)
 
 
-def pretrained_model(model: ModelConfig, dtype: torch.dtype, events: EventLog) -> Any:
-    """The model with its published weights.
+def open_checkpoint(model: ModelConfig, dtype: torch.dtype, events: EventLog) -> Opened:
+    """Read a checkpoint's headers and make sure that it is this model's. Reads no weight.
+
+    Call it before an HfDeepSpeedConfig is alive: afterwards transformers builds partitioned models.
 
     Raises:
-        ConfigError: the checkpoint cannot be read: not there, no network, only pickles, or not the pinned architecture.
+        ConfigError: not there, no network, only pickles, damaged, quantised, or another model's.
     """
+    started_s = time.perf_counter()
     source = weights_source(model)
     try:
+        raw = read_config(source, model)
         hf_config = load_checkpoint_config(model, local_folder(model))
     except (OSError, ValueError) as error:
         raise ConfigError([unreachable(model, source, error)]) from error
     for difference in check_pinned(model, hf_config):
         events.warning(f"{source} is not what conf/model/{model.name}.yaml pins: {difference}")
-    try:
-        return model_class(hf_config).from_pretrained(
-            source,
-            config=hf_config,
-            dtype=dtype,
-            use_safetensors=None if model.allow_pickle else True,
-            trust_remote_code=model.trust_remote_code,
-            **({"gguf_file": model.gguf_file} if model.gguf_file else {}),
+    checkpoint, rehearsal = None, Rehearsal(key_mapping={})
+    if not model.gguf_file:
+        _refuse_quantised(source, raw)
+        checkpoint = read_checkpoint(_folder(model, source), allow_pickle=model.allow_pickle)
+        rehearsal = rehearse(
+            checkpoint,
+            model_class(hf_config),
+            hf_config,
+            dtype,
+            is_text_part=type(raw) is not type(hf_config),
         )
-    except OSError as error:
-        raise ConfigError([unreachable(model, source, error)]) from error
+    for warning in rehearsal.warnings:
+        events.warning(warning)
+    return Opened(
+        model=model,
+        source=source,
+        hf_config=hf_config,
+        checkpoint=checkpoint,
+        rehearsal=rehearsal,
+        seconds=time.perf_counter() - started_s,
+    )
+
+
+def pretrained_model(opened: Opened, dtype: torch.dtype, *, zero3_ranks: int | None = None) -> Read:
+    """Load the model with its published weights.
+
+    Args:
+        zero3_ranks: over how many ranks DeepSpeed partitions it; None: it is whole on this one.
+
+    Raises:
+        ConfigError: a file cannot be read.
+        WrongWeights: transformers could not use some of the checkpoint.
+    """
+    model = opened.model
+    mapping = dict(opened.rehearsal.key_mapping)
+    with sampled(zero3_ranks) if zero3_ranks else nullcontext() as samples:
+        try:
+            built, info = model_class(opened.hf_config).from_pretrained(
+                opened.source,
+                config=opened.hf_config,
+                dtype=dtype,
+                use_safetensors=None if model.allow_pickle else True,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **({"key_mapping": mapping} if mapping else {}),
+                **({"gguf_file": model.gguf_file} if model.gguf_file else {}),
+            )
+        except OSError as error:
+            raise ConfigError([unreachable(model, opened.source, error)]) from error
+    unused = set(opened.rehearsal.unused)
+    wrong = sorted({*info["missing_keys"], *(set(info["unexpected_keys"]) - unused)})
+    if wrong or info["mismatched_keys"] or info["error_msgs"]:
+        raise WrongWeights(
+            f"transformers did not load all of {opened.source}: {len(wrong)} tensors missing or "
+            f"unknown ({', '.join(wrong[:3])}), {len(info['mismatched_keys'])} of another shape"
+        )
+    return Read(model=built, samples=samples)
+
+
+def verify(
+    opened: Opened, read: Read, events: EventLog, *, gather: Gather = whole, ranks: int = 1
+) -> VerifiedWeights:
+    """Make sure that the finished model holds the checkpoint's values. All ranks must call it.
+
+    Raises:
+        WrongWeights: names the first tensors of each fault, and their number.
+    """
+    events.phase("verify")
+    started_s = time.perf_counter()
+    is_first = events.rank == 0  # the others have read no value of the checkpoint
+    faults = weight_faults(
+        read.model, events, samples=read.samples if is_first else None, gather=gather
+    )
+    faults = _of_first_rank(faults, ranks)
+    if faults:
+        raise WrongWeights(f"the weights of {opened.source} cannot be used: {'; '.join(faults)}")
+    tensors, size = counted(read.model)
+    return VerifiedWeights(
+        tensors=tensors,
+        bytes=size,
+        sha256=opened.checkpoint.sha256 if opened.checkpoint else None,
+        seconds=opened.seconds + time.perf_counter() - started_s,
+    )
 
 
 def unreachable(model: ModelConfig, source: str, error: Exception) -> str:
-    """One sentence for a checkpoint that cannot be read."""
-    first = str(error).strip().splitlines()[0]
-    if "safetensors" in str(error) and not model.allow_pickle:
-        return f"{source} has no safetensors weights ({first}). Type model.allow_pickle=true if you trust its pickles, or weights=dummy"
+    """Return one sentence for a checkpoint that cannot be read."""
+    said = " ".join(str(error).split()) or type(error).__name__
     make = (
         "Run `make demo-model` for a small real model"
         if model.name == DEMO_MODEL
-        else "Type model=custom model.source=/path/to/a/folder"
+        else "Set model=custom model.source=/path/to/a/folder"
     )
-    return f"the weights of {source} cannot be read: {first}. {make}, or type weights=dummy"
+    return f"the weights of {source} cannot be read: {said}. {make}, or set weights=dummy"
+
+
+def _of_first_rank(faults: list[str], ranks: int) -> list[str]:
+    """Return what rank 0 found, on every rank: it alone compared values."""
+    if ranks == 1:
+        return faults
+    shared = [faults]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _refuse_quantised(source: str, config: PretrainedConfig) -> None:
+    """Raise ConfigError for weights that another tool quantised: transformers' scales are lost."""
+    text = config.get_text_config(decoder=True)
+    for part in (config, text):
+        found = getattr(part, "quantization_config", None)
+        if found:
+            found = found if isinstance(found, dict) else vars(found)
+            method = found.get("quant_method") or "an unnamed method"
+            raise ConfigError(
+                [
+                    f"{source} was quantised by another tool ({method}: quantization_config in "
+                    "config.json), which zinfer does not run. Take the unquantised checkpoint, "
+                    "or set weights=dummy"
+                ]
+            )
+
+
+def _folder(model: ModelConfig, source: str) -> Path:
+    """Return the folder of the checkpoint's files; those of the hub are downloaded first."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    names = ["config.json", WHOLE] + (["pytorch_model.bin"] if model.allow_pickle else [])
+    try:
+        found = {name: cached_file(source, name, **optional) for name in names}
+        if not found[WHOLE] and (index := cached_file(source, INDEX, **optional)):
+            get_checkpoint_shard_files(source, index)
+    except OSError as error:
+        raise ConfigError([unreachable(model, source, error)]) from error
+    return Path(next(path for path in found.values() if path)).parent

@@ -13,6 +13,8 @@ from zinfer.model.weights.local import local_folder
 if TYPE_CHECKING:
     import torch
 
+    from zinfer.model.weights.verified import VerifiedWeights
+
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
@@ -26,6 +28,8 @@ class Engine:
     ranks: int
     weight_bytes: int
     """Of the tensors that hold this rank's weights, wherever they are; tied weights once."""
+    verified: VerifiedWeights | None = None
+    """The proof that all weights came from the checkpoint; None for dummy weights."""
 
 
 def tokenizer_for(config: RunConfig, events: EventLog) -> Any | None:

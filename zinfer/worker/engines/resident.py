@@ -11,7 +11,7 @@ from zinfer.config import RunConfig
 from zinfer.job.events import EventLog
 from zinfer.model.spec import ModelSpec
 from zinfer.model.weights.dummy import dummy_model
-from zinfer.model.weights.pretrained import pretrained_model
+from zinfer.model.weights.pretrained import open_checkpoint, pretrained_model, verify
 from zinfer.worker.engines import Engine, tokenizer_for
 
 
@@ -29,8 +29,12 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     with torch.no_grad():
         if config.weights == "dummy":
             model = dummy_model(config.model, spec, dtype, device, events)
+            verified = None
         else:
-            model = pretrained_model(config.model, dtype, events).to(device)
+            opened = open_checkpoint(config.model, dtype, events)
+            read = pretrained_model(opened, dtype)
+            model = read.model.to(device)
+            verified = verify(opened, read, events)
     model.eval()
     return Engine(
         model=model,
@@ -41,4 +45,5 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         weight_bytes=sum(
             parameter.numel() * parameter.element_size() for parameter in model.parameters()
         ),
+        verified=verified,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -18,7 +20,7 @@ from zinfer.machine import native_ops
 from zinfer.machine.huge_pages import into_huge_pages
 from zinfer.model.spec import ModelSpec
 from zinfer.model.weights.dummy import dummy_model_partitioned
-from zinfer.model.weights.pretrained import pretrained_model
+from zinfer.model.weights.pretrained import open_checkpoint, pretrained_model, verify
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.worker.engines import Engine, tokenizer_for
 
@@ -33,15 +35,16 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     gather_in_one_thread()
     gc.freeze()  # the garbage collector need not walk the libraries again while the model is built and timed
-    alive = HfDeepSpeedConfig(
-        ds_json
-    )  # while this lives, transformers builds models under zero.Init
     dtype = getattr(torch, spec.dtype)
+    opened = None if config.weights == "dummy" else open_checkpoint(config.model, dtype, events)
+    # While this lives, transformers builds models under zero.Init.
+    alive = HfDeepSpeedConfig(ds_json)
     with torch.no_grad():
-        if config.weights == "dummy":
+        if opened is None:
             model = dummy_model_partitioned(config.model, spec, ds_json, dtype, events)
         else:
-            model = pretrained_model(config.model, dtype, events)
+            read = pretrained_model(opened, dtype, zero3_ranks=comm.get_world_size())
+            model = read.model
     model.eval()
     engine, *_ = deepspeed.initialize(model=model, config=ds_json)
     if config.dtype.bits is not None and config.zero.derivation == "tuned":
@@ -50,6 +53,16 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     if config.stages_in_huge_pages:
         stage_in_huge_pages(module, zero_layout(config, spec))
     module._zinfer_keeps_alive = (engine, alive)
+    require_partitions(module, config.launcher.ranks * config.launcher.nodes)
+    verified = None
+    if opened is not None:
+        verified = verify(
+            opened,
+            replace(read, model=module),
+            events,
+            gather=gathered,
+            ranks=comm.get_world_size(),
+        )
     return Engine(
         model=module,
         tokenizer=tokenizer_for(config, events),
@@ -57,6 +70,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         rank=comm.get_rank(),
         ranks=comm.get_world_size(),
         weight_bytes=partition_bytes(module, dtype.itemsize),
+        verified=verified,
     )
 
 
@@ -132,3 +146,51 @@ def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
     A partition that lies on NVMe has a placeholder of two bytes for its data, so the size of an element is given.
     """
     return sum(parameter.ds_tensor.ds_numel for parameter in model.parameters()) * itemsize_bytes
+
+
+def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """Make one partitioned parameter whole for a block. All ranks must enter it."""
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=None)
+
+
+def require_partitions(model: torch.nn.Module, asked_ranks: int) -> None:
+    """Make sure that the ranks hold the model once between them, and are as many as asked for.
+
+    A model that was built before the process group existed is whole on every rank, silently
+    (DeepSpeed issue 8084).
+
+    Raises:
+        RuntimeError: says which number is wrong.
+    """
+    ranks = comm.get_world_size()
+    if ranks != asked_ranks:
+        raise RuntimeError(f"{ranks} ranks run this job, {asked_ranks} were asked for")
+    parameters = list(model.parameters())
+    plain = [name for name, each in model.named_parameters() if not hasattr(each, "ds_tensor")]
+    if plain:
+        raise RuntimeError(f"{len(plain)} parameters are not partitioned: {', '.join(plain[:3])}")
+    held = torch.tensor(sum(each.ds_tensor.ds_numel for each in parameters), dtype=torch.int64)
+    if ranks > 1:
+        held = held.to(get_accelerator().current_device_name())
+        torch.distributed.all_reduce(held)
+    problem = partition_problem([each.ds_numel for each in parameters], int(held), ranks)
+    if problem:
+        raise RuntimeError(problem)
+
+
+def partition_problem(numel: list[int], held: int, ranks: int) -> str | None:
+    """Say how the partitions fail to add up to the model; None when they do.
+
+    Each parameter is padded until it divides by the ranks: at most `ranks` elements.
+
+    Args:
+        numel: elements of each whole parameter.
+        held: elements of all partitions on all ranks.
+    """
+    whole, padding = sum(numel), ranks * len(numel)
+    if whole <= held <= whole + padding:
+        return None
+    return (
+        f"the partitions of {ranks} ranks hold {held} elements, the model has {whole}: "
+        "it was not partitioned as asked"
+    )

@@ -1,0 +1,278 @@
+"""Read what a checkpoint's files hold, from their headers alone: names, shapes, dtypes, sizes.
+
+A safetensors file begins with the length of its header (8 bytes, little endian) and the header, a
+JSON object of name -> dtype, shape and offsets. Source: github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zinfer.config import ConfigError
+from zinfer.units import format_bytes
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+ADAPTER = "adapter_model.safetensors"
+HEADER_LIMIT_BYTES = 100_000_000
+"""The format's own limit on a header."""
+LFS_POINTER = b"version https://git-lfs"
+NAMES_SHOWN = 3
+
+
+class WrongWeights(RuntimeError):
+    """The loaded model does not hold what its checkpoint holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint, as its file's header describes it."""
+
+    file: str
+    dtype: str
+    """In safetensors' spelling: F32, F16, BF16, F8_E4M3, I32, ..."""
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The tensors of all files that transformers would read."""
+
+    folder: Path
+    files: tuple[str, ...]
+    tensors: Mapping[str, StoredTensor]
+    sha256: str
+    """Hash of every file's name, size and header: another checkpoint has another one.
+
+    The weights themselves are not read for it.
+    """
+
+
+def read_checkpoint(folder: Path, *, allow_pickle: bool) -> Checkpoint:
+    """Read the headers of the files that transformers would load from this folder.
+
+    Raises:
+        ConfigError: a file is missing, cut short, or not what its name says. Names each of them.
+    """
+    if (folder / WHOLE).exists():
+        return _safetensors(folder, [WHOLE], {})
+    if (folder / INDEX).exists():
+        placed = _weight_map(folder / INDEX)
+        files = sorted(set(placed.values()))
+        _require_files(folder, files, placed)
+        return _safetensors(folder, files, placed)
+    if not allow_pickle:
+        raise ConfigError([_no_safetensors(folder)])
+    if (folder / PICKLE).exists():
+        return _pickles(folder, [PICKLE])
+    if (folder / PICKLE_INDEX).exists():
+        placed = _weight_map(folder / PICKLE_INDEX)
+        files = sorted(set(placed.values()))
+        _require_files(folder, files, placed)
+        return _pickles(folder, files)
+    raise ConfigError([_no_safetensors(folder)])
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the header of a safetensors file, parsed and raw.
+
+    Raises:
+        ValueError: says what the file is instead, and what to do.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty. Download it again")
+    with path.open("rb") as file:
+        start = file.read(64)
+        if start.startswith(LFS_POINTER):
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in {path.parent}"
+            )
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > HEADER_LIMIT_BYTES:
+            raise ValueError(f"{path} is not a safetensors file: it begins with {start[:16]!r}")
+        file.seek(8)
+        raw = file.read(length)
+    if len(raw) < length:
+        raise ValueError(
+            f"{path} is cut short: {format_bytes(size)}, its header alone has "
+            f"{format_bytes(8 + length)}. Download it again"
+        )
+    try:
+        header = json.loads(raw)
+        ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is not a safetensors file: its header is no JSON") from error
+    whole = 8 + length + max(ends, default=0)
+    if size < whole:
+        cut = next(
+            name
+            for name, row in header.items()
+            if name != "__metadata__" and 8 + length + row["data_offsets"][1] > size
+        )
+        raise ValueError(
+            f"{path} is cut short: {size} of {whole} bytes, from tensor {cut} on. Download it again"
+        )
+    return header, raw
+
+
+def first_names(names: Iterable[str]) -> str:
+    """Return the first names, in the order of their numbers, and how many more there are."""
+    ordered = sorted(names, key=_natural)
+    more = len(ordered) - NAMES_SHOWN
+    return ", ".join(ordered[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layers.2 comes before layers.10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def _safetensors(folder: Path, files: list[str], placed: Mapping[str, str]) -> Checkpoint:
+    """Read the headers of these files; `placed` is what the index says of them."""
+    tensors: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    twice: dict[tuple[str, str], list[str]] = defaultdict(list)
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            header, raw = read_header(folder / file)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        digest.update(f"{file} {(folder / file).stat().st_size}\n".encode() + raw)
+        for name, row in header.items():
+            if name == "__metadata__":
+                continue
+            if name in tensors:
+                twice[tensors[name].file, file].append(name)
+            begin, end = row["data_offsets"]
+            tensors[name] = StoredTensor(file, row["dtype"], tuple(row["shape"]), end - begin)
+    for (first, second), names in twice.items():
+        problems.append(
+            f"{folder}: {first} and {second} both hold {len(names)} of the same tensors "
+            f"({first_names(names)}). Remove the file that does not belong to this checkpoint"
+        )
+    if not problems:
+        problems += _stale_index(folder, placed, tensors)
+    if problems:
+        raise ConfigError(problems)
+    return Checkpoint(folder=folder, files=tuple(files), tensors=tensors, sha256=digest.hexdigest())
+
+
+def _stale_index(
+    folder: Path, placed: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    """Name what the index promises and no file holds."""
+    lacking: dict[str, list[str]] = defaultdict(list)
+    for name, file in placed.items():
+        if name not in tensors:
+            lacking[file].append(name)
+    return [
+        f"{folder / file} lacks {len(names)} tensors that {INDEX} places in it "
+        f"({first_names(names)}). Download the file and the index again"
+        for file, names in lacking.items()
+    ]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name -> file of an index."""
+    try:
+        placed = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in placed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            [f"{index} is no index of a checkpoint: {error}. Download it again"]
+        ) from error
+
+
+def _require_files(folder: Path, files: list[str], placed: Mapping[str, str]) -> None:
+    """Raise ConfigError naming each file of the index that is not there, with its tensors."""
+    problems = []
+    for file in files:
+        if not (folder / file).exists():
+            names = [name for name, where in placed.items() if where == file]
+            problems.append(
+                f"{folder / file} is missing: {len(names)} tensors are in it "
+                f"({first_names(names)}). Download or copy this file"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _no_safetensors(folder: Path) -> str:
+    """Say what a folder has instead of safetensors weights, and what to do."""
+    present = {path.name for path in folder.iterdir()}
+    shards = sorted(name for name in present if name.endswith(".safetensors"))
+    if present & {PICKLE, PICKLE_INDEX}:
+        found = sorted(name for name in present if name.startswith("pytorch_model"))
+        return (
+            f"{folder} has no safetensors weights, only pickles ({first_names(found)}), which can "
+            "run code when they are read. Set model.allow_pickle=true if you trust them, "
+            "or weights=dummy"
+        )
+    if ADAPTER in present:
+        return (
+            f"{folder} holds a PEFT adapter ({ADAPTER}), not a model. "
+            "Merge it into its base model and save that"
+        )
+    if shards:
+        return (
+            f"{folder} has {first_names(shards)} but no {INDEX}, which says which tensor is where. "
+            "Download the index too"
+        )
+    return (
+        f"{folder} has no weights: neither {WHOLE} nor {INDEX} is there. "
+        "Download them, or set weights=dummy"
+    )
+
+
+def _pickles(folder: Path, files: list[str]) -> Checkpoint:
+    """Read names, shapes and dtypes of pickles, without their values."""
+    import torch
+
+    tensors: dict[str, StoredTensor] = {}
+    digest = hashlib.sha256()
+    problems = []
+    for file in files:
+        path = folder / file
+        try:
+            held = torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # a pickle can fail in any way
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problems.append(f"{path} cannot be read: {said}")
+            continue
+        digest.update(f"{file} {path.stat().st_size}\n".encode())
+        for name, tensor in held.items():
+            kind = SAFETENSORS_DTYPES.get(str(tensor.dtype).removeprefix("torch."), "OTHER")
+            tensors[name] = StoredTensor(file, kind, tuple(tensor.shape), tensor.nbytes)
+            digest.update(f"{name} {kind} {tuple(tensor.shape)}\n".encode())
+    if problems:
+        raise ConfigError(problems)
+    return Checkpoint(folder=folder, files=tuple(files), tensors=tensors, sha256=digest.hexdigest())
+
+
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+"""torch's name of a dtype -> safetensors' name."""
