@@ -1,4 +1,8 @@
-"""Secrets out of everything that is stored or shown: parameters, tags, artifacts, logs, tracebacks."""
+"""Take secrets out of everything that is stored or shown: parameters, tags, logs, tracebacks.
+
+A secret is known by the name that it stands under (a variable, a key, a setting), by its form (a password
+in a URI, a hub token, a web hook), or because the configuration took it from the environment (`hide`).
+"""
 
 from __future__ import annotations
 
@@ -11,59 +15,117 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 HIDDEN = "***"
 SHORTEST_SECRET = 6
-"""Values of fewer characters are words such as `true`: replacing them would destroy text and protect nothing."""
+"""Shorter values are words such as `true`: replacing them destroys text and protects nothing."""
 
-SECRET_VARIABLE = re.compile(r"TOKEN(?!IZER)|PASSWORD|PASSWD|SECRET|KEY|CREDENTIAL", re.IGNORECASE)
+SECRET_VARIABLE = re.compile(
+    r"TOKEN(?!IZER)|PASSWORD|PASSWD|PASSPHRASE|(?:^|_)(?:PASS|PWD|PW|DSN)(?:_|$)"
+    r"|SECRET|KEY|CREDENTIAL|WEBHOOK|COOKIE",
+    re.IGNORECASE,
+)
+"""Names of environment variables whose whole value is a secret."""
+NOT_SECRET_VARIABLE = frozenset({"PWD", "OLDPWD"})
+"""The shell's working directories, which are named like passwords."""
+SECRET_WORDS = (
+    r"(?:pass(?:word|wd|phrase)?|pwd|secret|credential|cookie|dsn|web[-_]?hook"
+    r"|(?:api|access|private|signing|encryption|account|storage)[-_]?key"
+    r"|(?:access|auth|hf|hub|api|bot|refresh|session|id|bearer|secret|security)[-_]?token"
+    r"|authorization)"
+)
+SECRET_KEY = re.compile(
+    rf"(?i)(?:(?:^|[._-]|(?-i:(?<=[a-z])(?=[A-Z]))){SECRET_WORDS}s?(?:[._-](?:url|id|value|string))?|(?:^|\.)token)$"
+)
+"""Keys of mappings, tags and settings whose values are secrets: db_pass, clientSecret, webhook_url.
+
+`pad_token` and other tokens of a tokenizer are none.
+"""
 URI_CREDENTIALS = re.compile(r"(?<=://)[^\s/@\"'<>]+(?:@[^\s/@\"'<>]+)*@")
 """user:secret@, user@, and passwords that contain an unescaped @."""
 URI_QUERY_SECRET = re.compile(
-    r"(?i)([?&][^=&\s]*(?:token|password|secret|credential|signature|api_?key)[^=&\s]*=)[^&\s\"']+"
+    r"(?i)([?&;][^=&\s]*(?:token|password|pwd|secret|credential|signature|sig|api_?key)[^=&\s]*=)"
+    r"[^&\s\"';]+"
 )
+WEBHOOK = re.compile(
+    r"(?i)(https?://(?:hooks\.[^\s/\"'<>]+|[^\s\"'<>]*/(?:api/)?webhooks?)/)[^\s\"'<>]+"
+)
+"""Whoever knows the path of a web hook can post to it."""
 HUB_TOKEN = re.compile(r"\bhf_(?:(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{8,}|[A-Za-z0-9]{20,})")
 AUTHORIZATION = re.compile(
     r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+)[^\s\"']+"
 )
 NAMED_SECRET = re.compile(
-    r"(?i)((?:password|passwd|secret|credential|api_?key|access_?key|(?:access|auth|hf|hub|api)_?token)s?[\"']?\s*[:=]\s*[\"']?)"
-    r"(?!null\b|none\b|true\b|false\b|[\d.]+\b|\*\*\*)[^\s\"',}&]+"
+    rf"(?i)((?:\b|_|(?-i:(?<=[a-z])(?=[A-Z]))){SECRET_WORDS}s?[\"']?\s*[:=]\s*[\"']?)"
+    r"(?!null\b|none\b|true\b|false\b|[\d.]+\b|\*\*\*|\$\{|(?:bearer|basic|token)\s)[^\s\"',}&;]+"
 )
-"""`password: value` in YAML, `"api_key": "value"` in JSON. Bare JSON words and numbers stay, so JSON stays JSON."""
+"""`password: value` in YAML, `"api_key": "value"` in JSON, `pwd=value` in a connection string.
+
+Bare JSON words and numbers stay, so JSON stays JSON. `${...}` names a secret and has none.
+"""
+
+_from_environment: dict[str, str] = {}
+"""Values that a configuration took from the environment -> the text to show instead."""
 
 T = TypeVar("T")
 
 
+def hide(value: str, shown_as: str) -> None:
+    """From now on, redact shows `shown_as` wherever this value stands.
+
+    Paths stay: job folders begin with them, and programs read those from our output.
+    """
+    if len(value) >= SHORTEST_SECRET and not value.startswith(("/", "~", "./", "../")):
+        _from_environment[value] = shown_as
+
+
 def redact(value: T) -> T:
-    """`value` (text, or JSON of it) with every known secret replaced by ***; numbers, booleans and None stay as they are."""
+    """Replace every known secret in text, or in JSON values of it, by ***.
+
+    Numbers, booleans and None stay as they are.
+    """
     return _redact(value, known_secrets(os.environ))
 
 
-def known_secrets(variables: Mapping[str, str]) -> list[str]:
-    """Values of variables that are named like secrets, and passwords in URIs of the others, as written and as quoted; longest first."""
-    secrets = {value for name, value in variables.items() if SECRET_VARIABLE.search(name)}
+def known_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    """Map every secret of the environment to what is shown instead, the longest first.
+
+    These are values of variables that are named like secrets, and passwords in the URIs of others,
+    each as written and as quoted.
+    """
+    secrets = {
+        value: HIDDEN
+        for name, value in variables.items()
+        if SECRET_VARIABLE.search(name) and name not in NOT_SECRET_VARIABLE
+    }
     for value in variables.values():
         if "://" in value and "@" in value:
-            secrets.update(_uri_passwords(value))
-    long_enough = {secret.strip() for secret in secrets if len(secret.strip()) >= SHORTEST_SECRET}
+            secrets.update(dict.fromkeys(_uri_passwords(value), HIDDEN))
+    secrets |= _from_environment
     spellings = {
-        spell(secret)
-        for secret in long_enough
-        for spell in (str, _quote_all, quote_plus, _json_escape)
+        spell(secret.strip()): shown
+        for secret, shown in secrets.items()
+        if len(secret.strip()) >= SHORTEST_SECRET
+        for spell in (_quote_all, quote_plus, _json_escape, str)
     }
-    return sorted(spellings, key=len, reverse=True)
+    return dict(sorted(spellings.items(), key=lambda entry: -len(entry[0])))
 
 
-def redact_text(text: str, secrets: list[str]) -> str:
-    """`text` without `secrets` and without what looks like one."""
-    for secret in secrets:
-        text = text.replace(secret, HIDDEN)
-    text = URI_CREDENTIALS.sub(f"{HIDDEN}@", text)
+def redact_text(text: str, secrets: Mapping[str, str]) -> str:
+    """Take these secrets, and what looks like one, out of a text."""
+    for secret, shown in secrets.items():
+        text = text.replace(secret, shown)
+    text = URI_CREDENTIALS.sub(_hidden_credentials, text)
     text = URI_QUERY_SECRET.sub(rf"\1{HIDDEN}", text)
+    text = WEBHOOK.sub(rf"\1{HIDDEN}", text)
     text = HUB_TOKEN.sub(HIDDEN, text)
     text = AUTHORIZATION.sub(rf"\1{HIDDEN}", text)
     return NAMED_SECRET.sub(rf"\1{HIDDEN}", text)
 
 
-def _redact(value: Any, secrets: list[str]) -> Any:
+def _hidden_credentials(found: re.Match[str]) -> str:
+    """`${oc.env:NAME}@` names a secret and has none."""
+    return found.group() if "${" in found.group() else f"{HIDDEN}@"
+
+
+def _redact(value: Any, secrets: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         return redact_text(value, secrets)
     if isinstance(value, Mapping):
@@ -76,15 +138,17 @@ def _redact(value: Any, secrets: list[str]) -> Any:
     return value
 
 
-def _redact_named(name: str, value: Any, secrets: list[str]) -> Any:
-    """A value whose key says that it is a secret: `{"api_key": "..."}`."""
-    if (
-        isinstance(value, str)
-        and value
-        and NAMED_SECRET.fullmatch(f"{name.rpartition('.')[2]}={value}")
-    ):
-        return HIDDEN
-    return _redact(value, secrets)
+def _redact_named(name: str, value: Any, secrets: Mapping[str, str]) -> Any:
+    """A value whose key says that it is a secret, with all that is below it."""
+    return _hide_all(value) if SECRET_KEY.search(name) else _redact(value, secrets)
+
+
+def _hide_all(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _hide_all(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_hide_all(item) for item in value)
+    return HIDDEN if isinstance(value, str) and value and not value.startswith("${") else value
 
 
 def _uri_passwords(uri: str) -> list[str]:

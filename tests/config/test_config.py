@@ -76,11 +76,16 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
         "is not a file",
         "batch.prompt_file=/path",
     ),
-    (("launcher.timeout_s=0",), "no time at all", "launcher.timeout_s=3600"),
-    (("plan.headroom=1.5",), "no share of memory", "plan.headroom=0.05"),
+    (("launcher.timeout_s=0",), "too small: more than 0", "launcher.timeout_s=VALUE"),
+    (("plan.headroom=1.5",), "too large: at most 0.99", "plan.headroom=0.99"),
     (("engine.name=vllm",), "is not one of zero, resident", "engine.name=zero"),
-    (("batch.batch_size=many",), "batch.batch_size=many is wrong", "batch.batch_size="),
-    (("+batch.batchsize=4",), "batch.batchsize is not a setting", "zinfer --cfg job"),
+    (
+        ("batch.batch_size=many",),
+        "batch.batch_size=many is not a whole number",
+        "batch.batch_size=",
+    ),
+    (("+batch.batchsize=4",), "batch.batchsize is not a setting", "Set batch.batch_size=4"),
+    (("+batch.colour=red",), "batch.colour is not a setting", "zinfer --cfg job"),
 ]
 
 

@@ -1,17 +1,29 @@
-"""RunConfig and its parts, and the only door from YAML to code.
+"""The only door from Hydra's YAML to code: a composed tree comes in, a RunConfig goes out.
 
-Hydra composes plain YAML (conf/); `parse_config` checks the composed tree once and reports every problem at once; nothing behind it
-sees a DictConfig. This module imports neither torch nor transformers nor deepspeed, so a bad configuration is refused within a second.
+A tree that cannot run raises ConfigError with every problem at once, each with the override to set.
+Behind this door nobody sees a DictConfig. May import the leaves only, and nothing heavy: a bad
+configuration is refused within a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import MISSING, replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from zinfer.config.problems import config_problems
+from zinfer.config.reading import (
+    Reading,
+    dotted,
+    escaped,
+    is_interpolated,
+    read_tree,
+    value_at,
+    with_texts,
+)
 from zinfer.config.run_config import (
     ITEMSIZE_BYTES,
     METHOD_VERSION,
@@ -37,6 +49,7 @@ from zinfer.config.run_config import (
     config_key,
     config_to_tree,
 )
+from zinfer.config.sentences import choices_in, usable_value, validation_problem
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -63,70 +76,111 @@ __all__ = [
     "SweepConfig",
     "TrackingConfig",
     "ZeroConfig",
+    "config_from_stored",
     "config_from_tree",
     "config_key",
+    "config_to_shown",
+    "config_to_stored",
     "config_to_tree",
     "parse_config",
 ]
+
+ROUNDS = 4
+"""Validate at most so often: each round replaces what was wrong, to see what else is."""
 
 
 def parse_config(composed: DictConfig) -> RunConfig:
     """Check Hydra's composed tree once.
 
     Raises:
-        ConfigError: with every problem found, not only the first.
+        ConfigError: with every problem found, of every sort, not only the first.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError([f"{key} has no value. Type {key}=VALUE{_hint(key)}" for key in missing])
-    try:
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError([str(error).splitlines()[0]]) from None
-    assert isinstance(tree, dict)
-    return config_from_tree(tree)
+    return _checked(read_tree(composed))
 
 
 def config_from_tree(tree: Mapping[Any, Any]) -> RunConfig:
-    """The same from plain mappings (a job's stored configuration). Raises ConfigError."""
-    try:
-        config = RUN_CONFIG.validate_python(dict(tree))
-    except ValidationError as error:
-        raise ConfigError([_validation_problem(detail) for detail in error.errors()]) from None
-    problems = config_problems(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
+    """Check a tree of plain values, as config_to_tree makes them. Raises ConfigError."""
+    return _checked(Reading(tree=deepcopy(dict(tree))))
 
 
-def _validation_problem(detail: Any) -> str:
-    """One of pydantic's findings as a sentence that names the override to type."""
-    name = ".".join(str(part) for part in detail["loc"])
-    given = detail.get("input")
-    match detail["type"]:
-        case "literal_error":
-            choices = (
-                str(detail["ctx"]["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
-            )
-            return f"{name}={given} is not one of {', '.join(choices)}. Type {name}={choices[0]}"
-        case "unexpected_keyword_argument":
-            return (
-                f"{name} is not a setting of zinfer. Drop it; `zinfer --cfg job` shows all settings"
-            )
-        case "missing" | "missing_keyword_only_argument" | "missing_argument":
-            return f"{name} has no value. Type {name}=VALUE{_hint(name)}"
-        case _:
-            return f"{name}={given} is wrong: {detail['msg'][:1].lower()}{detail['msg'][1:]}. Type {name}=VALUE"
+def config_to_shown(config: RunConfig) -> dict[str, Any]:
+    """Turn a configuration into JSON values for people: `${oc.env:...}` stays unresolved."""
+    return with_texts(config_to_tree(config), config.from_environment)
 
 
-def _hint(name: str) -> str:
-    """An example value for settings that people forget."""
-    examples = {
-        "model.source": "model.source=/path/to/a/folder or model.source=HUB/ID",
-        "offload.nvme_path": "offload.nvme_path=/local_nvme",
-        "tracking.uri": "tracking.uri=http://127.0.0.1:5000",
-    }
-    return f", e.g. {examples[name]}" if name in examples else ""
+def config_to_stored(config: RunConfig) -> dict[str, Any]:
+    """The same for a file that config_from_stored reads: other text with `${` is marked as text."""
+    return with_texts(escaped(config_to_tree(config)), config.from_environment)
+
+
+def config_from_stored(tree: Mapping[Any, Any]) -> RunConfig:
+    """Read what config_to_stored wrote, with the variables of this environment.
+
+    A variable that is not set here leaves its text as the value. Raises ConfigError.
+    """
+    if not is_interpolated(dict(tree)):
+        return config_from_tree(tree)
+    from omegaconf import OmegaConf
+
+    return _checked(read_tree(OmegaConf.create(dict(tree)), lenient=True))
+
+
+def _checked(reading: Reading) -> RunConfig:
+    """The configuration, or ConfigError with the problems of all layers together.
+
+    A wrong value is replaced by one that is right in itself, so that the next layer can be checked
+    too; what that layer says of replaced settings is left out.
+    """
+    problems, replaced = list(reading.problems), set(reading.unread)
+    config = None
+    for _ in range(ROUNDS):
+        try:
+            config = RUN_CONFIG.validate_python(reading.tree)
+            break
+        except ValidationError as error:
+            for detail in error.errors():
+                path = tuple(detail["loc"])
+                if dotted(path) not in replaced:
+                    problems.append(validation_problem(detail, _given(detail, reading)))
+                replaced.add(dotted(path))
+                _replace(path, detail, reading.tree)
+    if config is not None:
+        problems += [
+            problem.text
+            for problem in config_problems(config)
+            if not any(_concerns(name, replaced) for name in problem.about)
+        ]
+    if problems or config is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return replace(config, from_environment=reading.from_environment)
+
+
+def _given(detail: Any, reading: Reading) -> str:
+    """The wrong value as people typed it, and as it may be shown."""
+    path, value = tuple(detail["loc"]), detail.get("input")
+    if path in reading.from_environment:
+        return reading.from_environment[path]
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _replace(path: tuple[Any, ...], detail: Any, tree: dict[str, Any]) -> None:
+    """Put a value there that is right by itself, or nothing at all."""
+    parent = value_at(tree, path[:-1])
+    if not isinstance(parent, dict):
+        return
+    context = detail.get("ctx") or {}
+    if detail["type"] == "literal_error":
+        parent[path[-1]] = choices_in(str(context["expected"]))[0]
+    elif context.get("instead") is not None:
+        parent[path[-1]] = context["instead"]
+    elif (usable := usable_value(path)) is not MISSING:
+        parent[path[-1]] = usable
+    else:
+        parent.pop(path[-1], None)
+
+
+def _concerns(name: str, replaced: set[str]) -> bool:
+    """True when the setting, or one of its group, was replaced."""
+    return name in replaced or any(other.startswith(f"{name}.") for other in replaced)

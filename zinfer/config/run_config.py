@@ -1,4 +1,8 @@
-"""RunConfig and its parts: what one run depends on, frozen. They are made by zinfer.config, the only door from YAML to code."""
+"""RunConfig and its groups: every setting of one run, frozen, with its type, default and bounds.
+
+`zinfer.config.parse_config` makes them; behind it nobody sees Hydra's tree. conf/config.yaml shows the
+same defaults to people; a test says that both agree. Copies are made with `changed` and `with_batch`.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,33 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from zinfer.config.engines import OffloadDevice, engine_kind, engine_names
+from zinfer.config.limits import Limits
 from zinfer.config.tasks import TASKS
 
 METHOD_VERSION = 1
-"""Raised whenever what is timed, or what a metric's name means, changes. Runs of different versions are never compared silently."""
+"""Raised whenever what is timed, or what a metric's name means, changes.
 
-STRICT = ConfigDict(extra="forbid")
+Runs of different versions are never compared silently.
+"""
+
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 ITEMSIZE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 FloatDtype = Literal["float32", "float16", "bfloat16"]
+
+MOST_ROWS = 1 << 20
+MOST_TOKENS = 1 << 24
+MOST_NUMEL = 1 << 45
+MOST_BYTES = 1 << 60
+MOST_RATE = 1e18
+
+Rows = Annotated[int, Limits(1, MOST_ROWS)]
+Tokens = Annotated[int, Limits(1, MOST_TOKENS)]
+Numel = Annotated[int, Limits(0, MOST_NUMEL)]
+Bytes = Annotated[int, Limits(1, MOST_BYTES)]
+Rate = Annotated[float, Limits(0, MOST_RATE, above=True)]
+Threads = Annotated[int, Limits(1, 1 << 14)]
 
 
 def _known_task(name: str) -> str:
@@ -38,6 +59,12 @@ def _known_engine(name: str) -> str:
         return engine_kind(name).name
     except KeyError:
         raise _not_one_of(engine_names()) from None
+    except Exception as error:  # whatever another package's module raises
+        raise PydanticCustomError(
+            "zinfer_engine",
+            "its package cannot be used: {error}",
+            {"error": f"{type(error).__name__}: {error}"},
+        ) from error
 
 
 def _not_one_of(choices: tuple[str, ...]) -> PydanticCustomError:
@@ -47,7 +74,7 @@ def _not_one_of(choices: tuple[str, ...]) -> PydanticCustomError:
 
 
 class ConfigError(ValueError):
-    """What the user typed cannot run. Carries every problem, each with what to type instead; the command ends with exit code 2."""
+    """The user's settings cannot run. Carries every problem, each with the override to set."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -65,7 +92,7 @@ class ModelConfig:
     hub_id: str | None = None
     tokenizer_id: str | None = None
     source: str | None = None
-    """A hub id or a local folder, for model=custom; wins over the pinned architecture."""
+    """Hub id or local folder, for model=custom; wins over the pinned architecture."""
     model_type: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     """Arguments of AutoConfig.for_model(model_type, ...)."""
@@ -74,7 +101,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     gguf_file: str | None = None
     allow_pickle: bool = False
-    """Pickle checkpoints (pytorch_model.bin) can run code when they are read; only safetensors unless this is true."""
+    """Read pickle checkpoints (pytorch_model.bin) too. Reading one can run code that is in it."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -83,15 +110,21 @@ class OffloadConfig:
 
     device: OffloadDevice
     nvme_path: str | None = None
-    """Directory on a local disk; each job works in a folder of its own under it and deletes that folder in every ending."""
+    """Directory on a local disk. Each job works in its own folder there and deletes it at its end."""
     pin_memory: bool = False
     use_gds: bool = False
     """NVIDIA GPUDirect Storage: NVMe to GPU without the bounce buffer in host memory."""
-    buffer_numel: int | None = None
-    """Elements per NVMe staging buffer (DeepSpeed's `buffer_size` counts elements too). None: derived from the largest parameter."""
-    buffer_count: int | None = None
+    buffer_numel: Annotated[int, Limits(1, MOST_NUMEL)] | None = None
+    """Elements, not bytes, of one NVMe staging buffer. None: derived from the largest parameter.
+
+    DeepSpeed calls it `buffer_size` and counts elements too.
+    """
+    buffer_count: Annotated[int, Limits(2, 1 << 16)] | None = None
     huge_pages: bool | None = None
-    """NVMe staging buffers lie in huge pages, as far as decoder layers use them. None: except under zero=paper."""
+    """Put the parts of staging buffers that decoder layers use into huge pages.
+
+    None: yes, except under zero=paper.
+    """
 
     @property
     def nvme_folder(self) -> Path | None:
@@ -105,36 +138,46 @@ class DtypeConfig:
 
     weights: Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"]
     compute: Literal["auto", "float32", "float16", "bfloat16"]
-    """auto: the checkpoint's own type (float16 where its config names none), bfloat16 instead of float16 on a device without it."""
-    group_size: int = 64
+    """auto: the checkpoint's own type, or float16 where its config names none.
+
+    A device without float16 computes in bfloat16 instead.
+    """
+    group_size: Annotated[int, Limits(1, 1 << 20)] = 64
     """Elements that share one scale and offset; only for int8 and int4."""
 
     @property
     def bits(self) -> int | None:
-        """Bits of a quantised weight, None when weights are stored as computed."""
+        """Bits of a quantised weight; None when weights are stored as computed."""
         return QUANTISED_BITS.get(self.weights)
 
     @property
     def unpacks_to_float16(self) -> bool:
-        """Whether quantised weights are (where compute is auto: may be) computed with in float16: a GPU needs DeepSpeed's kernel for it."""
+        """True when quantised weights may be computed with in float16.
+
+        A GPU needs DeepSpeed's kernel for that. compute=auto may become float16, so it counts.
+        """
         return self.bits is not None and self.compute in ("auto", "float16")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BatchConfig:
-    """What is generated and how often it is timed. Every row has exactly these lengths; end-of-sequence is ignored."""
+    """What is generated and how often it is timed.
 
-    batch_size: int
+    Every row has exactly these lengths; end-of-sequence tokens are ignored.
+    """
+
+    batch_size: Rows
     """Rows over all ranks."""
-    prompt_tokens: int
-    new_tokens: int
-    warmup: int
+    prompt_tokens: Tokens
+    new_tokens: Annotated[int, Limits(2, MOST_TOKENS)]
+    """At least 2: the first comes from the prefill, the others from decode steps."""
+    warmup: Annotated[int, Limits(0, 1 << 16)]
     """Generations before timing starts: logged apart, never in the medians."""
-    repeats: int
+    repeats: Annotated[int, Limits(1, 1 << 16)]
     prompt: Literal["synthetic", "text", "file"] = "synthetic"
     prompt_text: str = "Paris is the capital city of"
     prompt_file: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Limits(0, (1 << 63) - 1)] = 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -146,22 +189,25 @@ class KvCacheConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ZeroConfig:
-    """How the DeepSpeed JSON is derived from the model. Numbers left None are derived; a number given wins (derivation=tuned only)."""
+    """How the DeepSpeed JSON is derived from the model.
+
+    A number that is None is derived; a number given wins (derivation=tuned only).
+    """
 
     derivation: Literal["paper", "tuned"]
-    prefetch_bucket_numel: int | None = None
-    max_live_numel: int | None = None
-    persistence_threshold_numel: int | None = None
+    prefetch_bucket_numel: Numel | None = None
+    max_live_numel: Numel | None = None
+    persistence_threshold_numel: Numel | None = None
     leaf_layers: bool | None = None
-    """Whole decoder layers are fetched and released at once instead of one module after the other."""
-    aio_block_size_bytes: int | None = None
-    aio_queue_depth: int | None = None
-    aio_intra_op_parallelism: int | None = None
+    """Fetch and release whole decoder layers at once, not one module after the other."""
+    aio_block_size_bytes: Annotated[int, Limits(1, 1 << 40)] | None = None
+    aio_queue_depth: Annotated[int, Limits(1, 1 << 20)] | None = None
+    aio_intra_op_parallelism: Threads | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EngineConfig:
-    """What runs the model."""
+    """Which software runs the model."""
 
     name: Annotated[str, AfterValidator(_known_engine)]
     """One of ENGINES, or of another package's entry points."""
@@ -169,7 +215,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HardwareConfig:
-    """detect: this machine. Otherwise a published box, every number with its source; None where nobody published it."""
+    """Which machine is planned for.
+
+    name=detect: this one. Otherwise a published box, every number with its source; None where
+    nobody published it.
+    """
 
     name: str
     source: str | None = None
@@ -177,17 +227,17 @@ class HardwareConfig:
     profile: str | None = None
     """Path of a calibration profile; None: the newest one of this machine."""
     device_name: str | None = None
-    device_count: int | None = None
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    host_cores: int | None = None
-    disk_bytes: int | None = None
-    device_memory_bytes_per_s: float | None = None
-    device_flops_per_s: dict[str, float] = field(default_factory=dict)
+    device_count: Annotated[int, Limits(0, 1 << 14)] | None = None
+    device_bytes: Bytes | None = None
+    host_bytes: Bytes | None = None
+    host_cores: Annotated[int, Limits(1, 1 << 16)] | None = None
+    disk_bytes: Annotated[int, Limits(0, MOST_BYTES)] | None = None
+    device_memory_bytes_per_s: Rate | None = None
+    device_flops_per_s: dict[str, Rate] = field(default_factory=dict)
     """Published dense peak per dtype name."""
-    host_memory_bytes_per_s: float | None = None
-    host_to_device_bytes_per_s: float | None = None
-    nvme_read_bytes_per_s: float | None = None
+    host_memory_bytes_per_s: Rate | None = None
+    host_to_device_bytes_per_s: Rate | None = None
+    nvme_read_bytes_per_s: Rate | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -203,32 +253,35 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LauncherConfig:
-    """How the worker of one job is started (Hydra's own launcher decides where jobs run: hydra/launcher=...)."""
+    """How one job's worker is started. Hydra's own launcher (hydra/launcher=...) decides where."""
 
-    ranks: int = 1
+    ranks: Annotated[int, Limits(1, 1 << 10)] = 1
     """Processes on this host, data-parallel: each generates its share of the batch."""
-    nodes: int = 1
+    nodes: Annotated[int, Limits(1, 1 << 14)] = 1
     """Hosts that run this job together, each with a zinfer of its own and `ranks` processes."""
-    node_rank: int = 0
-    """Which of them this is; node 0 has the results."""
+    node_rank: Annotated[int, Limits(0, 1 << 14)] = 0
+    """Number of this host among them; node 0 has the results."""
     rendezvous: str | None = None
     """host:port of node 0, the same on all nodes."""
-    timeout_s: float | None = None
-    """The worker is ended, and the run closed as `timeout`, after this many seconds."""
-    omp_threads: int | None = None
+    timeout_s: Annotated[float, Limits(0, 1e9, above=True)] | None = None
+    """End the worker, and close the run as `timeout`, after this many seconds."""
+    omp_threads: Threads | None = None
     """Threads per rank; None: the machine's cores divided by the ranks."""
-    master_port: int | None = None
+    master_port: Annotated[int, Limits(1, 65535)] | None = None
     fork_workers: bool = True
-    """Jobs of a sweep are forked from a process that holds the imports; false: each job imports for itself, as a single run does."""
+    """Fork the jobs of a sweep from a process that holds the imports.
+
+    false: each job imports for itself, as a single run does.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlanConfig:
-    """What the memory plan may do."""
+    """How strictly the memory plan is taken."""
 
     enforce: bool = True
-    """A plan that does not fit refuses the run. false: it warns, so that plans for other hardware can be made anywhere."""
-    headroom: float = 0.05
+    """Refuse a run that does not fit. false: warn, so that plans for other machines can be made."""
+    headroom: Annotated[float, Limits(0, 0.99)] = 0.05
     """Share of each tier that is left free."""
 
 
@@ -238,18 +291,21 @@ class SweepConfig:
 
     parent_run_id: str | None = None
     resume: bool = True
-    """A job whose run is there and FINISHED, with the same configuration, code, hardware and method, is not run again."""
+    """Reuse a finished run of the same configuration, code, hardware and method."""
     retry: Literal["failed", "oom", "none"] = "failed"
-    """Which jobs that ended badly are run again: all, only those that ran out of memory, or none."""
+    """Which jobs that ended badly are run again: all, only those out of memory, or none."""
     fail_fast: bool = False
-    """The first job that fails is the last one started."""
+    """Start no more jobs after the first that fails."""
     preview: bool = False
     """Print the table of jobs and run nothing."""
     search: Literal["none", "best_batch"] = "none"
-    """best_batch: each job becomes a search for the batch size with the highest generated_tokens_per_s, from batch.batch_size upwards."""
-    search_max_batch: int = 4096
-    search_trials: int = 16
-    """At most so many batch sizes are tried."""
+    """best_batch: each job looks for the batch size with the highest generated_tokens_per_s.
+
+    The search goes upwards from batch.batch_size.
+    """
+    search_max_batch: Rows = 4096
+    search_trials: Annotated[int, Limits(2, 1 << 10)] = 16
+    """Try at most so many batch sizes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -272,17 +328,22 @@ class RunConfig:
     launcher: LauncherConfig
     plan: PlanConfig
     sweep: SweepConfig
+    from_environment: dict[tuple[str | int, ...], str] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Not a setting: path of a value -> its text with `${oc.env:...}`, to store or show."""
 
     @property
     def stages_in_huge_pages(self) -> bool:
-        """Whether NVMe staging buffers in host memory are put into huge pages; the published derivation has none."""
+        """True when NVMe staging buffers in host memory are put into huge pages.
+
+        The published derivation (zero=paper) has none.
+        """
         if self.offload.device != "nvme" or self.offload.use_gds:
             return False
-        return (
-            self.zero.derivation == "tuned"
-            if self.offload.huge_pages is None
-            else self.offload.huge_pages
-        )
+        if self.offload.huge_pages is None:
+            return self.zero.derivation == "tuned"
+        return self.offload.huge_pages
 
     def changed(self, **settings: Any) -> RunConfig:
         """Copy with other settings: `config.changed(batch={"repeats": 5}, weights="dummy")`.
@@ -304,14 +365,17 @@ RUN_CONFIG = TypeAdapter(RunConfig)
 
 
 def config_to_tree(config: RunConfig) -> dict[str, Any]:
-    """Plain JSON-able mapping; `config_from_tree` reads it back."""
-    tree = RUN_CONFIG.dump_python(config, mode="json")
+    """Turn a configuration into plain JSON values; `config_from_tree` reads them back."""
+    tree = RUN_CONFIG.dump_python(config, mode="json", exclude={"from_environment"})
     assert isinstance(tree, dict)
     return tree
 
 
 def config_key(config: RunConfig) -> str:
-    """Hash of everything that decides what a run measures; paths, tracking and the terminal do not. 16 hexadecimal digits."""
+    """Hash all that decides what a run measures, to 16 hexadecimal digits.
+
+    Paths, tracking and how results are shown decide nothing and are left out.
+    """
     tree = config_to_tree(config)
     for group in ("tracking", "sweep", "format", "plan"):
         tree.pop(group)

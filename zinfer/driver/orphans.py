@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinfer.config import ConfigError, RunConfig, config_from_tree
+from zinfer.config import ConfigError, RunConfig, config_from_stored
 from zinfer.driver.ending import Watched
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.workers import signal_group
@@ -75,7 +75,7 @@ def close_job(job_dir: Path, terminal: Terminal) -> Outcome | None:
 def config_of(job_dir: Path) -> RunConfig | None:
     """The configuration that the driver stored, if it got that far and this version still reads it."""
     try:
-        return config_from_tree(read_json(job_dir / JOB_FILE)["config"])
+        return config_from_stored(read_json(job_dir / JOB_FILE)["config"])
     except (ConfigError, TypeError, KeyError):
         return None
 

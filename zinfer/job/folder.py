@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from zinfer.config import RunConfig, config_to_tree
+from zinfer.config import RunConfig, config_to_stored
 from zinfer.job.files import DRIVER_LOCK, JOB_FILE
 from zinfer.job.swap import process_start_ticks
 from zinfer.paths import cache_dir
@@ -28,8 +28,8 @@ def write_job(job_dir: Path, config: RunConfig) -> None:
     """Store the checked configuration, and which process is the driver."""
     pid = os.getpid()
     job: dict[str, Any] = {"driver_pid": pid, "driver_start_ticks": process_start_ticks(pid)}
-    job |= {"working_directory": str(Path.cwd()), "config": config_to_tree(config)}
-    write_json(job_dir / JOB_FILE, job)
+    job |= {"working_directory": str(Path.cwd()), "config": config_to_stored(config)}
+    write_json(job_dir / JOB_FILE, job, private=True)
 
 
 def read_job_config(job_dir: Path) -> tuple[dict[str, Any], int, int | None]:
@@ -38,9 +38,14 @@ def read_job_config(job_dir: Path) -> tuple[dict[str, Any], int, int | None]:
     return job["config"], job["driver_pid"], job["driver_start_ticks"]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: who reads it at the same moment, or after a kill, never finds half a document."""
+def write_json(path: Path, value: Any, *, private: bool = False) -> None:
+    """Whole or not at all: who reads it at the same moment, or after a kill, never finds half a document.
+
+    Args:
+        private: only its owner may read it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch(mode=0o600 if private else 0o666)
     temporary.write_text(json.dumps(value, indent=1))
     os.replace(temporary, path)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zinfer
-from zinfer.config import METHOD_VERSION, RunConfig, config_key, config_to_tree
+from zinfer.config import METHOD_VERSION, RunConfig, config_key, config_to_shown
 from zinfer.config.engines import engine_of
 from zinfer.job.outcome import Json, Outcome
 from zinfer.machine.environment import hardware_fingerprint
@@ -141,12 +141,13 @@ def open_run(config: RunConfig, *, job_dir: Path, environment: Json) -> TrackedR
 
 def run_params(config: RunConfig) -> dict[str, str]:
     """The choices, flattened: model.name, offload.device, batch.batch_size. What was left open (None) is absent."""
-    flat = dict(_flatten(config_to_tree(config), ""))
+    tree = config_to_shown(config)
+    flat = dict(_flatten(tree, ""))
     if config.batch.prompt == "text":
-        flat["batch.prompt_text"] = config.batch.prompt_text
+        flat["batch.prompt_text"] = tree["batch"]["prompt_text"]
     if config.dtype.bits is None:
         del flat["dtype.group_size"]
-    return {name: _text(value)[:PARAM_CHARACTERS] for name, value in flat.items()}
+    return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flat.items()}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -164,7 +165,7 @@ def run_tags(config: RunConfig, job_dir: Path, environment: Json) -> dict[str, s
     """The circumstances, as far as they are known before the worker starts. The user's tags cannot replace ours."""
     checkout = environment["zinfer"]
     tags = {
-        **config.tracking.tags,
+        **config_to_shown(config)["tracking"]["tags"],
         "mlflow.runName": config.tracking.run_name or run_name(config),
         "mlflow.source.name": "zinfer",
         "mlflow.source.type": "LOCAL",
@@ -181,7 +182,9 @@ def run_tags(config: RunConfig, job_dir: Path, environment: Json) -> dict[str, s
         "zinfer.job_dir": job_dir.absolute(),
     }
     return {
-        name: _text(value)[:TAG_CHARACTERS] for name, value in tags.items() if value is not None
+        redact(name): _text(name, value)[:TAG_CHARACTERS]
+        for name, value in tags.items()
+        if value is not None
     }
 
 
@@ -191,9 +194,10 @@ def parent_tag(given: str, client: MlflowClient, experiment_id: str) -> dict[str
     return {} if parent is None else {"mlflow.parentRunId": parent}
 
 
-def _text(value: Any) -> str:
-    """As YAML writes it (true, false), without secrets."""
-    return redact(str(value).lower() if isinstance(value, bool) else str(value))
+def _text(name: str, value: Any) -> str:
+    """As YAML writes it (true, false), without secrets; the name may say that it is one."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return redact({name: text}).popitem()[1]
 
 
 def run_name(config: RunConfig, dtype: str | None = None) -> str:
@@ -232,7 +236,7 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
         "zinfer.warnings": "\n".join(outcome.warnings) or None,
     }
     known_tags = [
-        RunTag(name, _text(value)[:TAG_CHARACTERS])
+        RunTag(name, _text(name, value)[:TAG_CHARACTERS])
         for name, value in tags.items()
         if value is not None
     ]
@@ -286,7 +290,7 @@ def write_artifacts(
     import yaml
 
     contents: dict[str, str | None] = {
-        "config.yaml": yaml.safe_dump(config_to_tree(config), sort_keys=False),
+        "config.yaml": yaml.safe_dump(config_to_shown(config), sort_keys=False),
         "environment.json": _json(environment),
         "plan.json": _json(outcome.plan),
         "deepspeed.json": _json(outcome.deepspeed),

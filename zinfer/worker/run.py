@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinfer.config import RunConfig, config_from_tree
+from zinfer.config import RunConfig, config_from_stored
 from zinfer.config.engines import engine_loader
 from zinfer.config.tasks import function_named, task_of
 from zinfer.job.events import EventLog
@@ -231,7 +231,7 @@ def main(job_dir: Path) -> int:
     rank = int(os.environ.get("RANK", "0"))
     events = EventLog(job_dir, rank)
     tree, driver_pid, driver_start_ticks = read_job_config(job_dir)
-    config = config_from_tree(tree)
+    config = config_from_stored(tree)
     threading.Thread(
         target=_end_with_driver, args=(driver_pid, driver_start_ticks, config, job_dir), daemon=True
     ).start()

@@ -1,0 +1,90 @@
+"""Secrets are known by the name they stand under, by their form, and by where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from zinfer import redact as module
+from zinfer.redact import hide, redact
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "_from_environment", {})
+    yield
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "SMTP_PASS", "PASS", "MYSQL_PWD", "GPG_PASSPHRASE", "SLACK_WEBHOOK_URL", "SENTRY_DSN", "DSN",
+        "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "SESSION_COOKIE",
+        "db_pass", "APP_PW",
+    ],
+)  # fmt: skip
+def test_the_value_of_a_variable_named_like_a_secret_is_hidden(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "correct horse")
+    assert redact("it is correct horse, as %22correct%20horse%22") == "it is ***, as %22***%22"
+
+
+@pytest.mark.parametrize(
+    "variable", ["PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "COMPASS", "BYPASS_CACHE", "PATH_A"]
+)
+def test_other_variables_hide_nothing(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "/work/folder")
+    assert redact("in /work/folder") == "in /work/folder"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ({"db_pass": "geheim"}, {"db_pass": "***"}),
+        ({"tracking.tags.smtp_pass": "x"}, {"tracking.tags.smtp_pass": "***"}),
+        ({"webhook_url": "https://h/x"}, {"webhook_url": "***"}),
+        ({"clientSecret": "x"}, {"clientSecret": "***"}),
+        ({"auth": {"passphrase": {"a": ["x", 3]}}}, {"auth": {"passphrase": {"a": ["***", 3]}}}),
+        ({"secrets": {"a": "x", "b": {"c": "y"}}}, {"secrets": {"a": "***", "b": {"c": "***"}}}),
+        ({"dsn": "host=h user=u"}, {"dsn": "***"}),
+        ({"token": "abc"}, {"token": "***"}),
+        ({"password": None, "api_key": ""}, {"password": None, "api_key": ""}),
+        ({"password": "${oc.env:PW}"}, {"password": "${oc.env:PW}"}),
+        ({"pad_token": "</s>", "new_tokens": 5}, {"pad_token": "</s>", "new_tokens": 5}),
+        ({"zinfer.key": "abc.def", "keys": ["a"]}, {"zinfer.key": "abc.def", "keys": ["a"]}),
+        ({"passes": "3", "compass": "north"}, {"passes": "3", "compass": "north"}),
+    ],
+)
+def test_what_stands_under_the_name_of_a_secret_is_hidden(given: Any, shown: Any) -> None:
+    assert redact(given) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://hooks.slack.com/services/T0/B0/xyz", "https://hooks.slack.com/***"),
+        ("https://discord.com/api/webhooks/1/abc!", "https://discord.com/api/webhooks/***"),
+        ("Server=h;Uid=u;Pwd=x;Port=1", "Server=h;Uid=u;Pwd=***;Port=1"),
+        ("host=h password=x dbname=d", "host=h password=*** dbname=d"),
+        ("jdbc:mysql://h/d?user=u&password=x", "jdbc:mysql://h/d?user=u&password=***"),
+        ("https://abc@o1.ingest.sentry.io/2", "https://***@o1.ingest.sentry.io/2"),
+        ("+tracking.tags.db_pass=hunter2", "+tracking.tags.db_pass=***"),
+        ("password: ${oc.env:PW}", "password: ${oc.env:PW}"),
+        ("http://u:${oc.env:PW}@h/x", "http://u:${oc.env:PW}@h/x"),
+        ("compass: north", "compass: north"),
+    ],
+)
+def test_secrets_are_known_by_their_form(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+def test_what_was_taken_from_the_environment_is_shown_as_it_was_typed() -> None:
+    hide("team-rocket", "${oc.env:TEAM}")
+    hide("/scratch/me", "${oc.env:SCRATCH}")
+    hide("true", "${oc.env:FLAG}")
+    assert redact({"a": "by team-rocket in /scratch/me: true"}) == {
+        "a": "by ${oc.env:TEAM} in /scratch/me: true"
+    }

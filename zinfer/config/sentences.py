@@ -1,0 +1,133 @@
+"""Say what pydantic found wrong in the user's own terms, each with the override to set instead."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from zinfer.config.limits import NUMBER_ERROR, shown
+from zinfer.config.run_config import RunConfig
+from zinfer.paths import conf_dir
+
+EXAMPLES = {
+    "model.source": "model.source=/path/to/a/folder or model.source=HUB/ID",
+    "offload.nvme_path": "offload.nvme_path=/local_nvme",
+    "tracking.uri": "tracking.uri=http://127.0.0.1:5000",
+}
+"""Values to try for settings that people forget."""
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping such as {key: value}",
+    "list": "a list such as [1, 2]",
+    "dataclass": "a group of settings",
+}
+"""First word of pydantic's error types -> what was expected."""
+
+
+def validation_problem(detail: Any, given: str) -> str:
+    """Turn one of pydantic's findings into a sentence that names the override to set.
+
+    Args:
+        given: the value as it may be shown.
+    """
+    path = tuple(detail["loc"])
+    name = ".".join(str(part) for part in path)
+    context = detail.get("ctx") or {}
+    match detail["type"]:
+        case "literal_error":
+            choices = choices_in(str(context["expected"]))
+            instead = f"Set {name}={nearest(given, choices) or choices[0]}"
+            return f"{name}={given} is not one of {', '.join(choices)}. {instead}"
+        case "unexpected_keyword_argument":
+            return unknown_setting(path, given)
+        case "missing" | "missing_keyword_only_argument" | "missing_argument":
+            return no_value(path)
+        case kind if kind == NUMBER_ERROR:
+            return f"{name}={given} {context['sentence']}. Set {name}={_instead(path, context)}"
+    expected = KINDS.get(detail["type"].partition("_")[0])
+    said = f"is not {expected}" if expected else f"is wrong: {detail['msg']}"
+    return f"{name}={given} {said}. Set {name}={_instead(path, context)}"
+
+
+def unknown_setting(path: tuple[Any, ...], given: str) -> str:
+    """Name the setting that was probably meant: batch.batchsize -> batch.batch_size."""
+    name = ".".join(str(part) for part in path)
+    meant = nearest(name, settings())
+    if meant is None and len(path) > 1:
+        meant = nearest(str(path[-1]), [known.rpartition(".")[2] for known in settings()])
+        meant = next((known for known in settings() if known.endswith(f".{meant}")), None)
+    if meant is None:
+        return f"{name} is not a setting of zinfer. Drop it; zinfer --cfg job shows all settings"
+    return f"{name} is not a setting of zinfer. Did you mean it so? Set {meant}={given}"
+
+
+def no_value(path: tuple[Any, ...]) -> str:
+    """A setting or a whole group that nothing was chosen for, with its choices."""
+    name = ".".join(str(part) for part in path)
+    choices = choices_of(str(path[0]))
+    if choices:
+        return f"{name} has no value. Set {path[0]}={choices[0]}; choices: {', '.join(choices)}"
+    example = f", e.g. {EXAMPLES[name]}" if name in EXAMPLES else ""
+    return f"{name} has no value. Set {name}=VALUE{example}"
+
+
+def nearest(text: str, known: list[str]) -> str | None:
+    """The known word that is most like this one; None when none is."""
+    found = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def settings() -> list[str]:
+    """All settings by their dotted names."""
+    found = []
+    for name, kind in get_type_hints(RunConfig).items():
+        if is_dataclass(kind):
+            found += [f"{name}.{item.name}" for item in fields(kind)]
+        elif name != "from_environment":
+            found.append(name)
+    return found
+
+
+def choices_of(group: str) -> list[str]:
+    """The choices of a group of conf/, in alphabetical order; empty where it is no group."""
+    return sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
+
+
+def choices_in(expected: str) -> list[str]:
+    """pydantic writes "'a', 'b' or 'c'"."""
+    return expected.replace(" or ", ", ").replace("'", "").split(", ")
+
+
+def _instead(path: tuple[Any, ...], context: dict[str, Any]) -> str:
+    """A value to set: the bound that was crossed, else the default."""
+    if context.get("instead") is not None:
+        return shown(context["instead"])
+    default = default_of(path)
+    return "VALUE" if default is MISSING or default is None else str(default)
+
+
+def default_of(path: tuple[Any, ...]) -> Any:
+    """Default of a setting; dataclasses.MISSING where it has none."""
+    kind = get_type_hints(RunConfig).get(str(path[0]))
+    if len(path) < 2 or not is_dataclass(kind):
+        return MISSING
+    found = next((item for item in fields(kind) if item.name == path[1]), None)
+    return MISSING if found is None else found.default
+
+
+def usable_value(path: tuple[Any, ...]) -> Any:
+    """Some value that this setting takes; dataclasses.MISSING where none is known."""
+    default = default_of(path)
+    kind = get_type_hints(RunConfig).get(str(path[0]))
+    if default is not MISSING or len(path) != 2 or not is_dataclass(kind):
+        return default
+    wanted = get_type_hints(kind).get(str(path[1]))
+    if get_origin(wanted) is Literal:
+        return get_args(wanted)[0]
+    return {int: 2, str: "x"}.get(wanted, MISSING) if isinstance(wanted, type) else MISSING
