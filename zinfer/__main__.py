@@ -14,11 +14,10 @@ import hydra
 from zinfer.driver.interrupts import Interrupts
 from zinfer.job.outcome import INTERRUPTED, Outcome
 from zinfer.paths import conf_dir
+from zinfer.sweep.decision import DECIDED, LeaveHydra
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from zinfer.sweep.record import Sweep
 
 
 class Ended:
@@ -40,12 +39,13 @@ def task(composed: DictConfig) -> None:
     if context.mode != RunMode.MULTIRUN:
         Ended.outcome = run_single(composed, job_dir)
         return
+    from zinfer.sweep.compose import task_overrides
     from zinfer.sweep.job import run_sweep_job
-    from zinfer.sweep.record import read_sweep, started_here
+    from zinfer.sweep.record import started_here, sweep_of_job
 
-    sweep = read_sweep(Path(context.sweep.dir).absolute())
-    assert sweep is not None, "SweepCallback writes sweep.json before the first job"
-    run_sweep_job(composed, sweep, int(context.job.num), job_dir, list(context.overrides.task))
+    sweep = sweep_of_job(str(context.sweep.dir))
+    assert sweep is not None, "the head of a sweep writes sweep.json before the first job"
+    run_sweep_job(composed, sweep, int(context.job.num), job_dir, task_overrides(context))
     if Interrupts.received and started_here(sweep):
         raise KeyboardInterrupt
 
@@ -83,27 +83,22 @@ def main() -> None:
         task
     )
     Interrupts.install()
-    interrupted, over, code = False, False, 0
+    interrupted, code = False, 0
     try:
         with contextlib.redirect_stderr(Tee(sys.stderr, said)):
             compose_and_run()
     except KeyboardInterrupt:
         interrupted, code = True, INTERRUPTED
-    except (
-        SystemExit
-    ) as exit_:  # Hydra's own after a failure, SweepOver where nothing was left to run
-        over = type(exit_) is not SystemExit
+    except LeaveHydra:
+        pass  # the head of the sweep left nothing to run
+    except SystemExit as exit_:  # Hydra's own, after a failure
         code = exit_.code if isinstance(exit_.code, int) else 0
-    sweep = sweep_started_here()
-    if sweep is not None:
-        from zinfer.sweep.end import end_sweep
+    decision = DECIDED.get()
+    if decision is not None:
+        from zinfer.sweep.end import end
 
-        with Interrupts.in_order():
-            ended = end_sweep(sweep, interrupted=interrupted)
-        sys.exit(ended or code)
-    if code and not (
-        Ended.composed or interrupted or over
-    ):  # Hydra could not compose what was typed
+        sys.exit(end(decision, interrupted=interrupted) or code)
+    if code and not (Ended.composed or interrupted):  # Hydra could not compose what was typed
         if wants_json:
             problems = [
                 line
@@ -113,12 +108,6 @@ def main() -> None:
             print(json.dumps({"status": "refused", "problems": [" ".join(problems)]}))
         sys.exit(2)
     sys.exit(Ended.outcome.exit_code if Ended.outcome is not None else code)
-
-
-def sweep_started_here() -> Sweep | None:
-    """Without importing what only sweeps need."""
-    start = sys.modules.get("zinfer.sweep.start")
-    return start.Started.sweep if start is not None else None
 
 
 def multirun_first(arguments: list[str]) -> list[str]:

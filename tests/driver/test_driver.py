@@ -20,9 +20,6 @@ from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.server import server_key
 from zinfer.driver.workers import Worker
 from zinfer.job.folder import abandoned_folders, driven, is_driven
-from zinfer.job.outcome import EndedBy
-from zinfer.sweep.resume import EarlierRun, may_retry
-from zinfer.sweep.search import best_batch
 
 BIG = (  # 140 MB in parameters of 4 MiB, which DeepSpeed does swap
     *TINY, "model.overrides.hidden_size=1024", "model.overrides.intermediate_size=2048", "model.overrides.num_hidden_layers=4",
@@ -121,62 +118,6 @@ def test_signals_wait_for_a_job_to_be_closed() -> None:
         Interrupts.received = False
         for sign, handler in handlers.items():
             signal.signal(sign, handler)
-
-
-@pytest.mark.parametrize(
-    ("status", "ended_by", "retry", "again"),
-    [
-        ("error", EndedBy.ITSELF, "failed", True),
-        ("error", EndedBy.ITSELF, "oom", False),
-        ("error", EndedBy.ITSELF, "none", False),
-        ("oom_host", EndedBy.ITSELF, "oom", True),
-        ("oom_device", EndedBy.ITSELF, "failed", True),
-        ("oom_device", EndedBy.ITSELF, "none", False),
-        ("killed", EndedBy.INTERRUPTED, "none", True),
-        ("killed", EndedBy.DRIVER_KILLED, "none", True),
-        ("killed", EndedBy.ITSELF, "none", False),
-    ],
-)
-def test_retry_says_which_failures_are_run_again(
-    status: str, ended_by: EndedBy, retry: str, again: bool
-) -> None:
-    run = EarlierRun(
-        key="k",
-        run_id="r",
-        status=status,
-        reason="interrupted, as some messages begin",
-        job_dir=None,
-        tokens_per_s=None,
-        ended_by=ended_by,
-    )  # type: ignore[arg-type]
-    assert may_retry(run, retry) is again
-
-
-@pytest.mark.parametrize(
-    ("peak", "memory_ends_at", "step", "best", "most_trials"),
-    [
-        (10_000, 100, 1, 100, 12),
-        (24, 10_000, 1, 24, 10),
-        (1, 10_000, 1, 1, 3),
-        (10_000, 100, 8, 96, 12),
-        (10_000, 1, 1, 1, 3),
-    ],
-)
-def test_the_best_batch_is_found_by_doubling_and_bisection(
-    peak: int, memory_ends_at: int, step: int, best: int, most_trials: int
-) -> None:
-    """Throughput rises up to `peak` and falls after it; above `memory_ends_at` there is none."""
-
-    def trial(size: int) -> float | None:
-        return None if size > memory_ends_at else float(min(size, peak) - max(0, size - peak) * 0.5)
-
-    tried = best_batch(trial, step, step, 4096, 16)
-    found = max(
-        (size for size in tried if tried[size] is not None), key=lambda size: tried[size] or 0.0
-    )
-    assert all(size % step == 0 for size in tried)
-    assert abs(found - best) <= max(step, best / 8)
-    assert len(tried) <= most_trials
 
 
 def test_only_what_imports_read_needs_another_server() -> None:

@@ -1,4 +1,4 @@
-"""Where Hydra starts a sweep of ours."""
+"""Hydra's door to the head of a sweep."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from zinfer.sweep.decision import DECIDED, LeaveHydra, Started
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
 class SweepCallback(Callback):
-    """Hydra calls this before the first job. What follows the last one is in zinfer.sweep_end: Hydra does not call back after a failure."""
+    """Start the sweep before Hydra runs its first job.
+
+    zinfer.sweep.end does what follows the last job: Hydra does not call back after a failure.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Plan the sweep; a preview, and a sweep of which everything is there already, end here."""
-        from zinfer.sweep.start import start_sweep
+        """Let the head decide.
 
-        start_sweep(config)
+        Raises:
+            LeaveHydra: no job is left to run.
+        """
+        from zinfer.sweep.head import decide
+
+        decision = decide(config)
+        DECIDED.set(decision)
+        if not isinstance(decision, Started) or decision.left == 0:
+            raise LeaveHydra

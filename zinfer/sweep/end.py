@@ -1,23 +1,31 @@
-"""The end of a sweep, whatever end it was: every job accounted for, one table or document, the exit code, how to go on."""
+"""End a sweep, however it came to its end.
+
+Every job is accounted for in one table or one document. Then come the exit code, the run in MLflow
+that holds the jobs together, and what to type to go on.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.workers import Servers
-from zinfer.job.files import RESULT_FILE, REUSED_FILE
-from zinfer.job.folder import is_driven, read_json
-from zinfer.job.outcome import INTERRUPTED, EndedBy, Json, Status
+from zinfer.job.files import NOT_LOGGED_FILE
+from zinfer.job.folder import is_driven
+from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Json, Status
 from zinfer.redact import redact
-from zinfer.sweep.job import ended_well
-from zinfer.sweep.record import Sweep
-from zinfer.sweep.start import Started
+from zinfer.sweep.decision import Decision, NoSweep, Planned, Previewed, Started
+from zinfer.sweep.record import Sweep, ended_well
+from zinfer.sweep.resume import would_retry
 from zinfer.sweep.table import result_table
+from zinfer.tracking.parent import SweptRun, SweptState
 
 STOP_WAIT_S = 4.0
 """For jobs in other processes that have been told to stop."""
@@ -25,122 +33,209 @@ STOP_WAIT_S = 4.0
 SWEEP_STATUS: dict[int, Status] = {0: "ok", INTERRUPTED: "killed"}
 """Exit code -> status of the sweep's own run; error for all others."""
 
-Row = tuple[int, list[str], Json | None]
-"""Number, overrides, and result.json or reused.json; None for a job that has neither."""
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One job at the end of its sweep."""
+
+    num: int
+    overrides: list[str]
+    folder: Path
+    document: Json | None
+    """Its result.json or reused.json; None for a job that has neither."""
+
+    @property
+    def status(self) -> str:
+        """Return the job's status; not_run where it has none."""
+        return str(self.document["status"]) if self.document is not None else "not_run"
+
+    @property
+    def has_result(self) -> bool:
+        """Return whether the job came to an end that says something of it: also that it is too big."""
+        return ended_well(self.document) or self.status == "does_not_fit"
+
+    @property
+    def run(self) -> SweptRun:
+        """Return its run, as the sweep's own run names it."""
+        found = self.document or {}
+        state: SweptState = "reused" if found.get("reused") else "run"
+        if self.document is None:
+            state = "not_run"
+        elif self.status == "refused":
+            state = "refused"
+        return SweptRun(num=self.num, run_id=found.get("run_id"), state=state)
 
 
-def end_sweep(sweep: Sweep, *, interrupted: bool) -> int:
-    """Account for every job, show it, and return the exit code."""
-    terminal = Terminal(sweep.output_format)
-    Servers.close()
-    if sweep.preview:
-        return end_preview(sweep)
-    if interrupted:
-        sweep.stop("interrupted")
-        wait_for_jobs(sweep)
-    close_abandoned(terminal)  # of jobs whose process a launcher has killed
-    rows = list(rows_of(sweep))
-    code = exit_code(rows, interrupted=interrupted)
-    status = SWEEP_STATUS.get(code, "error")
-    if sweep.output_format == "json":
-        print(
-            json.dumps(
-                redact(
-                    document(
-                        rows,
-                        status="interrupted" if interrupted else ("ok" if code == 0 else "failed"),
-                    )
-                )
-            ),
-            flush=True,
-        )
-    else:
-        terminal.table(result_table(sweep, rows))
-        print_how_to_go_on(sweep, rows, terminal, interrupted=interrupted)
-    Started.parent.end(status)
-    Started.held.close()
-    return code
+def end(decision: Decision, *, interrupted: bool) -> int:
+    """End what the head has decided, and return the exit code."""
+    match decision:
+        case Planned():
+            return decision.exit_code
+        case NoSweep():
+            return end_refused(decision)
+        case Previewed():
+            return end_preview(decision.sweep)
+        case Started():
+            with Interrupts.in_order():
+                return end_sweep(decision, interrupted=interrupted)
+
+
+def end_refused(decision: NoSweep) -> int:
+    """Show why there is no sweep."""
+    outcome = decision.outcome
+    terminal = Terminal(decision.output_format)
+    if outcome.traceback is not None:
+        terminal.note(outcome.traceback.rstrip())
+    terminal.finish(outcome)
+    return outcome.exit_code
 
 
 def end_preview(sweep: Sweep) -> int:
-    """Exit code 0 when every job would run or is there; 2 when one would be refused."""
-    assert sweep.jobs is not None
+    """Print the jobs. Exit code 0 when every job would run or is there; 2 when one is refused."""
+    if sweep.jobs is None:
+        note = "hydra.sweeper chooses its jobs one after the other, so there is nothing to preview"
+        Terminal(sweep.output_format).note(note)
+        return 0
     jobs = []
     for job in sweep.jobs:
         earlier = sweep.reusable.get(str(job.key)) if job.state == "reused" else None
         jobs.append({**asdict(job), "run_id": earlier.run_id if earlier else None})
     if sweep.output_format == "json":
         print(json.dumps(redact({"status": "preview", "jobs": jobs})), flush=True)
-    Started.held.close()
     return 2 if any(job.verdict in ("does_not_fit", "refused") for job in sweep.jobs) else 0
 
 
+def end_sweep(started: Started, *, interrupted: bool) -> int:
+    """Account for every job, show it, close the sweep's run, and return the exit code."""
+    sweep = started.sweep
+    terminal = Terminal(sweep.output_format)
+    Servers.close()
+    if interrupted:
+        sweep.stop("interrupted")
+        wait_for_jobs(sweep)
+    close_abandoned(terminal)  # of jobs whose process a launcher has killed
+    rows = rows_of(sweep)
+    code = exit_code(rows, interrupted=interrupted)
+    if sweep.output_format == "json":
+        said = "interrupted" if interrupted else ("ok" if code == 0 else "failed")
+        print(json.dumps(redact(document(rows, status=said))), flush=True)
+    else:
+        table = [(row.num, row.overrides, row.document) for row in rows]
+        terminal.table(result_table(sweep, table))
+        for line in how_to_go_on(sweep, rows, interrupted=interrupted):
+            terminal.note(line)
+        terminal.note(f"sweep folder {sweep.folder}")
+    started.parent.end(
+        SWEEP_STATUS.get(code, "error"), [row.run for row in rows], record(sweep, rows)
+    )
+    started.held.close()
+    return code
+
+
 def wait_for_jobs(sweep: Sweep) -> None:
-    """Jobs in other processes end in order when they see that the sweep has stopped."""
+    """Wait for jobs in other processes, which end in order when they see that the sweep stopped."""
     deadline_s = time.monotonic() + STOP_WAIT_S
-    while time.monotonic() < deadline_s and any(is_driven(folder) for _, folder in sweep.folders()):
+    while time.monotonic() < deadline_s and any(is_driven(job.folder) for job in sweep.begun()):
         time.sleep(0.1)
 
 
-def rows_of(sweep: Sweep) -> Iterator[Row]:
-    """Every job that was planned, and every one that has a folder."""
-    found = {
-        num: read_json(folder / RESULT_FILE) or read_json(folder / REUSED_FILE)
-        for num, folder in sweep.folders()
-    }
-    overrides = {job.num: job.overrides for job in sweep.jobs or []}
-    for num in sorted(found.keys() | overrides.keys()):
-        yield num, overrides.get(num) or overrides_in(sweep, num), found.get(num)
+def rows_of(sweep: Sweep) -> list[Row]:
+    """Return every job that was planned, and every one that has begun, in their order."""
+    begun = {job.num: job for job in sweep.begun()}
+    planned = {job.num: job for job in sweep.jobs or []}
+    rows = []
+    for num in sorted(begun.keys() | planned.keys()):
+        job: Any = begun.get(num) or planned[num]
+        rows.append(
+            Row(
+                num=num,
+                overrides=planned[num].overrides if num in planned else job.overrides,
+                folder=Path(job.folder),
+                document=begun[num].document() if num in begun else None,
+            )
+        )
+    return rows
 
 
-def overrides_in(sweep: Sweep, num: int) -> list[str]:
-    """As Hydra stored them, for jobs that another sweeper chose."""
-    try:
-        lines = (sweep.folder / str(num) / ".hydra" / "overrides.yaml").read_text().splitlines()
-    except OSError:
-        return []
-    return [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+def exit_code(rows: Sequence[Row], *, interrupted: bool) -> int:
+    """Return the sweep's exit code.
 
-
-def exit_code(rows: list[Row], *, interrupted: bool) -> int:
-    """0: every job ended well; 130: interrupted; 2: no job could run at all; 1: a job failed, was refused, or did not run."""
-    if interrupted or any(row_interrupted(document) for _, _, document in rows):
+    0: every job ended well. 130: interrupted. 2: no job could run at all, as each was refused or
+    does not fit. 1: a job failed, was refused, or did not run.
+    """
+    if interrupted or any(row_interrupted(row.document) for row in rows):
         return INTERRUPTED
-    if all(ended_well(document) for _, _, document in rows):
+    if all(ended_well(row.document) for row in rows):
         return 0
-    return (
-        2
-        if all(document is not None and document["status"] == "refused" for _, _, document in rows)
-        else 1
-    )
+    refused = [status for status, code in EXIT_CODES.items() if code == 2]
+    return 2 if all(row.status in refused for row in rows) else 1
 
 
 def row_interrupted(document: Json | None) -> bool:
-    """Whether this job was ended by Ctrl-C."""
+    """Return whether this job was ended by Ctrl-C."""
     return document is not None and document.get("ended_by") == EndedBy.INTERRUPTED
 
 
-def document(rows: list[Row], status: str) -> Json:
-    """What format=json prints of a sweep: the jobs' own documents, in their order."""
+def document(rows: Sequence[Row], status: str) -> Json:
+    """Return what format=json prints of a sweep: the jobs' own documents, in their order."""
     jobs = [
-        {"num": num, "overrides": overrides, **(found or {"status": "not_run"})}
-        for num, overrides, found in rows
+        {"num": row.num, "overrides": row.overrides, **(row.document or {"status": "not_run"})}
+        for row in rows
     ]
     return {"status": status, "jobs": jobs}
 
 
-def print_how_to_go_on(
-    sweep: Sweep, rows: list[Row], terminal: Terminal, *, interrupted: bool
-) -> None:
-    """The command that runs what is missing, and nothing that is there."""
-    missing = sum(not ended_well(found) for _, _, found in rows)
-    if missing:
-        what = (
-            "interrupted"
-            if interrupted
-            else (sweep.stopped() == "fail_fast" and "stopped at the first failure") or "ended"
+def record(sweep: Sweep, rows: Sequence[Row]) -> Json:
+    """Return the record of the ended sweep, for its run in MLflow."""
+    jobs = [
+        {
+            **asdict(row.run),
+            "overrides": row.overrides,
+            "folder": str(row.folder),
+            "status": row.status,
+            "reason": (row.document or {}).get("reason"),
+        }
+        for row in rows
+    ]
+    return {"command": sweep.command, "folder": str(sweep.folder), "jobs": jobs}
+
+
+def how_to_go_on(sweep: Sweep, rows: Sequence[Row], *, interrupted: bool) -> list[str]:
+    """Return sentences: what is missing, why, and what the same command would run of it."""
+    missing = [row for row in rows if not row.has_result]
+    if not missing:
+        return []
+    reason = "interrupted" if interrupted else "ended"
+    if not interrupted and sweep.stopped() == "fail_fast":
+        reason = "stopped at the first failure"
+    lines = [f"{reason} with {len(missing)} of {len(rows)} jobs not done"]
+    again = [row for row in missing if would_run_again(row, sweep.retry)]
+    refused = sum(row.status == "refused" for row in missing)
+    standing = len(missing) - len(again) - refused
+    if refused:
+        lines.append(f"{refused} refused: correct what their reason names")
+    if standing:
+        lines.append(
+            f"{standing} failed and sweep.retry={sweep.retry} does not run them again. "
+            "Set sweep.retry=failed to do so"
         )
-        terminal.note(
-            f"{what} with {missing} of {len(rows)} jobs not done. To run those, and only those: {sweep.command}"
-        )
-    terminal.note(f"sweep folder {sweep.folder}")
+    unsent = sum((row.folder / NOT_LOGGED_FILE).exists() for row in rows)
+    if unsent:
+        lines.append(f"{unsent} not in the store yet. To send them first: zinfer task=upload")
+    if again and sweep.resumes and sweep.jobs is not None:
+        lines.append(f"To run those {len(again)}, and only those: {sweep.command}")
+    elif again and sweep.resumes:
+        lines.append(f"To go on: {sweep.command}")
+    elif again:
+        why = "sweep.resume=false" if sweep.tracking_uri is not None else "tracking=none"
+        lines.append(f"To run the whole sweep again ({why} reuses nothing): {sweep.command}")
+    return lines
+
+
+def would_run_again(row: Row, retry: str) -> bool:
+    """Return whether the same command would run this job again."""
+    if row.document is None:
+        return True
+    if row.status == "refused":
+        return False
+    return would_retry(row.status, row.document.get("ended_by"), retry)

@@ -1,10 +1,12 @@
-"""One job of a sweep, in whatever process its launcher runs it: reused, searched or run, and never raised from.
+"""Run one job of a sweep, in whatever process its launcher runs it: reused, searched or run.
 
-Hydra's launchers stop, or print their own text, when a job raises; what a job came to is in its folder, and the sweep's end reads it there.
+It never raises: Hydra's launchers stop, or print their own text, when a job does. What a job came
+to is in its folder, and the sweep's end reads it there.
 """
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,11 +16,11 @@ from zinfer.config.tasks import task_of
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
 from zinfer.driver.run import finish, run_job
-from zinfer.job.files import RESULT_FILE, REUSED_FILE
-from zinfer.job.folder import read_json
-from zinfer.job.outcome import Json
-from zinfer.sweep.record import Sweep
-from zinfer.sweep.resume import EarlierRun, note_reused
+from zinfer.job.outcome import Outcome
+from zinfer.sweep.compose import problems_of_interpolation
+from zinfer.sweep.earlier_runs import EarlierRun
+from zinfer.sweep.record import JobFolder, Sweep, ended_well
+from zinfer.sweep.resume import note_reused, stands_now
 from zinfer.sweep.search import search_best_batch
 from zinfer.sweep.table import SweepTerminal
 from zinfer.tracking.job_key import key_here
@@ -27,46 +29,58 @@ from zinfer.tracking.job_key import key_here
 def run_sweep_job(
     composed: DictConfig, sweep: Sweep, num: int, job_dir: Path, overrides: list[str]
 ) -> None:
-    """The job's outcome is left in its folder: result.json, or reused.json where an earlier run stands for it."""
+    """Leave the job's outcome in its folder: result.json, or reused.json for an earlier run."""
     if Interrupts.received or sweep.stopped():
         return
+    job = JobFolder(num=num, folder=job_dir, overrides=overrides)
+    sweep.begin_job(num, job_dir, overrides)
     terminal = SweepTerminal(sweep, num, overrides)
     try:
-        config = parse_config(composed)
+        _run(composed, sweep, job, terminal)
     except ConfigError as error:
         finish(refusal(error.problems, job_dir), job_dir, terminal)
-    else:
-        earlier = earlier_run(sweep, num, config)
-        if earlier is not None:
-            note_reused(earlier, job_dir)
-            terminal.reused(earlier)
-        elif config.sweep.search == "best_batch":
-            search_best_batch(config, job_dir, terminal, sweep)
-        else:
-            forked = sweep.forked and config.launcher.fork_workers and task_of(config).loads_model
-            run_job(
-                config,
-                job_dir,
-                terminal,
-                forked=forked,
-                stopped=lambda: sweep.stopped() == "interrupted",
-            )
-    if sweep.fail_fast and not ended_well(
-        read_json(job_dir / RESULT_FILE) or read_json(job_dir / REUSED_FILE)
-    ):
+    except Exception as error:
+        outcome = Outcome(
+            status="error",
+            reason=f"{type(error).__name__}: {error}",
+            traceback=traceback.format_exc(),
+            job_dir=str(job_dir),
+        )
+        finish(outcome, job_dir, terminal)
+    if sweep.fail_fast and not ended_well(job.document()):
         sweep.stop("fail_fast")
 
 
-def ended_well(document: Json | None) -> bool:
-    """Of a job's result.json or reused.json."""
-    return document is not None and document["status"] in ("ok", "planned")
+def _run(composed: DictConfig, sweep: Sweep, job: JobFolder, terminal: SweepTerminal) -> None:
+    with problems_of_interpolation():
+        config = parse_config(composed)
+    earlier = earlier_run(sweep, job.num, config)
+    if earlier is not None:
+        note_reused(earlier, job.folder)
+        terminal.reused(earlier)
+    elif config.sweep.search == "best_batch":
+        search_best_batch(config, job.folder, terminal, sweep)
+    else:
+        forked = sweep.forked and config.launcher.fork_workers and task_of(config).loads_model
+        run_job(
+            config,
+            job.folder,
+            terminal,
+            forked=forked,
+            stopped=lambda: sweep.stopped() == "interrupted",
+        )
 
 
 def earlier_run(sweep: Sweep, num: int, config: RunConfig) -> EarlierRun | None:
-    """The run that stands for this job, by the key computed at the sweep's start; on another machine by the key that it has there."""
+    """Return the run that stands for this job.
+
+    On this machine the head has decided it. On another one the job has the key of that machine,
+    and a run that did not fit stands where the job does not fit there either.
+    """
     if not sweep.reusable or config.sweep.search != "none":
         return None
     job = sweep.job(num)
     if sweep.local and job is not None:
         return sweep.reusable.get(str(job.key)) if job.state == "reused" else None
-    return sweep.reusable.get(key_here(config))
+    found = sweep.reusable.get(key_here(config))
+    return found if found is not None and stands_now(found, config) else None

@@ -1,7 +1,23 @@
-"""A sweep as a whole: its jobs, which of them are reused, how far it is, when it has to stop.
+"""The record of a sweep: its jobs, their folders, what is reused, and when it has to stop.
 
-What every process of a sweep must know is in SWEEP_DIR/sweep.json, and what became of a job in its own folder, so it is the same under
-every launcher: jobs in this process, in others, or on other machines that share the folder.
+SWEEP_DIR/sweep.json has what every process of a sweep must know. Each job that begins adds
+SWEEP_DIR/.jobs/NUM.json with the folder that Hydra gave it, and leaves its result in that folder.
+So the state is the same under every launcher: jobs in this process, in others, or on other
+machines that share the folder. A folder that a sweep uses again keeps nothing of the sweep before:
+what it had goes to SWEEP_DIR/earlier/N.
+
+In MLflow the run of the sweep (tag zinfer.role=sweep) names all its jobs, reused ones included:
+
+- The tag `zinfer.jobs` is a JSON list, one entry for each job:
+  {"num": 0, "run_id": "32 hexadecimal digits" or null, "state": "run"}
+  `state` is run (this sweep ran it), reused (an earlier run stands for it), refused, or not_run.
+  A list that exceeds MLflow's limit for a tag goes on in `zinfer.jobs.1`, `zinfer.jobs.2`, ...,
+  each a JSON list of its own.
+- The artifact sweep.json is the record with {"num", "overrides", "folder", "state", "run_id",
+  "status", "reason"} for each job in its field `jobs`.
+
+Runs that this sweep ran also have the tag mlflow.parentRunId; reused runs keep that of the sweep
+that ran them.
 """
 
 from __future__ import annotations
@@ -11,12 +27,25 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from zinfer.job.files import STOP_FILE, SWEEP_FILE
+from zinfer.job.files import RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
+from zinfer.job.folder import read_json, write_json
+from zinfer.job.outcome import Json
 
 if TYPE_CHECKING:
-    from zinfer.sweep.resume import EarlierRun
+    from zinfer.sweep.earlier_runs import EarlierRun
+
+SWEEP_VARIABLE = "ZINFER_SWEEP_DIR"
+"""Environment variable that tells each job where its sweep's record is."""
+JOBS_FOLDER = ".jobs"
+"""In the sweep's folder: one file for each job that has begun."""
+
+JobState = Literal["run", "reused", "refused"]
+"""refused: this configuration cannot run anywhere."""
+Verdict = Literal["fits", "does_not_fit", "refused", "unknown"]
+"""Of the memory plan, before the job runs."""
+StopReason = Literal["interrupted", "fail_fast"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,33 +54,56 @@ class SweepJob:
 
     num: int
     overrides: list[str]
-    state: str = "run"
-    """run, reused, or refused: its configuration cannot run anywhere."""
-    verdict: str = "unknown"
-    """Of the memory plan: fits, does_not_fit, refused, unknown."""
+    folder: str
+    """Absolute path that Hydra is expected to give it."""
+    state: JobState = "run"
+    verdict: Verdict = "unknown"
     reason: str | None = None
+    """Why it will be refused, or why its verdict is unknown."""
     needed_bytes: dict[str, int] = field(default_factory=dict)
+    """Per memory tier."""
     key: str | None = None
+    """Key of the run (tracking/job_key.py), where the sweep looked for earlier runs."""
 
-    @property
-    def name(self) -> str:
-        return " ".join(self.overrides)
+
+@dataclass(frozen=True, kw_only=True)
+class JobFolder:
+    """A job of this attempt at the sweep: one that has begun, wherever it runs."""
+
+    num: int
+    folder: Path
+    overrides: list[str]
+
+    def document(self) -> Json | None:
+        """Return its result.json, or its reused.json. None: it has not ended."""
+        found: Json | None = read_json(self.folder / RESULT_FILE) or read_json(
+            self.folder / REUSED_FILE
+        )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What SWEEP_DIR/sweep.json says."""
+    """The content of SWEEP_DIR/sweep.json."""
 
     folder: Path
+    attempt: str
+    """Random. A job of an earlier sweep in the same folder has another one."""
     command: str
-    """What to type to go on with it."""
+    """The command that goes on with this sweep."""
     output_format: str
     tracking_uri: str | None
     """None with tracking=none."""
+    experiment: str
+    """MLflow experiment of the jobs."""
+    resumes: bool
+    """Whether typing the command again reuses what is there: a store, and sweep.resume=true."""
+    retry: str
+    """sweep.retry."""
     fail_fast: bool
     preview: bool
     local: bool
-    """Whether its jobs run on this machine: then the keys computed at the start are theirs."""
+    """Whether its jobs run on this machine, so that keys computed at the start are theirs."""
     in_process: bool
     """Whether its jobs run in the process that started it."""
     forked: bool
@@ -61,20 +113,19 @@ class Sweep:
     jobs: list[SweepJob] | None
     """None where another sweeper than Hydra's own chooses them one after the other."""
     reusable: dict[str, EarlierRun] = field(default_factory=dict)
+    """Key -> earlier run that may stand for a job."""
 
     def write(self) -> None:
         """Store it for the jobs."""
-        from zinfer.job.folder import write_json
-
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / SWEEP_FILE, {**asdict(self), "folder": str(self.folder)})
 
     def job(self, num: int) -> SweepJob | None:
-        """The job of that number, where the jobs are known beforehand."""
+        """Return the job of that number; None where the jobs are not known beforehand."""
         return next((job for job in self.jobs or [] if job.num == num), None)
 
     def swept(self) -> set[str]:
-        """The overrides that are not the same in all jobs."""
+        """Return the overrides that are not the same in all jobs."""
         every = [set(job.overrides) for job in self.jobs or []]
         anywhere: set[str] = set().union(*every)
         return {
@@ -83,49 +134,52 @@ class Sweep:
             if len(every) == 1 or not all(override in job for job in every)
         }
 
-    def stopped(self) -> str | None:
-        """Why no further job is to start (interrupted, fail_fast), or None."""
-        from zinfer.job.folder import read_json
+    def stopped(self) -> StopReason | None:
+        """Return why no further job is to start, or None."""
+        found: Json = read_json(self.folder / STOP_FILE) or {}
+        return found.get("reason") if found.get("attempt") == self.attempt else None
 
-        path = self.folder / STOP_FILE
-        return str((read_json(path) or {}).get("reason")) if path.exists() else None
+    def stop(self, reason: StopReason) -> None:
+        """Tell all jobs, in whatever process, that no further one is to start."""
+        write_json(self.folder / STOP_FILE, {"reason": reason, "attempt": self.attempt})
 
-    def stop(self, reason: str) -> None:
-        """Tell all jobs, in whatever process."""
-        from zinfer.job.folder import write_json
+    def begin_job(self, num: int, folder: Path, overrides: list[str]) -> None:
+        """Record that this job has begun, in the folder that Hydra gave it."""
+        notes = self.folder / JOBS_FOLDER
+        notes.mkdir(exist_ok=True)
+        note = {"attempt": self.attempt, "folder": str(folder), "overrides": overrides}
+        write_json(notes / f"{num}.json", note)
 
-        write_json(self.folder / STOP_FILE, {"reason": reason})
-
-    def folders(self) -> Iterator[tuple[int, Path]]:
-        """Number and folder of every job that has one."""
-        for path in sorted(self.folder.iterdir(), key=lambda path: path.name.zfill(9)):
-            if path.name.isdigit():
-                yield int(path.name), path
+    def begun(self) -> Iterator[JobFolder]:
+        """Yield the jobs of this attempt that have begun, in their order."""
+        notes = (self.folder / JOBS_FOLDER).glob("[0-9]*.json")
+        for path in sorted(notes, key=lambda path: int(path.stem)):
+            note = read_json(path)
+            if note is not None and note["attempt"] == self.attempt:
+                yield JobFolder(
+                    num=int(path.stem),
+                    folder=Path(note["folder"]),
+                    overrides=note["overrides"],
+                )
 
     def count(self) -> tuple[int, int]:
-        """Jobs that are done, and how many of them did not end well."""
-        from zinfer.job.files import RESULT_FILE, REUSED_FILE
-        from zinfer.job.folder import read_json
-
-        documents = [
-            document
-            for _, path in self.folders()
-            for name in (RESULT_FILE, REUSED_FILE)
-            if (document := read_json(path / name))
-        ]
-        return len(documents), sum(
-            document["status"] not in ("ok", "planned") for document in documents
-        )
+        """Return the number of jobs that are done, and how many of them did not end well."""
+        documents = [found for job in self.begun() if (found := job.document()) is not None]
+        return len(documents), sum(not ended_well(document) for document in documents)
 
     def elapsed_s(self) -> float:
-        """Since the start."""
+        """Return seconds since the start."""
         return time.time() - self.started_s
 
 
+def ended_well(document: Json | None) -> bool:
+    """Return whether a job with this result.json or reused.json has numbers or a plan."""
+    return document is not None and document["status"] in ("ok", "planned")
+
+
 def read_sweep(folder: Path) -> Sweep | None:
-    """The sweep of this folder; None where there is none."""
-    from zinfer.job.folder import read_json
-    from zinfer.sweep.resume import EarlierRun
+    """Return the sweep of this folder; None where there is none."""
+    from zinfer.sweep.earlier_runs import EarlierRun
 
     stored = read_json(folder / SWEEP_FILE)
     if stored is None:
@@ -141,6 +195,16 @@ def read_sweep(folder: Path) -> Sweep | None:
     )
 
 
+def sweep_of_job(sweep_dir: str) -> Sweep | None:
+    """Return the sweep that a job belongs to.
+
+    Args:
+        sweep_dir: hydra.sweep.dir as this job has it. Where the setting contains something that is
+            swept, the jobs' folders are not below the sweep's own, which the environment names.
+    """
+    return read_sweep(Path(os.environ.get(SWEEP_VARIABLE) or sweep_dir).absolute())
+
+
 def started_here(sweep: Sweep) -> bool:
-    """Whether this process started the sweep, and will end it."""
+    """Return whether this process started the sweep, and will end it."""
     return sweep.pid == os.getpid()

@@ -1,175 +1,168 @@
-"""Which jobs of a sweep need not run again: one query of the store at the start of the sweep, whatever the number of jobs.
+"""Decide which jobs of a sweep need not run again.
 
-A run is reused when everything that decides its numbers is equal: the resolved configuration without paths, the code, the libraries, the
-hardware and the method. All of it is in the run's tag zinfer.key.
+A run stands for a job when everything that decides its numbers is equal: the resolved
+configuration without paths, the code, the libraries, the hardware and the method. The run's tag
+zinfer.key has all of it. Not reused are runs that were stopped from outside, runs that the machine
+disturbed, and, as sweep.retry says, runs that ended badly. A run that did not fit stands as long as
+the memory plan says that it does not fit.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
-from zinfer.job.files import RESULT_FILE, REUSED_FILE
+from zinfer.config import RunConfig
+from zinfer.job.files import EARLIER_FOLDER, RESULT_FILE, REUSED_FILE
 from zinfer.job.folder import read_json, write_json
-from zinfer.job.outcome import STOPPED_FROM_OUTSIDE, EndedBy, Json, Status
-from zinfer.tracking.job_key import KEY_TAG
-from zinfer.tracking.store import sqlite_path
-
-HEADLINE = "generated_tokens_per_s"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EarlierRun:
-    """A run that ended, found in the store."""
-
-    key: str
-    run_id: str
-    status: Status
-    reason: str | None
-    job_dir: str | None
-    tokens_per_s: float | None
-    ended_by: EndedBy = EndedBy.ITSELF
-
-    @property
-    def ended_well(self) -> bool:
-        return self.status in ("ok", "planned")
-
-    def document(self) -> Json:
-        """JSON-able; EarlierRun.read reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def read(cls, document: Json) -> EarlierRun:
-        """The run that `document` describes."""
-        return cls(**{**document, "ended_by": EndedBy(document["ended_by"])})
+from zinfer.job.outcome import STOPPED_FROM_OUTSIDE, Json
+from zinfer.machine.disk import filesystem_of
+from zinfer.machine.environment import environment
+from zinfer.sweep.earlier_runs import EarlierRun, ended_runs
+from zinfer.sweep.plan import plan_job
+from zinfer.sweep.record import Sweep, SweepJob
+from zinfer.tracking.job_key import job_key
 
 
-def reusable_runs(uri: str, experiment: str, retry: str) -> dict[str, EarlierRun]:
-    """Key -> the run that stands for it. `retry` says which of those that ended badly are run again.
+def reusable_runs(
+    uri: str, experiment: str, *, retry: str, reuse_disturbed: bool
+) -> dict[str, EarlierRun]:
+    """Return key -> the run that stands for it.
 
-    An unreadable store has nothing to reuse; that it is unreadable is said when the first run is logged.
+    Args:
+        retry: which of the runs that ended badly are run again, as sweep.retry says it.
+        reuse_disturbed: whether a run that the machine disturbed stands too.
+    """
+    return standing(ended_runs(uri, experiment), retry=retry, reuse_disturbed=reuse_disturbed)
+
+
+def standing(
+    runs: Iterable[EarlierRun], *, retry: str, reuse_disturbed: bool
+) -> dict[str, EarlierRun]:
+    """Return the same of these runs, the newest last.
+
+    A good run is better than a disturbed one, and that is better than one that ended badly.
     """
     found: dict[str, EarlierRun] = {}
-    for run in ended_runs(uri, experiment):  # the newest last
-        if run.ended_well or (
-            not may_retry(run, retry) and not (run.key in found and found[run.key].ended_well)
-        ):
-            found[run.key] = run
-        elif run.key in found and not found[run.key].ended_well:
+    for run in runs:
+        before = found.get(run.key)
+        if stands(run, retry=retry, reuse_disturbed=reuse_disturbed):
+            if before is None or _worth(run) >= _worth(before):
+                found[run.key] = run
+        elif before is not None and not before.ended_well:
             del found[run.key]
     return found
 
 
-def may_retry(run: EarlierRun, retry: str) -> bool:
-    """Whether a run that ended badly is to be run again."""
-    if run.ended_by in STOPPED_FROM_OUTSIDE:
-        return True
-    return retry == "failed" or (retry == "oom" and run.status in ("oom_device", "oom_host"))
+def _worth(run: EarlierRun) -> int:
+    return (1 if run.disturbed else 2) if run.ended_well else 0
 
 
-def ended_runs(uri: str, experiment: str) -> Iterable[EarlierRun]:
-    """Every job's run of the experiment that is not running, the newest last."""
-    path = sqlite_path(uri)
-    if path is None:
-        return list(_from_mlflow(uri, experiment))
-    if not path.exists():
-        return []
-    try:
-        return list(_from_sqlite(path, experiment))
-    except sqlite3.Error:
-        return []
+def stands(run: EarlierRun, *, retry: str, reuse_disturbed: bool) -> bool:
+    """Return whether this run may stand for its job."""
+    if run.ended_well:
+        return reuse_disturbed or not run.disturbed
+    return run.status == "does_not_fit" or not would_retry(run.status, run.ended_by, retry)
 
 
-def _from_sqlite(path: Path, experiment: str) -> Iterator[EarlierRun]:
-    """Read straight from the file: importing MLflow takes seconds."""
-    query = """
-        SELECT key_tag.value, runs.run_uuid, status_tag.value, reason_tag.value, dir_tag.value, metric.value,
-               ended_tag.value
-        FROM tags AS key_tag
-        JOIN runs ON runs.run_uuid = key_tag.run_uuid
-        JOIN experiments ON experiments.experiment_id = runs.experiment_id
-        JOIN tags AS status_tag ON status_tag.run_uuid = runs.run_uuid AND status_tag.key = 'zinfer.status'
-        LEFT JOIN tags AS reason_tag ON reason_tag.run_uuid = runs.run_uuid AND reason_tag.key = 'zinfer.reason'
-        LEFT JOIN tags AS dir_tag ON dir_tag.run_uuid = runs.run_uuid AND dir_tag.key = 'zinfer.job_dir'
-        LEFT JOIN tags AS ended_tag ON ended_tag.run_uuid = runs.run_uuid AND ended_tag.key = 'zinfer.ended_by'
-        LEFT JOIN latest_metrics AS metric ON metric.run_uuid = runs.run_uuid AND metric.key = ?
-        WHERE key_tag.key = ? AND experiments.name = ? AND runs.lifecycle_stage = 'active'
-          AND runs.status IN ('FINISHED', 'FAILED', 'KILLED')
-        ORDER BY runs.end_time
+def would_retry(status: str, ended_by: str | None, retry: str) -> bool:
+    """Return whether a job that ended badly is to be run again.
+
+    One that was interrupted, or whose driver was killed, says nothing about its job: it is run
+    again whatever `retry` is.
     """
-    with contextlib.closing(
-        sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=60)
-    ) as connection:
-        for key, run_id, status, reason, job_dir, value, ended_by in connection.execute(
-            query, (HEADLINE, KEY_TAG, experiment)
-        ):
-            yield EarlierRun(
-                key=key,
-                run_id=run_id,
-                status=status,
-                reason=reason,
-                job_dir=job_dir,
-                tokens_per_s=value,
-                ended_by=EndedBy(ended_by or EndedBy.ITSELF),
-            )
+    if ended_by in STOPPED_FROM_OUTSIDE:
+        return True
+    return retry == "failed" or (retry == "oom" and status in ("oom_device", "oom_host"))
 
 
-def _from_mlflow(uri: str, experiment: str) -> Iterator[EarlierRun]:
-    """The same through MLflow, for servers and other databases."""
-    from zinfer.tracking.client import connect, store_errors
-    from zinfer.tracking.store import TrackingUnavailable, ensure_store
+def with_reused(
+    sweep: Sweep, configs: Sequence[RunConfig | None], reusable: dict[str, EarlierRun]
+) -> Sweep:
+    """Mark the jobs that an earlier run stands for.
 
-    try:
-        ensure_store(uri)
-        with store_errors(uri):
-            client = connect(uri)
-            found = client.get_experiment_by_name(experiment)
-            token: Any = None
-            while found is not None:
-                where = "tags.`zinfer.role` = 'job' and attributes.status != 'RUNNING'"
-                page = client.search_runs(
-                    [found.experiment_id],
-                    where,
-                    max_results=1000,
-                    order_by=["end_time ASC"],
-                    page_token=token,
-                )
-                for run in page:
-                    tags = run.data.tags
-                    if KEY_TAG in tags:
-                        yield EarlierRun(
-                            key=tags[KEY_TAG],
-                            run_id=run.info.run_id,
-                            status=tags["zinfer.status"],
-                            reason=tags.get("zinfer.reason"),
-                            job_dir=tags.get("zinfer.job_dir"),
-                            tokens_per_s=run.data.metrics.get(HEADLINE),
-                            ended_by=EndedBy(tags.get("zinfer.ended_by", EndedBy.ITSELF)),
-                        )
-                token = page.token
-                if not token:
-                    return
-    except TrackingUnavailable:
-        return
+    `reusable` keeps the runs that a job of this sweep may find on any machine. Jobs whose run did
+    not fit are marked later, by `with_refusals_kept`, when they have been planned.
+    """
+    if sweep.jobs is None:
+        return replace(sweep, reusable=reusable)
+    facts = _EnvironmentOnce()
+    jobs, heads = [], set()
+    for job, config in zip(sweep.jobs, configs, strict=True):
+        if config is not None:
+            key = job_key(config, facts.of(config))
+            heads.add(key.rpartition(".")[0])
+            earlier = reusable.get(key) if sweep.local else None
+            done = earlier is not None and earlier.status != "does_not_fit"
+            job = replace(job, key=key, state="reused" if done else job.state)
+        jobs.append(job)
+    kept = {key: run for key, run in reusable.items() if key.rpartition(".")[0] in heads}
+    return replace(sweep, jobs=jobs, reusable=kept)
 
 
-def note_reused(earlier: EarlierRun, job_dir: Path) -> None:
-    """Leave in the job's folder which run stands for it, with all that is known of that run."""
+def with_refusals_kept(sweep: Sweep) -> Sweep:
+    """Reuse the runs that did not fit, where the job's plan says that it still does not."""
+    if sweep.jobs is None or not sweep.local:
+        return sweep
+
+    def kept(job: SweepJob) -> SweepJob:
+        earlier = sweep.reusable.get(str(job.key))
+        stands = earlier is not None and job.state == "run" and job.verdict == "does_not_fit"
+        return replace(job, state="reused") if stands else job
+
+    return replace(sweep, jobs=[kept(job) for job in sweep.jobs])
+
+
+def stands_now(earlier: EarlierRun, config: RunConfig) -> bool:
+    """Return whether this run stands for a job on this machine, with the memory that it has now."""
+    return earlier.status != "does_not_fit" or plan_job(config).verdict == "does_not_fit"
+
+
+class _EnvironmentOnce:
+    """The environment's facts, asked once for each set of devices and file system."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Json] = {}
+
+    def of(self, config: RunConfig) -> Json:
+        """Return the facts for this job."""
+        nvme_path = config.offload.nvme_folder
+        which = f"{config.hardware} {filesystem_of(nvme_path) if nvme_path else None}"
+        if which not in self._known:
+            self._known[which] = environment(config, nvme_path)
+        return self._known[which]
+
+
+def note_reused(earlier: EarlierRun, job_dir: Path) -> Json:
+    """Write reused.json into the job's folder: the run that stands for it, and its numbers.
+
+    What the store says of the run wins. Files are read only where they are that very run's.
+    A folder that holds that run already is left as it is; another one begins a new attempt.
+    """
+    found = _result_of(earlier)
     job_dir.mkdir(parents=True, exist_ok=True)
     document: Json = {
+        **found,
         "status": earlier.status,
         "reason": earlier.reason,
         "ended_by": earlier.ended_by.value,
         "run_id": earlier.run_id,
         "job_dir": earlier.job_dir,
+        "metrics": {**(found.get("metrics") or {}), **earlier.metrics},
+        "reused": True,
     }
-    if earlier.tokens_per_s is not None:
-        document["metrics"] = {"generated_tokens_per_s": earlier.tokens_per_s}
-    if earlier.job_dir is not None:
-        document |= read_json(Path(earlier.job_dir) / RESULT_FILE) or {}
-    write_json(job_dir / REUSED_FILE, {**document, "reused": True, "run_id": earlier.run_id})
+    write_json(job_dir / REUSED_FILE, document)
+    return document
+
+
+def _result_of(earlier: EarlierRun) -> Json:
+    """Return the result.json that this run wrote, also where its folder was used again since."""
+    if earlier.job_dir is None:
+        return {}
+    folder = Path(earlier.job_dir)
+    for path in (folder / RESULT_FILE, *folder.glob(f"{EARLIER_FOLDER}/*/{RESULT_FILE}")):
+        found: Json = read_json(path) or {}
+        if found.get("run_id") == earlier.run_id:
+            return found
+    return {}

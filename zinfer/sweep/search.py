@@ -15,11 +15,11 @@ from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
 from zinfer.driver.run import finish, never, run_job
 from zinfer.driver.terminal import Terminal
-from zinfer.job.files import RESULT_FILE, REUSED_FILE
+from zinfer.job.files import RESULT_FILE
 from zinfer.job.folder import read_json
 from zinfer.job.outcome import Json, Outcome
 from zinfer.sweep.record import Sweep
-from zinfer.sweep.resume import note_reused
+from zinfer.sweep.resume import note_reused, stands_now
 from zinfer.tracking.job_key import key_here
 from zinfer.tracking.parent import announce_parent, close_parent
 
@@ -139,14 +139,12 @@ def run_trial(
     if _is_default_path(config):
         trial = trial.changed(offload={"nvme_path": str(folder / "swap")})
     earlier = sweep.reusable.get(key_here(trial)) if sweep is not None and sweep.reusable else None
-    if sweep is not None and earlier is not None:
-        note_reused(earlier, folder)
-        found: Json = read_json(folder / REUSED_FILE)
-        return found
+    if earlier is not None and stands_now(earlier, trial):
+        return note_reused(earlier, folder)
     forked = config.launcher.fork_workers
     stopped = never if sweep is None else lambda: sweep.stopped() == "interrupted"
     run_job(trial, folder, Quiet(terminal), forked=forked, stopped=stopped)
-    found = read_json(folder / RESULT_FILE)
+    found: Json = read_json(folder / RESULT_FILE)
     return found
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from zinfer.driver.terminal import Terminal, new_table
 from zinfer.job.outcome import Json, Outcome
+from zinfer.sweep.earlier_runs import EarlierRun
 from zinfer.sweep.record import Sweep, SweepJob
-from zinfer.sweep.resume import EarlierRun
 from zinfer.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

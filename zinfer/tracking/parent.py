@@ -12,13 +12,15 @@ import fcntl
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.experimental.callback import Callback
 
-from zinfer.job.files import PARENT_FILE
-from zinfer.job.outcome import Status
+from zinfer.job.files import PARENT_FILE, SWEEP_FILE
+from zinfer.job.outcome import Json, Status
 from zinfer.redact import redact
 from zinfer.tracking.names import run_status
 
@@ -28,6 +30,23 @@ if TYPE_CHECKING:
 
 PARENT_VARIABLE = "ZINFER_PARENT_RUN_ID"
 """A run's id, or the path of a parent_run.json."""
+JOBS_TAG = "zinfer.jobs"
+"""On the sweep's run: its jobs, as docs of zinfer/sweep/record.py describe them."""
+TAG_CHARACTERS = 7999
+"""MLflow's limit; it cuts longer values without a word."""
+
+
+SweptState = Literal["run", "reused", "refused", "not_run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptRun:
+    """One job of a sweep, as the sweep's run names it."""
+
+    num: int
+    run_id: str | None
+    """None for a job without a run in MLflow."""
+    state: SweptState
 
 
 class ParentRunCallback(Callback):
@@ -65,14 +84,16 @@ class ParentRunCallback(Callback):
         if os.getpid() == pid:
             self.end("error")
 
-    def end(self, status: Status) -> None:
-        """Close the parent, once."""
+    def end(
+        self, status: Status, runs: Sequence[SweptRun] = (), record: Json | None = None
+    ) -> None:
+        """Close the parent, once, with the runs of its jobs."""
         if self._file is None:
             return
         file, self._file = self._file, None
         if os.environ.get(PARENT_VARIABLE) == str(file):
             del os.environ[PARENT_VARIABLE]
-        close_parent(file, self._uri, status)
+        close_parent(file, self._uri, status, runs, record)
 
 
 def announce_parent(sweep_dir: Path, overrides: list[str]) -> Path:
@@ -117,8 +138,38 @@ def parent_run_id(given: str | None, client: MlflowClient, experiment_id: str) -
         return run_id
 
 
-def close_parent(file: Path, uri: str | None, status: Status) -> None:
-    """End the parent run, if a job has created it. The jobs are complete without it, so a store that is gone is only said."""
+def jobs_tags(runs: Sequence[SweptRun]) -> dict[str, str]:
+    """Return the tags zinfer.jobs, zinfer.jobs.1, ... that name the jobs of a sweep.
+
+    Each is a JSON list of its own, within MLflow's limit for a tag.
+    """
+    tags: list[list[str]] = []
+    for run in runs:
+        entry = json.dumps(asdict(run))
+        if not tags or sum(len(other) + 2 for other in tags[-1]) + len(entry) > TAG_CHARACTERS - 2:
+            tags.append([])
+        tags[-1].append(entry)
+    return {
+        JOBS_TAG + (f".{number}" if number else ""): f"[{', '.join(entries)}]"
+        for number, entries in enumerate(tags)
+    }
+
+
+def close_parent(
+    file: Path,
+    uri: str | None,
+    status: Status,
+    runs: Sequence[SweptRun] = (),
+    record: Json | None = None,
+) -> None:
+    """End the parent run, if a job has created it, with the runs of its jobs.
+
+    The jobs are complete without it, so a store that is gone is only said.
+
+    Args:
+        runs: all jobs of the sweep, reused ones included.
+        record: stored as the artifact sweep.json.
+    """
     from zinfer.config import TrackingConfig
     from zinfer.tracking.client import connect, store_errors
     from zinfer.tracking.store import TrackingUnavailable, tracking_uri
@@ -131,6 +182,10 @@ def close_parent(file: Path, uri: str | None, status: Status) -> None:
         with store_errors(absolute):
             client = connect(absolute)
             client.set_tag(run_id, "zinfer.status", status)
+            for name, value in jobs_tags(runs).items():
+                client.set_tag(run_id, name, value)
+            if record is not None:
+                client.log_dict(run_id, redact(record), SWEEP_FILE)
             client.set_terminated(run_id, run_status(status))
     except TrackingUnavailable as error:
         print(f"the sweep's run {run_id} was not closed: {error}", file=sys.stderr)
