@@ -114,7 +114,7 @@ def is_value(override: Override) -> bool:
     key = override.get_key_element()
     if override.type != OverrideType.CHANGE or override.package or "." not in key:
         return False
-    return not key.startswith("hydra.") and "${" not in str(override.input_line)
+    return not key.startswith("hydra.") and "${" not in str(override.value())
 
 
 def put(tree: dict[str, Any], override: Override) -> bool:

@@ -9,7 +9,7 @@ the memory plan says that it does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,9 +160,19 @@ def _result_of(earlier: EarlierRun) -> Json:
     """Return the result.json that this run wrote, also where its folder was used again since."""
     if earlier.job_dir is None:
         return {}
-    folder = Path(earlier.job_dir)
-    for path in (folder / RESULT_FILE, *folder.glob(f"{EARLIER_FOLDER}/*/{RESULT_FILE}")):
-        found: Json = read_json(path) or {}
+    for folder in _folders_since(Path(earlier.job_dir)):
+        found: Json = read_json(folder / RESULT_FILE) or {}
         if found.get("run_id") == earlier.run_id:
             return found
     return {}
+
+
+def _folders_since(job_dir: Path) -> Iterator[Path]:
+    """Yield where the files of a job may be now.
+
+    They are in its folder, or in earlier/N of it, or of a folder that it was in.
+    """
+    yield job_dir
+    for above in (job_dir, *job_dir.parents):
+        for attempt in above.glob(f"{EARLIER_FOLDER}/[0-9]*"):
+            yield attempt / job_dir.relative_to(above)
