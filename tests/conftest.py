@@ -1,6 +1,8 @@
-"""What all tests share: an environment without network and noise, and fixtures for what is expensive to make.
+"""Set up what all tests share: a quiet environment, and fixtures that are expensive to make.
 
-The compiled ops and the demo model come from the user's own cache (~/.cache/zinfer), so that only the first run pays for them.
+Compiled ops, counted models and the demo model come from the user's own cache (~/.cache/zinfer),
+so that only the first run pays for them. Everything else that zinfer keeps in its cache, such as
+the list of running drivers, is private to each pytest process: two may run side by side.
 """
 
 from __future__ import annotations
@@ -15,51 +17,63 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # more threads than free processors stall every operator
+# More threads than free processors stall every operator.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["ZINFER_PROFILES"] = tempfile.mkdtemp(
-    prefix="zinfer-test-profiles-"
-)  # this machine's own calibration decides no test
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-from zinfer.machine import (
-    native_ops,  # the environment comes first: what is imported later reads it
-)
+# The environment comes first: what is imported from here on reads it.
+from zinfer.machine import native_ops
+from zinfer.paths import cache_dir
+
+PRIVATE = Path(tempfile.mkdtemp(prefix="zinfer-test-cache-"))
+SHARED_FOLDERS = ("models", "model_specs")
 
 os.environ.update(native_ops.worker_environment())
-atexit.register(shutil.rmtree, os.environ["ZINFER_PROFILES"], ignore_errors=True)
+for name in SHARED_FOLDERS:
+    shared = cache_dir() / name
+    shared.mkdir(parents=True, exist_ok=True)
+    (PRIVATE / name).symlink_to(shared)
+os.environ["ZINFER_CACHE"] = str(PRIVATE)
+# This machine's own calibration decides no test.
+os.environ["ZINFER_PROFILES"] = str(PRIVATE / "profiles")
+atexit.register(shutil.rmtree, PRIVATE, ignore_errors=True)
 # A shell's background jobs start with Ctrl-C ignored, and so would everything that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ALONE = {"test_kills.py": "kills", "test_gpu.py": "gpu", "test_report_browser.py": "browser"}
+"""Files whose tests run one after the other under `pytest -n 2`, and the name of their group."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run; everything in tests/gpu needs a CUDA device."""
-    absent = {
-        "gpu": None
-        if native_ops.accelerator_name() == "cuda"
-        else "needs a CUDA device and a CUDA build of torch",
-        "browser": None
-        if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-        else "needs a headless Chromium",
-        "slurm": None
+    """Skip, with the reason, what this machine cannot run; keep groups of tests together.
+
+    Everything in tests/gpu needs a CUDA device.
+    """
+    has_cuda = native_ops.accelerator_name() == "cuda"
+    has_browser = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    needed = {
+        "gpu": "" if has_cuda else "needs a CUDA device and a CUDA build of torch",
+        "browser": "" if has_browser else "needs a headless Chromium",
+        "slurm": ""
         if shutil.which("sbatch")
         else "needs a Slurm controller (sbatch was not found)",
     }
     for item in items:
         if "gpu" in item.path.parts:
             item.add_marker("gpu")
-        for marker, reason in absent.items():
+        if group := ALONE.get(item.path.name):
+            item.add_marker(pytest.mark.xdist_group(group))
+        for marker, reason in needed.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
 def built_ops() -> list[str]:
-    """DeepSpeed's ops for every offload target, compiled; the first run on a machine waits minutes for them."""
+    """Compile DeepSpeed's ops for every offload target: minutes, once for each machine."""
     problems = native_ops.missing_requirements(native_ops.default_ops())
     if problems:
         pytest.skip(" ".join(problems))
@@ -70,7 +84,7 @@ def built_ops() -> list[str]:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct; skipped where it is neither there nor to be downloaded."""
+    """Folder of SmolLM2-135M-Instruct. Skips where it can be neither found nor downloaded."""
     from zinfer.model.weights.demo_model import make_demo_model
 
     try:
@@ -81,6 +95,6 @@ def demo_model() -> Path:
 
 @pytest.fixture
 def empty_ops_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for compiled ops in which nothing is built yet."""
+    """Give a folder for compiled ops in which nothing is built yet."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     yield tmp_path

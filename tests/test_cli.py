@@ -181,7 +181,7 @@ def test_a_folder_with_only_a_config_plans_and_runs_dummy_weights(tmp_path: Path
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("/no/such/folder", "model.source"),
+        ("./absent/folder", "model.source"),
         ("nobody/no-such-model-anywhere", "cannot be"),
         (".", "config.json"),
     ],

@@ -72,7 +72,7 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("tracking=server",), "has no tracking.uri", "tracking.uri=http"),
     (("batch.prompt=file",), "no batch.prompt_file", "batch.prompt_file=/path"),
     (
-        ("batch.prompt=file", "batch.prompt_file=/no/such.txt"),
+        ("batch.prompt=file", "batch.prompt_file=absent.txt"),
         "is not a file",
         "batch.prompt_file=/path",
     ),

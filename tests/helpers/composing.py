@@ -12,7 +12,10 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def composed(*overrides: str) -> RunConfig:
-    """The checked configuration of these overrides. Hydra's own output folder does not exist here, so nvme gets a path."""
+    """Compose and check the configuration of these overrides.
+
+    Hydra's own output folder does not exist here, so offload=nvme gets a path.
+    """
     settings = list(overrides)
     if "offload=nvme" in settings and not any(
         setting.startswith("offload.nvme_path") for setting in settings
@@ -23,5 +26,5 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def choices(group: str) -> list[str]:
-    """The files of a config group."""
+    """Names of the files of a config group, without .yaml."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))

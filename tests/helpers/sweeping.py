@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own, and what they leave behind."""
+"""Start zinfer as a user does, in a process of its own, and look at what it leaves behind."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ TINY = (
 
 
 def environment(*, misbehaving: bool = False, **variables: str) -> dict[str, str]:
+    """Environment of a zinfer process: this checkout's code, one thread, and these variables.
+
+    With `misbehaving`, workers fail as their batch.seed says: see tests/README.md.
+    """
     paths = [MISBEHAVING] * misbehaving + [str(PACKAGE)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **variables}
 
@@ -29,19 +33,24 @@ def environment(*, misbehaving: bool = False, **variables: str) -> dict[str, str
 def start(
     folder: Path, *arguments: str, misbehaving: bool = False, **variables: str
 ) -> subprocess.Popen[str]:
-    """zinfer in `folder`, in a process group of its own, its output in files there."""
+    """Start zinfer in `folder`, in a process group of its own, its output in files there."""
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
         return subprocess.Popen(
             [sys.executable, "-m", "zinfer", *arguments],
-            cwd=folder, env=environment(misbehaving=misbehaving, **variables), stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True,
+            cwd=folder,
+            env=environment(misbehaving=misbehaving, **variables),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
 
 def run(
     folder: Path, *arguments: str, misbehaving: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """zinfer in `folder`, to its end."""
+    """Run zinfer in `folder` to its end."""
     process = start(folder, *arguments, misbehaving=misbehaving, **variables)
     code = process.wait(300)
     return subprocess.CompletedProcess(
@@ -50,19 +59,19 @@ def run(
 
 
 def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What format=json printed: exactly one JSON document."""
+    """Parse the one JSON document that format=json printed."""
     parsed = json.loads(done.stdout)
     assert isinstance(parsed, dict), done.stdout
     return parsed
 
 
 def statuses(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """Of the jobs of a sweep with format=json."""
+    """Status of each job of a sweep with format=json."""
     return [job["status"] for job in document(done)["jobs"]]
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
-    """Every run in the folder's store: its MLflow status, tags, and number of timed repeats logged."""
+    """Read every run of the folder's store: status in MLflow, tags, number of repeats logged."""
     with closing(sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True)) as store:
         found = []
         for run_id, status in store.execute(
@@ -88,12 +97,12 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def job_runs(folder: Path) -> list[dict[str, Any]]:
-    """The runs of jobs, without those of sweeps."""
+    """Read the runs of jobs, without those of sweeps."""
     return [run for run in runs(folder) if run["role"] == "job"]
 
 
 def processes(folder: Path) -> list[int]:
-    """Processes that work in the folder: drivers, servers, workers and what they started."""
+    """Find the processes that work in the folder: drivers, servers, workers and their children."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
@@ -108,11 +117,15 @@ def processes(folder: Path) -> list[int]:
 
 
 def files_named(folder: Path, name: str) -> list[Path]:
-    """Files of that name at any depth, while others delete around them (rglob raises when a folder goes away)."""
+    """Find the files of that name at any depth, while others delete folders around them.
+
+    Path.rglob raises when a folder goes away.
+    """
     return [Path(root) / name for root, _, files in os.walk(folder) if name in files]
 
 
 def swap_folders(folder: Path) -> list[Path]:
+    """Find swap folders below this folder."""
     return [
         Path(root) / name
         for root, folders, _ in os.walk(folder)
@@ -122,7 +135,7 @@ def swap_folders(folder: Path) -> list[Path]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The condition's value when it is true. AssertionError after so long."""
+    """Return the condition's value once it is true. AssertionError after so many seconds."""
     deadline_s = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline_s, f"no {what} after {seconds} s"
@@ -131,7 +144,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def events_of(folder: Path, name: str) -> list[Path]:
-    """Event logs below the folder in which the worker has got to this phase or event."""
+    """Find event logs below the folder in which the worker has reached this phase or event."""
     return [
         path
         for path in files_named(folder / "multirun", "events.jsonl")
@@ -140,7 +153,7 @@ def events_of(folder: Path, name: str) -> list[Path]:
 
 
 def nothing_is_left(folder: Path) -> None:
-    """No process, no swap file, no RUNNING run."""
+    """Check that no process, no swap file and no RUNNING run is left."""
     wait_until(lambda: not processes(folder), 30, "end of every process")
     assert not swap_folders(folder)
     assert [run for run in runs(folder) if run["mlflow"] == "RUNNING"] == []

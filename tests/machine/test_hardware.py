@@ -423,10 +423,10 @@ def test_a_path_that_does_not_exist_yet_is_on_its_parents_disk(tmp_path: Path) -
 # Boxes
 
 
-def test_this_machine_is_described_without_importing_torch() -> None:
+def test_this_machine_is_described_without_importing_torch(tmp_path: Path) -> None:
     script = (
         "import sys; from zinfer.config import HardwareConfig; from zinfer.machine.hardware import detect_hardware; from pathlib import Path\n"
-        "box = detect_hardware(HardwareConfig(name='detect', accelerator='cpu'), Path('/tmp/zinfer-nowhere'))\n"
+        f"box = detect_hardware(HardwareConfig(name='detect', accelerator='cpu'), Path({str(tmp_path / 'new')!r}))\n"
         "assert box.host_total_bytes >= box.host_available_bytes > 0 and box.disk_total_bytes > 0 and box.disk_filesystem, box\n"
         "assert box.rates_source is None and box.nvme_read_bytes_per_s is None, box\n"
         "print([name for name in ('torch', 'transformers', 'deepspeed', 'numpy') if name in sys.modules])"

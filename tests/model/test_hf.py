@@ -78,7 +78,7 @@ def test_rows_are_padded_on_the_left_with_the_end_of_sequence(tokenizer_folder: 
     [
         ("opt-175", r"no model opt-175\. Did you mean opt-175b"),
         ("gpt5", r"no model gpt5\. .*Or give a folder or a hub id"),
-        ("/no/such/folder", r"there is no folder /no/such/folder"),
+        ("./absent/folder", r"there is no folder ./absent/folder"),
         ("nobody/published-this", r"the hub cannot be reached"),
     ],
 )

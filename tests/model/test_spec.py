@@ -562,8 +562,8 @@ REFUSALS = [  # model, what the sentence says
         r"neither model_type nor source. Set model.source to a hub id or a local folder",
     ),
     (
-        ModelConfig(name="custom", source="/no/such/folder"),
-        r"there is no folder /no/such/folder. Give an existing one, or a hub id",
+        ModelConfig(name="custom", source="./absent/folder"),
+        r"there is no folder ./absent/folder. Give an existing one, or a hub id",
     ),
     (
         ModelConfig(name="custom", source="nobody/published-this"),

@@ -5,21 +5,19 @@ from __future__ import annotations
 import pytest
 
 from multirun_analysis.compare import configurations
-from multirun_analysis.published.beside import compare_published
-from multirun_analysis.published.boxes import (
-    ceiling_bytes_per_s,
-    explanation,
-    published_nvme_bytes_per_s,
-    rounding,
-)
-from multirun_analysis.published.rows import (
+from multirun_analysis.published import (
     PUBLISHED_PARAMETERS,
     Published,
+    ceiling_bytes_per_s,
+    compare_published,
+    explanation,
+    published_nvme_bytes_per_s,
     read_published,
+    rounding,
     streamed_shares,
 )
-from multirun_analysis.tables.published import published_table
-from tests.helpers.runs import run
+from multirun_analysis.tables import published_comparison_table
+from tests.helpers.invented_runs import run
 
 
 def rows(source: str, **equal: object) -> list[Published]:
@@ -141,7 +139,7 @@ def test_a_number_faster_than_its_disk_is_explained_and_a_rounded_one_is_not_acc
 
 
 def test_parameter_counts_are_those_of_the_catalogue() -> None:
-    """Published and measured weights are the same bytes: both are counted from conf/model."""
+    """Counted by zinfer itself from conf/model, so that published and measured weights are the same bytes."""
     from hydra import compose, initialize_config_dir
 
     from zinfer.config import parse_config
@@ -199,7 +197,7 @@ def test_a_preset_brings_its_published_table_even_for_other_models() -> None:
 
 
 def test_the_table_normalises_both_sides() -> None:
-    table = published_table(
+    table = published_comparison_table(
         compare_published(configurations([run(9.0, dtype_weights="int4", batch_batch_size="24")]))
     )
     keys = [column.key for column in table.columns]

@@ -38,7 +38,7 @@ class Suggestion:
 
 def advice_document(run: Planned) -> Json:
     """Work out what only task=plan shows: the largest batch, and the overrides that help."""
-    largest = largest_fitting_batch(run) if run.plan.is_checked else None
+    largest = largest_fitting_batch(run)
     return {
         "largest_batch_size": largest,
         "suggestions": [

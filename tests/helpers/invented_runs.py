@@ -1,8 +1,8 @@
-"""Runs as a store returns them, made by hand for tests of comparisons."""
+"""Invent single runs, as multirun_analysis reads them, for tests of comparisons and tables."""
 
 from __future__ import annotations
 
-from multirun_analysis.runs import Run
+from multirun_analysis.read import Run
 
 
 def run(
@@ -13,7 +13,7 @@ def run(
     tags: dict[str, str] | None = None,
     **choices: str,
 ) -> Run:
-    """A run of opt-30b from host memory unless the choices (offload_device=...) say otherwise."""
+    """Invent a run of opt-30b from host memory; change it by choices (offload_device="nvme")."""
     params = {
         "model.name": "opt-30b",
         "weights": "dummy",

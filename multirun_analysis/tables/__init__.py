@@ -1,1 +1,0 @@
-"""Comparisons -> tables, one module for each question that a table answers."""
