@@ -1,0 +1,92 @@
+"""Compile zinfer's own C++ kernels once for each machine, and find them again.
+
+A library is named by its source, its compiler and the processor, so that another processor that
+shares the cache folder gets one of its own. Nothing waits for anybody: two processes that compile
+at the same time both write whole files of the same content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from zinfer.machine.processor import cpu_flags, cpu_model_name
+from zinfer.paths import cache_dir
+
+FLAGS = (
+    "-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-math-errno",
+    "-fopenmp", "-shared", "-fPIC", "-Wno-psabi",
+)  # fmt: skip
+COMPILE_TIMEOUT_S = 300.0
+FOLDER = "kernels"
+
+
+class CannotBuild(RuntimeError):
+    """There is no compiled library, and the reason why."""
+
+
+def build_library(source: Path) -> Path:
+    """Return the shared library of one C++ source, compiling it if it is not there yet.
+
+    Raises:
+        CannotBuild: there is no compiler, or it does not accept the source.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise CannotBuild("no C++ compiler was found. Install one: apt-get install -y g++")
+    library = library_path(source, compiler)
+    if library.is_file():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so") as file:
+            made = subprocess.run(
+                [compiler, *FLAGS, str(source), "-o", file.name],
+                capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S, check=False,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            if made.returncode != 0:
+                first = next(
+                    (line for line in made.stderr.splitlines() if "error" in line), "no message"
+                )
+                raise CannotBuild(f"{compiler} does not compile {source.name}: {first}")
+            os.chmod(file.name, 0o755)
+            os.link(file.name, f"{library}.{os.getpid()}")
+        os.replace(f"{library}.{os.getpid()}", library)
+    except subprocess.TimeoutExpired:
+        raise CannotBuild(
+            f"{compiler} did not compile {source.name} within {COMPILE_TIMEOUT_S:.0f} s"
+        ) from None
+    except OSError as error:
+        raise CannotBuild(f"{source.name} was not compiled: {error}") from None
+    return library
+
+
+def library_path(source: Path, compiler: str) -> Path:
+    """Where the library of this source lies on this machine."""
+    digest = hashlib.sha256(source.read_bytes())
+    digest.update("\0".join((*FLAGS, _version(compiler), *_processor())).encode())
+    return cache_dir() / FOLDER / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+
+
+def _compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first of the usual names."""
+    named = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((name for name in named if name and shutil.which(name)), None)
+
+
+@cache
+def _version(compiler: str) -> str:
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return said.stdout.partition("\n")[0]
+
+
+@cache
+def _processor() -> tuple[str, ...]:
+    """Name and instruction sets: what `-march=native` stands for."""
+    return (cpu_model_name() or "unknown", *sorted(cpu_flags()))

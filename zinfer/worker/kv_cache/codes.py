@@ -1,0 +1,52 @@
+"""Store numbers in 8 or 4 bits, in groups along the head dimension.
+
+Each group of a head vector has a scale and a minimum in float16: value = scale * code + minimum.
+Groups never span two tokens, so a token is appended without touching the others.
+Two 4-bit codes share a byte: byte j of a group of g values holds value j in its low half and value
+j + g/2 in its high half. The kernel in decode_attention.cpp reads the same layout.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LARGEST_HALF = 65504.0
+SMALLEST_SCALE = 2.0**-24
+"""The smallest number above zero in float16."""
+
+
+def quantise(values: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round values to codes.
+
+    Args:
+        values: [..., dim] in any floating type.
+        bits: 8 or 4.
+        group_size: values that share a scale; divides dim.
+
+    Returns:
+        Codes as bytes [..., dim * bits / 8], and scales with minima [..., dim / group_size, 2] in
+        float16.
+    """
+    groups = values.float().unflatten(-1, (-1, group_size))
+    steps = (1 << bits) - 1
+    least = groups.amin(-1, keepdim=True).clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
+    most = groups.amax(-1, keepdim=True)
+    scale = ((most - least) / steps).clamp(SMALLEST_SCALE, LARGEST_HALF).half().float()
+    codes = ((groups - least) / scale).round_().clamp_(0, steps).to(torch.uint8)
+    if bits == 4:
+        half = group_size // 2
+        codes = codes[..., :half] | (codes[..., half:] << 4)
+    return codes.flatten(-2), torch.cat([scale, least], -1).half()
+
+
+def dequantise(
+    codes: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Turn codes back into values [..., dim] of `dtype`. The inverse of `quantise`."""
+    if bits == 4:
+        packed = codes.unflatten(-1, (-1, group_size // 2))
+        groups = torch.cat([packed & 15, packed >> 4], -1)
+    else:
+        groups = codes.unflatten(-1, (-1, group_size))
+    values = torch.addcmul(scales[..., 1:].float(), groups.float(), scales[..., :1].float())
+    return values.flatten(-2).to(dtype)
