@@ -16,7 +16,6 @@ from zinfer.worker.kv_cache.store import Format
 NEW, PROMPT, ROWS = 12, 13, 3
 CANNOT_SIMULATE: dict[str, str] = {
     "falcon": "its rotary embedding uses an operator that the simulation lacks",
-    "qwen3_next": "its recurrent layers do not run on the simulated device",
 }
 
 
