@@ -13,14 +13,10 @@ from typing import TYPE_CHECKING, Any
 from zinfer.config import METHOD_VERSION
 from zinfer.job.files import EVENTS_FILE, JOB_FILE, RESULT_FILE
 from zinfer.redact import redact
-from zinfer.tracking.run import NOT_PARAMETERS, connect, store_errors
-from zinfer.tracking.store import (
-    TrackingUnavailable,
-    advised,
-    database_revision,
-    ensure_store,
-    sqlite_path,
-)
+from zinfer.tracking.client import connect, store_errors
+from zinfer.tracking.names import NOT_PARAMETERS
+from zinfer.tracking.store import TrackingUnavailable, advised, database_revision, ensure_store
+from zinfer.tracking.uri import sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,6 +15,7 @@ from zinfer.driver.interrupts import Interrupts
 from zinfer.job.outcome import INTERRUPTED, Outcome
 from zinfer.paths import conf_dir
 from zinfer.sweep.decision import DECIDED, LeaveHydra
+from zinfer.tracking.deadline import LeftBehind
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -57,8 +58,9 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
     from zinfer.config import ConfigError, parse_config
     from zinfer.config.tasks import function_named, task_of
     from zinfer.driver.refusals import refusal
-    from zinfer.driver.run import finish
+    from zinfer.driver.run import finish, in_use
     from zinfer.driver.terminal import Terminal
+    from zinfer.job.folder import FolderInUse, attempt_in
 
     terminal = Terminal(str(OmegaConf.select(composed, "format")), name=job_dir.name)
     try:
@@ -70,7 +72,11 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
         from zinfer.sweep.search import search_best_batch
 
         return search_best_batch(config, job_dir, terminal)
-    outcome: Outcome = function_named(task_row.command)(config, job_dir, terminal)
+    try:
+        with attempt_in(job_dir):
+            outcome: Outcome = function_named(task_row.command)(config, job_dir, terminal)
+    except FolderInUse as error:
+        return in_use(error, job_dir, terminal)
     return outcome
 
 
@@ -97,7 +103,7 @@ def main() -> None:
     if decision is not None:
         from zinfer.sweep.end import end
 
-        sys.exit(end(decision, interrupted=interrupted) or code)
+        LeftBehind.exit(end(decision, interrupted=interrupted) or code)
     if code and not (Ended.composed or interrupted):  # Hydra could not compose what was typed
         if wants_json:
             problems = [
@@ -107,7 +113,7 @@ def main() -> None:
             ]
             print(json.dumps({"status": "refused", "problems": [" ".join(problems)]}))
         sys.exit(2)
-    sys.exit(Ended.outcome.exit_code if Ended.outcome is not None else code)
+    LeftBehind.exit(Ended.outcome.exit_code if Ended.outcome is not None else code)
 
 
 def multirun_first(arguments: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from zinfer.config import (
     config_to_stored,
     config_to_tree,
 )
-from zinfer.job.folder import read_job_config, write_job
+from zinfer.job.folder import read_job, write_job
 
 NUMBERS = [
     f"{group}.{item.name}"
@@ -192,13 +192,15 @@ def test_the_job_file_has_no_secret_and_is_its_owners_alone(
     config = composed("tracking=server", *SECRET)
     before = os.umask(0)
     try:
-        write_job(tmp_path, config)
+        write_job(tmp_path, config, "0123")
     finally:
         os.umask(before)
     job = tmp_path / "job.json"
     assert stat.S_IMODE(job.stat().st_mode) == 0o600
     assert not [value for value in secrets.values() if value in job.read_text()]
-    assert config_from_stored(read_job_config(tmp_path)[0]) == config
+    stored_job = read_job(tmp_path)
+    assert stored_job is not None
+    assert config_from_stored(stored_job.config) == config
 
 
 def test_a_stored_configuration_is_read_where_the_variable_is_gone(

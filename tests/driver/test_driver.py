@@ -19,7 +19,7 @@ from zinfer.driver.ending import Circumstances, Watched, outcome_of
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.server import server_key
 from zinfer.driver.workers import Worker
-from zinfer.job.folder import abandoned_folders, driven, is_driven
+from zinfer.job.folder import abandoned_folders, attempt_in, is_driven
 
 BIG = (  # 140 MB in parameters of 4 MiB, which DeepSpeed does swap
     *TINY, "model.overrides.hidden_size=1024", "model.overrides.intermediate_size=2048", "model.overrides.num_hidden_layers=4",
@@ -83,8 +83,10 @@ def test_a_folder_is_driven_until_its_process_ends(
     monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "job"
     folder.mkdir()
-    block = f"with driven(Path({str(folder)!r}), 'job'): print(1, flush=True); time.sleep(60)"
-    code = f"import time; from pathlib import Path; from zinfer.job.folder import driven\n{block}"
+    block = f"with attempt_in(Path({str(folder)!r})): print(1, flush=True); time.sleep(60)"
+    code = (
+        f"import time; from pathlib import Path; from zinfer.job.folder import attempt_in\n{block}"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment()
     ) as process:
@@ -95,7 +97,7 @@ def test_a_folder_is_driven_until_its_process_ends(
         process.kill()
     assert not is_driven(folder)
     assert abandoned_folders() == [(folder, "job")]
-    with driven(folder, "job"):
+    with attempt_in(folder):
         assert abandoned_folders() == []
     assert abandoned_folders() == []
 

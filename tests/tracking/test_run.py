@@ -22,9 +22,11 @@ from zinfer.job.outcome import Outcome, Status
 from zinfer.redact import redact
 from zinfer.tracking import run as tracking
 from zinfer.tracking import store as mlflow_store
+from zinfer.tracking import uri as uris
 from zinfer.tracking.parent import announce_parent, close_parent
 from zinfer.tracking.run import TrackedRun, open_run
-from zinfer.tracking.store import TrackingUnavailable, ensure_store, tracking_uri
+from zinfer.tracking.store import TrackingUnavailable, ensure_store
+from zinfer.tracking.uri import tracking_uri
 
 CONF = Path(__file__).parents[2] / "conf"
 ENVIRONMENT: dict[str, Any] = {
@@ -299,13 +301,13 @@ def test_the_default_store_is_in_the_working_directory() -> None:
 
 def test_artifacts_are_beside_the_database() -> None:
     assert (
-        mlflow_store.artifact_location("sqlite:////data/a.db", Path("/here")) == "/data/mlartifacts"
+        uris.artifact_location("sqlite:////data/a.db", Path("/here")) == "file:///data/mlartifacts"
     )
     assert (
-        mlflow_store.artifact_location("postgresql+psycopg2://host/db", Path("/here"))
-        == "/here/mlartifacts"
+        uris.artifact_location("postgresql+psycopg2://host/db", Path("/here"))
+        == "file:///here/mlartifacts"
     )
-    assert mlflow_store.artifact_location("http://host:5000", Path("/here")) is None
+    assert uris.artifact_location("http://host:5000", Path("/here")) is None
 
 
 def test_a_new_store_is_made_without_mlflow_and_found_afterwards(tmp_path: Path) -> None:
@@ -479,7 +481,7 @@ def test_no_secret_reaches_the_store_or_its_artifacts(
     everything = " ".join(
         [*SECRETS.values(), json.dumps(list(SECRETS.values())), uri, "geheim-wort"]
     )
-    config = config_of("+tracking.tags={note: note}", "batch.prompt=text")
+    config = config_of("tracking=sqlite", "+tracking.tags={note: note}", "batch.prompt=text")
     object.__setattr__(config.tracking, "tags", {"note": everything, "uri": uri})
     object.__setattr__(config.batch, "prompt_text", everything)
     run = opened(config, job_dir="elsewhere")

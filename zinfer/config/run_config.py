@@ -244,8 +244,11 @@ class HardwareConfig:
 class TrackingConfig:
     """Where runs are logged."""
 
-    store: Literal["sqlite", "server", "none"]
+    store: Literal["auto", "sqlite", "server", "none"]
+    """auto: the store of MLFLOW_TRACKING_URI where that is set, else sqlite."""
     uri: str | None = None
+    timeout_s: Annotated[float, Limits(0, 1e9, above=True)] = 60.0
+    """A store that takes longer for one step is not waited for; the run is left to task=upload."""
     experiment: str = "zinfer"
     run_name: str | None = None
     tags: dict[str, str] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,8 +11,8 @@ from typing import Any
 
 from zinfer.config import RunConfig
 from zinfer.driver.workers import Worker
-from zinfer.job.events import Event
-from zinfer.job.files import WORKER_LOG
+from zinfer.job.events import Event, EventReader
+from zinfer.job.files import EVENTS_FILE, RANK_EVENTS_FILE, WORKER_LOG
 from zinfer.job.outcome import EndedBy, Outcome, Status
 from zinfer.units import MIB, format_bytes
 
@@ -31,6 +30,7 @@ HOST_MEMORY_SIGNS = (
 class Watched:
     """What the events of a worker have said so far."""
 
+    attempt: str = ""
     model: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
     deepspeed: dict[str, Any] | None = None
@@ -42,7 +42,8 @@ class Watched:
 
     def take(self, event: Event) -> None:
         """One more event."""
-        fields = {key: value for key, value in event.items() if key not in ("event", "time_s")}
+        head = ("event", "time_s", "attempt")
+        fields = {key: value for key, value in event.items() if key not in head}
         match event["event"]:
             case "planned":
                 self.model, self.plan, self.deepspeed = (
@@ -60,6 +61,17 @@ class Watched:
                 self.generated = fields
             case "result":
                 self.result = fields
+
+    def finished(self, **fields: Any) -> Outcome:
+        """Return the outcome that the worker itself reported as its result."""
+        assert self.result is not None, "ask only where there is a result"
+        return self.outcome(
+            self.result["status"],
+            metrics=self.result["metrics"],
+            stability=self.result.get("stability"),
+            weights=self.result.get("weights"),
+            **fields,
+        )
 
     def outcome(self, status: Status, **fields: Any) -> Outcome:
         """An outcome with everything that the worker had got to."""
@@ -109,12 +121,7 @@ def outcome_of(
     """The truthful status of a job whose worker is gone."""
     where = f"while in phase {watched.phase}"
     if watched.result is not None:
-        return watched.outcome(
-            watched.result["status"],
-            metrics=watched.result["metrics"],
-            stability=watched.result.get("stability"),
-            weights=watched.result.get("weights"),
-        )
+        return watched.finished()
     if seen.ended_by is EndedBy.INTERRUPTED:
         return watched.outcome("killed", reason=f"interrupted {where}", ended_by=seen.ended_by)
     if seen.ended_by is EndedBy.TIMEOUT:
@@ -130,7 +137,7 @@ def outcome_of(
     if returncode < 0:
         status, reason = _of_signal(signal.Signals(-returncode), who, log_tail, config, seen)
         return watched.outcome(status, reason=f"{reason} {where}", traceback=log_tail)
-    failures = _failures(job_dir)
+    failures = _failures(job_dir, watched.attempt)
     failed = min(
         failures, key=lambda event: event["time_s"], default=None
     )  # the other ranks fail because of it
@@ -143,7 +150,7 @@ def outcome_of(
             failed["status"],
             reason=reason,
             problems=tuple(failed["problems"]),
-            traceback=failed["traceback"],
+            traceback=failed.get("traceback"),
         )
     if returncode == 0 and config.launcher.node_rank > 0:
         return watched.outcome(
@@ -177,18 +184,18 @@ def _full_disk(config: RunConfig, seen: Circumstances) -> str:
     return f"the disk of offload.nvme_path={config.offload.nvme_path} is full ({format_bytes(seen.swap_free_bytes)} left)"
 
 
-def _failures(job_dir: Path) -> list[Event]:
-    """What each rank of this host reported as its end, with the rank."""
+def _failures(job_dir: Path, attempt: str) -> list[Event]:
+    """Return what each rank of this host reported as its end, with the rank."""
     failures = []
-    for path in job_dir.glob("events*.jsonl"):
-        found = re.fullmatch(r"events\.rank(\d+)\.jsonl", path.name)
-        events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        failures += [
-            {**event, "rank": int(found[1]) if found else 0}
-            for event in events
-            if event["event"] == "failed"
-        ]
-    return failures
+    for path in job_dir.glob(RANK_EVENTS_FILE.format(rank="*")):
+        found = re.fullmatch(RANK_EVENTS_FILE.format(rank=r"(\d+)"), path.name)
+        failures += _failed_in(job_dir, attempt, path.name, int(found[1]) if found else 0)
+    return [*_failed_in(job_dir, attempt, EVENTS_FILE, 0), *failures]
+
+
+def _failed_in(job_dir: Path, attempt: str, name: str, rank: int) -> list[Event]:
+    events = EventReader(job_dir, attempt, name).new_events()
+    return [{**event, "rank": rank} for event in events if event["event"] == "failed"]
 
 
 def _log_tail(job_dir: Path) -> str | None:

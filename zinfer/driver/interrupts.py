@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: a job is ended in order, whatever the driver does at that moment.
+"""Ctrl-C, SIGTERM and SIGHUP: a job is ended in order, whatever the driver does at that moment.
 
-Outside of a job the first signal raises KeyboardInterrupt as usual. Inside `in_order()` it only sets a flag, which the job looks at, so
-that a result is never lost half-written; every further signal is answered with a sentence.
+Outside of a job the first signal raises KeyboardInterrupt as usual. Inside `in_order()` it only
+sets a flag, which the job looks at, so that a result is never lost half-written. The second signal
+ends every wait for others: a store, a server.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from types import FrameType
 from typing import ClassVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SECOND = b"\nzinfer waits for nothing any more: it ends the job and leaves its run to task=upload\n"
 
 
 class Interrupts:
     """What has arrived in this process."""
 
     received: ClassVar[bool] = False
+    insisted: ClassVar[bool] = False
+    """A second signal came: no wait for others is worth it any more."""
     _deferred: ClassVar[int] = 0
 
     @classmethod
     def install(cls) -> None:
-        """Handle the signals; those that were ignored at the start (nohup) stay ignored. Only the main thread can."""
+        """Handle the signals. Those ignored at the start (nohup) stay so; main thread only."""
         if threading.current_thread() is not threading.main_thread():
             return
         for sign in SIGNALS:
@@ -37,13 +41,19 @@ class Interrupts:
         first, cls.received = not cls.received, True
         if not cls._deferred and first:
             raise KeyboardInterrupt
-        if not first:
-            os.write(2, b"\nzinfer is ending the job and closing its run: a few seconds\n")
+        if not first and not cls.insisted:
+            cls.insisted = True
+            os.write(2, SECOND)
+
+    @classmethod
+    def has_insisted(cls) -> bool:
+        """For waits that end at the second signal."""
+        return cls.insisted
 
     @classmethod
     @contextlib.contextmanager
     def in_order(cls) -> Iterator[None]:
-        """Signals only set `received`."""
+        """Inside, signals only set `received` and `insisted`."""
         cls._deferred += 1
         try:
             yield
@@ -53,7 +63,11 @@ class Interrupts:
     @classmethod
     @contextlib.contextmanager
     def at_once(cls) -> Iterator[None]:
-        """Inside in_order(): a long step that may be left anywhere. Raises KeyboardInterrupt, also for what has arrived before."""
+        """Inside in_order(): a long step that may be left anywhere.
+
+        Raises:
+            KeyboardInterrupt: a signal arrives, or has arrived before.
+        """
         deferred, cls._deferred = cls._deferred, 0
         try:
             if cls.received:

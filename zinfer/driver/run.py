@@ -1,6 +1,7 @@
-"""One job: check it against this machine, start its worker, watch it, and end it truthfully whatever happened.
+"""One job: check it, start its worker, watch it, and end it truthfully whatever happened.
 
-The driver imports neither torch nor transformers nor deepspeed. The isolation is here, in the job, so it holds under every launcher.
+The driver imports neither torch nor transformers nor deepspeed. The isolation is here, in the job,
+so it holds under every launcher.
 """
 
 from __future__ import annotations
@@ -9,37 +10,39 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zinfer.config import ConfigError, RunConfig
 from zinfer.config.tasks import task_of
+from zinfer.driver.disks import describe_disk
 from zinfer.driver.ending import Circumstances, Watched, disk_free_bytes, oom_kills, outcome_of
 from zinfer.driver.interrupts import Interrupts
-from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.refusals import refusal, require_possible
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.tracking_thread import TrackingThread
 from zinfer.driver.workers import Servers, Worker, start_worker
 from zinfer.job.events import EventReader
 from zinfer.job.files import RESULT_FILE, WORKERS_FILE
-from zinfer.job.folder import driven, write_job, write_json
+from zinfer.job.folder import FolderInUse, attempt_in, write_job
 from zinfer.job.outcome import EndedBy, Outcome
+from zinfer.job.processes import process_start_ticks
+from zinfer.job.records import write_json
 from zinfer.job.swap import (
-    claim_swap_folder,
-    process_start_ticks,
+    claimed_swap_folder,
     remove_orphaned_swap_folders,
     remove_swap_folder,
 )
 from zinfer.machine import native_ops
 from zinfer.machine.hardware import detect_hardware
+from zinfer.tracking.uri import resolved_tracking
 
 POLL_S = 0.25
-"""Between two looks at the worker's events; its end is seen at once."""
+"""Between two looks at the worker's events. Its end is seen at once."""
 
 
 def never() -> bool:
-    """For jobs that nobody else can stop."""
+    """Answer for jobs that nobody else can stop."""
     return False
 
 
@@ -57,33 +60,61 @@ def run_job(
         forked: take the worker from a server that holds its imports; worth it when more jobs follow.
         stopped: asked four times a second; True ends the job as Ctrl-C does.
     """
-    job_dir.mkdir(parents=True, exist_ok=True)
-    with Interrupts.in_order(), driven(job_dir, "job"):
-        close_abandoned(terminal)
-        try:
-            hardware = detect_hardware(
-                config.hardware, config.offload.nvme_folder, config.launcher.ranks
-            )
-            require_possible(config, hardware, terminal)
-        except (ConfigError, ValueError) as error:
-            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-            return finish(refusal(problems, job_dir), job_dir, terminal)
-        tracked = TrackingThread(config, job_dir)
-        outcome = run_worker(config, job_dir, terminal, tracked, forked=forked, stopped=stopped)
-        tracked.wait()
-        outcome = replace(outcome, job_dir=str(job_dir), environment=tracked.environment)
-        outcome = tracked.finish(outcome, terminal)
-        return finish(outcome, job_dir, terminal)
+    try:
+        with Interrupts.in_order(), attempt_in(job_dir) as attempt:
+            return run_attempt(config, job_dir, attempt, terminal, forked=forked, stopped=stopped)
+    except FolderInUse as error:
+        return in_use(error, job_dir, terminal)
+
+
+def in_use(error: FolderInUse, job_dir: Path, terminal: Terminal) -> Outcome:
+    """Refuse a folder that another zinfer works on, and write nothing into it."""
+    outcome = refusal([str(error)], job_dir)
+    terminal.finish(outcome)
+    return outcome
+
+
+def run_attempt(
+    config: RunConfig,
+    job_dir: Path,
+    attempt: str,
+    terminal: Terminal,
+    *,
+    forked: bool,
+    stopped: Callable[[], bool],
+) -> Outcome:
+    """Run one attempt at the job, in a folder that is this process's own."""
+    config = replace(config, tracking=resolved_tracking(config.tracking, terminal.note))
+    try:
+        hardware = detect_hardware(config.hardware, _nvme_path(config), config.launcher.ranks)
+        require_possible(config, hardware, terminal, job_dir)
+    except (ConfigError, ValueError) as error:
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        return finish(refusal(problems, job_dir), job_dir, terminal)
+    tracked = TrackingThread(config, job_dir, attempt, terminal)
+    outcome = run_worker(config, job_dir, terminal, tracked, forked=forked, stopped=stopped)
+    outcome = replace(outcome, job_dir=str(job_dir))
+    return finish(tracked.finish(outcome), job_dir, terminal)
 
 
 def finish(outcome: Outcome, job_dir: Path, terminal: Terminal) -> Outcome:
-    """Store the result beside the job and show it."""
+    """Store the result beside the job and show it.
+
+    Without an attempt in the folder one is begun: nothing of an earlier one stands beside it.
+    """
     try:
-        write_json(job_dir / RESULT_FILE, outcome.document())
+        with attempt_in(job_dir) as attempt:
+            write_json(job_dir / RESULT_FILE, {**outcome.document(), "attempt": attempt})
+    except FolderInUse as error:
+        terminal.warning(f"no {RESULT_FILE} was written: {error}")
     except OSError as error:
         terminal.warning(f"{job_dir / RESULT_FILE} was not written: {error}")
     terminal.finish(outcome)
     return outcome
+
+
+def _nvme_path(config: RunConfig) -> Path | None:
+    return Path(config.offload.nvme_path) if config.offload.nvme_path else None
 
 
 def run_worker(
@@ -97,15 +128,19 @@ def run_worker(
 ) -> Outcome:
     """Start the worker, watch it, and say how it ended. Leaves no process and no swap file."""
     ooms_before = oom_kills()
-    watched, reader = Watched(), EventReader(job_dir)
+    attempt = tracked.attempt
+    watched, reader = Watched(attempt=attempt), EventReader(job_dir, attempt)
     ended_by, swap_free = EndedBy.ITSELF, None
     try:
+        if task_of(config).loads_ops:
+            _build_ops(config, terminal)
+        deadline = Deadline.after(config.launcher.timeout_s)
         with (
-            swap_folder_of(config, job_dir, terminal) as swap,
-            worker_of(config, job_dir, terminal, forked=forked) as worker,
+            swap_folder_of(config, job_dir, attempt, terminal, watched) as swap,
+            worker_of(config, job_dir, attempt, deadline if forked else None) as worker,
         ):
             tracked.start()  # beside the worker's imports, not after the run
-            ended_by = watch(worker, config, reader, watched, terminal, stopped)
+            ended_by = watch(worker, deadline, reader, watched, terminal, stopped)
             swap_free = disk_free_bytes(swap) if swap is not None else None
     except KeyboardInterrupt:  # before there was a worker
         return Outcome(
@@ -124,37 +159,60 @@ def run_worker(
 
 
 @contextmanager
-def swap_folder_of(config: RunConfig, job_dir: Path, terminal: Terminal) -> Iterator[Path | None]:
-    """The job's swap folder while it runs; gone afterwards, whatever happened."""
+def swap_folder_of(
+    config: RunConfig, job_dir: Path, attempt: str, terminal: Terminal, watched: Watched
+) -> Iterator[Path | None]:
+    """Own the attempt's swap folder while it runs; it is gone afterwards, whatever happened."""
     if not task_of(config).uses_swap or config.offload.device != "nvme":
         yield None
         return
     assert config.offload.nvme_path is not None, "config_problems refuses nvme without a path"
-    for folder in remove_orphaned_swap_folders(config.offload.nvme_path):
+    path = Path(config.offload.nvme_path)
+    said = describe_disk(path)
+    terminal.note(f"weights are swapped to {path}: {said.text}")
+    for warning in said.warnings:
+        terminal.warning(warning)
+        watched.warnings.append(warning)
+    swept = remove_orphaned_swap_folders(config.offload.nvme_path, said.filesystem)
+    for folder in swept.removed:
         terminal.note(f"removed {folder}, left by a job whose driver was killed")
-    swap = claim_swap_folder(config.offload.nvme_path, job_dir)
-    try:
-        yield swap
-    finally:
-        remove_swap_folder(swap)
+    for folder in swept.unknown:
+        terminal.note(
+            f"left {folder} alone: whether its owner still runs cannot be known from here. "
+            "Remove it by hand if it does not"
+        )
+    with claimed_swap_folder(config.offload.nvme_path, attempt, job_dir) as swap:
+        try:
+            yield swap
+        finally:
+            if not remove_swap_folder(swap, job_dir):
+                terminal.warning(f"{swap} could not be removed: remove it by hand")
 
 
 @contextmanager
 def worker_of(
-    config: RunConfig, job_dir: Path, terminal: Terminal, *, forked: bool
+    config: RunConfig,
+    job_dir: Path,
+    attempt: str,
+    server_until: Deadline | None,
 ) -> Iterator[Worker]:
-    """The job's worker processes; they and all that they started are gone afterwards."""
-    if task_of(config).loads_ops:
-        _build_ops(config, terminal)
-    write_job(job_dir, config)
-    server = Servers.ready(config, lambda: Interrupts.received) if forked else None
-    worker = start_worker(config, job_dir, server)
+    """Run the job's worker processes; they and all that they started are gone afterwards.
+
+    Args:
+        server_until: take them from a server, and wait for it so long at most; None: fresh ones.
+    """
+    write_job(job_dir, config, attempt)
+    server = None
+    if server_until is not None:
+        server = Servers.ready(config, lambda: Interrupts.received or server_until.is_over())
+    worker = start_worker(config, job_dir, attempt, server)
     try:
-        with contextlib.suppress(OSError):
-            pids = [
-                {"pid": rank.pid, "start_ticks": process_start_ticks(rank.pid)}
-                for rank in worker.ranks
-            ]
+        pids = [
+            {"pid": rank.pid, "start_ticks": process_start_ticks(rank.pid)} for rank in worker.ranks
+        ]
+        with contextlib.suppress(
+            OSError
+        ):  # the folder was deleted; the worker says it, if it minds
             write_json(job_dir / WORKERS_FILE, pids)
         yield worker
     finally:
@@ -162,7 +220,11 @@ def worker_of(
 
 
 def _build_ops(config: RunConfig, terminal: Terminal) -> None:
-    """Compile what this run loads, apart from the run and said so. Raises RuntimeError when it cannot be built."""
+    """Compile what this run loads, apart from the run and said so.
+
+    Raises:
+        RuntimeError: it cannot be built.
+    """
     ops = native_ops.ops_of(config)
     for message in native_ops.remove_stale_locks(ops):
         terminal.note(message)
@@ -170,18 +232,31 @@ def _build_ops(config: RunConfig, terminal: Terminal) -> None:
         native_ops.build(ops, echo=terminal.note)
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """A moment of the monotonic clock after which nothing is waited for; None: never."""
+
+    at_s: float | None
+
+    @classmethod
+    def after(cls, timeout_s: float | None) -> Deadline:
+        """So many seconds from now."""
+        return cls(None if timeout_s is None else time.monotonic() + timeout_s)
+
+    def is_over(self) -> bool:
+        """Say whether the moment has passed."""
+        return self.at_s is not None and time.monotonic() > self.at_s
+
+
 def watch(
     worker: Worker,
-    config: RunConfig,
+    deadline: Deadline,
     reader: EventReader,
     watched: Watched,
     terminal: Terminal,
     stopped: Callable[[], bool],
 ) -> EndedBy:
     """Take the worker's events until it ends, and return who ended it."""
-    deadline_s = (
-        None if config.launcher.timeout_s is None else time.monotonic() + config.launcher.timeout_s
-    )
     while True:
         over = worker.wait(POLL_S)
         for event in reader.new_events():
@@ -191,6 +266,6 @@ def watch(
             return EndedBy.ITSELF
         if Interrupts.received or stopped():
             return EndedBy.INTERRUPTED
-        if deadline_s is not None and time.monotonic() > deadline_s:
+        if deadline.is_over():
             return EndedBy.TIMEOUT
         terminal.tick()

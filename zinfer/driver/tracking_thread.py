@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import RunConfig
+from zinfer.config.tasks import task_of
+from zinfer.driver.interrupts import Interrupts
+from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.terminal import Terminal
 from zinfer.job.files import DRIVER_READY_FILE, ENVIRONMENT_FILE, NOT_LOGGED_FILE
-from zinfer.job.folder import write_json
 from zinfer.job.outcome import Outcome
+from zinfer.job.records import write_json
 from zinfer.machine.environment import environment
 from zinfer.redact import redact
+from zinfer.tracking.deadline import within
 from zinfer.tracking.run import TrackingUnavailable, open_run
 
 if TYPE_CHECKING:
@@ -21,53 +26,85 @@ if TYPE_CHECKING:
 
 
 class TrackingThread:
-    """Opens the run; the worker starts timing when it is done, so that MLflow's import never shares a core with a sample."""
+    """Opens the run beside the worker's imports.
 
-    def __init__(self, config: RunConfig, job_dir: Path) -> None:
-        self.environment: dict[str, Any] | None = None
+    The worker starts timing when this is done, so that MLflow's import never shares a core with a
+    sample. Then the thread closes runs of drivers that were killed, for some seconds at most.
+    """
+
+    def __init__(self, config: RunConfig, job_dir: Path, attempt: str, terminal: Terminal) -> None:
+        self.attempt = attempt
+        self._environment: dict[str, Any] | None = None
         self._config = config
         self._job_dir = job_dir
+        self._terminal = terminal
         self._run: TrackedRun | None = None
         self._problem: str | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin; returns at once."""
-        self._thread = threading.Thread(target=self._open)
+        self._thread = threading.Thread(target=self._open, daemon=True)
         self._thread.start()
 
     def _open(self) -> None:
         try:
-            self.environment = environment(self._config, self._config.offload.nvme_folder)
-            write_json(self._job_dir / ENVIRONMENT_FILE, self.environment)
-            self._run = open_run(self._config, job_dir=self._job_dir, environment=self.environment)
+            nvme_path = self._config.offload.nvme_path
+            self._environment = environment(self._config, Path(nvme_path) if nvme_path else None)
+            write_json(self._job_dir / ENVIRONMENT_FILE, self._environment)
+            self._run = self._bounded(
+                lambda: open_run(
+                    self._config,
+                    job_dir=self._job_dir,
+                    environment=self._environment or {},
+                    attempt=self.attempt,
+                )
+            )
+            if task_of(self._config).loads_model:
+                close_abandoned(self._terminal)
         except TrackingUnavailable as error:
             self._problem = str(error)
         except Exception as error:  # in a thread it would be lost, and the run with it
             self._problem = f"{type(error).__name__}: {error}"
         finally:
-            (self._job_dir / DRIVER_READY_FILE).touch()
+            with contextlib.suppress(OSError):  # the folder was deleted: finish() says so
+                (self._job_dir / DRIVER_READY_FILE).touch()
 
-    def wait(self) -> None:
-        """Until the opening is over, however it went."""
+    def _bounded(self, call: Any) -> Any:
+        """Call the store, for tracking.timeout_s at most, and not beyond the second Ctrl-C."""
+        tracking = self._config.tracking
+        store = redact(tracking.uri or "the run store")
+        return within(tracking.timeout_s, call, store, Interrupts.has_insisted)
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Log the outcome and end the run.
+
+        What cannot be logged stays in the job folder for `zinfer task=upload`, and is said.
+        """
         if self._thread is not None:
-            self._thread.join()
-
-    def finish(self, outcome: Outcome, terminal: Terminal) -> Outcome:
-        """Log the outcome and end the run. What cannot be logged stays in the job folder for `zinfer task=upload`, and is said."""
-        self.wait()
-        if self._run is not None:
-            outcome = replace(outcome, run_id=self._run.run_id)
+            self._thread.join()  # each of its steps has a deadline
+        outcome = replace(outcome, environment=self._environment)
+        run = self._run
+        if run is not None:
+            outcome = replace(outcome, run_id=run.run_id)
             try:
-                self._run.finish(outcome)
+                self._bounded(lambda: run.finish(outcome))
             except TrackingUnavailable as error:
                 self._problem = str(error)
         if self._problem is not None:
-            write_json(
-                self._job_dir / NOT_LOGGED_FILE,
-                {"problem": redact(self._problem), "run_id": outcome.run_id},
-            )
-            terminal.warning(
-                f"not logged to MLflow: {self._problem}. Its files are in {self._job_dir}; to send them: zinfer task=upload"
-            )
+            self._leave_for_upload(redact(self._problem), outcome)
         return outcome
+
+    def _leave_for_upload(self, problem: str, outcome: Outcome) -> None:
+        try:
+            left = {"problem": problem, "run_id": outcome.run_id}
+            write_json(self._job_dir / NOT_LOGGED_FILE, left)
+        except OSError as error:
+            self._terminal.warning(
+                f"not logged to MLflow: {problem}. Nor are its files in {self._job_dir}: {error}"
+            )
+            return
+        self._terminal.warning(
+            f"not logged to MLflow: {problem}. Its files are in {self._job_dir}; "
+            "to send them: zinfer task=upload"
+        )

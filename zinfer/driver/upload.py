@@ -1,25 +1,31 @@
-"""task=upload: sends the runs whose store could not be reached when they ran. Their files stayed in their job folders."""
+"""task=upload: send the runs whose store could not be reached when they ran.
+
+Their files stayed in their job folders.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from zinfer.config import RunConfig
-from zinfer.driver.ending import Watched
-from zinfer.driver.orphans import config_of
+from zinfer.driver.interrupts import Interrupts
+from zinfer.driver.orphans import config_of, environment_in, outcome_in
 from zinfer.driver.run import finish
 from zinfer.driver.terminal import Terminal
-from zinfer.job.events import EventReader
-from zinfer.job.files import ENVIRONMENT_FILE, NOT_LOGGED_FILE, RESULT_FILE
-from zinfer.job.folder import read_json, write_json
-from zinfer.job.outcome import EndedBy, Outcome
+from zinfer.job.files import NOT_LOGGED_FILE, RESULT_FILE
+from zinfer.job.folder import read_job
+from zinfer.job.outcome import Outcome
+from zinfer.job.records import NotLogged, read_record, read_result, write_json
 from zinfer.tracking.client import connect, store_errors
+from zinfer.tracking.deadline import within
 from zinfer.tracking.run import TrackedRun, open_run
-from zinfer.tracking.store import TrackingUnavailable, tracking_uri
+from zinfer.tracking.store import TrackingUnavailable
+from zinfer.tracking.uri import resolved_tracking, tracking_uri
 
 ROOTS = ("outputs", "multirun")
-"""Where jobs of this working directory are, unless hydra.run.dir or hydra.sweep.dir say otherwise."""
+"""Where jobs are, unless hydra.run.dir or hydra.sweep.dir say otherwise."""
 
 
 def upload_job(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
@@ -28,17 +34,24 @@ def upload_job(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
 
 
 def upload(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
-    """Send every run of this working directory that is not logged yet, to the store that `tracking` names now."""
+    """Send every run of this working directory that is not logged yet, to the store named now."""
+    config = replace(config, tracking=resolved_tracking(config.tracking, terminal.note))
     folders = sorted(path.parent for root in ROOTS for path in Path(root).rglob(NOT_LOGGED_FILE))
     if config.tracking.store == "none":
         return Outcome(
             status="error",
-            reason="tracking=none stores nothing. Type tracking=sqlite, or tracking=server tracking.uri=...",
+            reason="tracking=none stores nothing. "
+            "Set tracking=sqlite, or tracking=server tracking.uri=...",
         )
     sent = 0
     for folder in folders:
         try:
-            run_id = send(folder, config)
+            run_id = within(
+                config.tracking.timeout_s,
+                partial(send, folder, config),
+                "the run store",
+                lambda: Interrupts.received,
+            )
         except TrackingUnavailable as error:
             return Outcome(
                 status="error",
@@ -63,10 +76,13 @@ def send(folder: Path, config: RunConfig) -> str | None:
     Raises:
         TrackingUnavailable: the store does not take it; the folder stays as it is.
     """
-    job = config_of(folder)
-    result = read_json(folder / RESULT_FILE)
-    environment = read_json(folder / ENVIRONMENT_FILE)
-    if job is None or result is None or environment is None:
+    record = read_job(folder)
+    job = config_of(record)
+    result = read_result(folder / RESULT_FILE)
+    environment = environment_in(folder)
+    if record is None or job is None or result is None or environment is None:
+        return None
+    if result.get("attempt") != record.attempt:
         return None
     tracking = replace(
         config.tracking,
@@ -75,11 +91,13 @@ def send(folder: Path, config: RunConfig) -> str | None:
         tags=job.tracking.tags,
     )
     job = replace(job, tracking=tracking, sweep=replace(job.sweep, parent_run_id=None))
-    opened = (read_json(folder / NOT_LOGGED_FILE) or {}).get("run_id")
-    outcome = outcome_in(folder)
+    left = read_record(folder / NOT_LOGGED_FILE, NotLogged)
+    opened = left.run_id if left is not None else None
     run = _existing(opened, job, folder, environment) if opened else None
-    run = run or open_run(job, job_dir=folder.absolute(), environment=environment)
-    run.finish(outcome)
+    run = run or open_run(
+        job, job_dir=folder.absolute(), environment=environment, attempt=record.attempt
+    )
+    run.finish(outcome_in(folder, record, result))
     write_json(folder / RESULT_FILE, {**result, "run_id": run.run_id})
     (folder / NOT_LOGGED_FILE).unlink()
     return run.run_id
@@ -88,12 +106,12 @@ def send(folder: Path, config: RunConfig) -> str | None:
 def _existing(
     run_id: str, job: RunConfig, folder: Path, environment: dict[str, object]
 ) -> TrackedRun | None:
-    """The run that the job had opened before the store went away, if it is in this store."""
+    """Find the run that the job had opened before the store went away, if it is in this store."""
     uri = tracking_uri(job.tracking, Path.cwd())
     with store_errors(uri):
         from mlflow.exceptions import MlflowException
 
-        client = connect(uri)
+        client = connect(uri, job.tracking.timeout_s)
         try:
             client.get_run(run_id)
         except MlflowException:
@@ -105,21 +123,4 @@ def _existing(
         environment=environment,
         uri=uri,
         client=client,
-    )
-
-
-def outcome_in(folder: Path) -> Outcome:
-    """The job's outcome, from its result and its worker's events."""
-    result = read_json(folder / RESULT_FILE)
-    watched = Watched()
-    for event in EventReader(folder).new_events():
-        watched.take(event)
-    return watched.outcome(
-        result["status"],
-        reason=result.get("reason"),
-        ended_by=EndedBy(result.get("ended_by", EndedBy.ITSELF)),
-        problems=tuple(result.get("problems") or ()),
-        metrics=result.get("metrics") or {},
-        environment=read_json(folder / ENVIRONMENT_FILE),
-        job_dir=str(folder),
     )

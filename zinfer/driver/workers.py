@@ -1,7 +1,8 @@
-"""The worker's processes, one for each rank of this host: their environment, their start, their end.
+"""Start, watch and end the worker's processes, one for each rank of this host.
 
-Ranks are started here and not by torchrun: it puts each rank in a session of its own, where the end of the driver does not reach it, and
-it reports a dead rank only in its log. The variables are torchrun's own, so DeepSpeed and torch.distributed see no difference.
+Ranks are started here and not by torchrun: it puts each rank in a session of its own, where the end
+of the driver does not reach it, and it reports a dead rank only in its log. The variables are
+torchrun's own, so DeepSpeed and torch.distributed see no difference.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import ClassVar
 
 from zinfer.config import RunConfig
 from zinfer.driver.server import ForkedWorker, WorkerServer, server_key
-from zinfer.job.files import WORKER_LOG
+from zinfer.job.files import ATTEMPT_VARIABLE, WORKER_LOG
 from zinfer.machine import native_ops
 
 END_GRACE_S = 2.0
-"""Between SIGTERM and SIGKILL for a worker that is told to end."""
+"""Time between SIGTERM and SIGKILL for a worker that is told to end."""
 RANK_GRACE_S = 2.0
-"""After one rank has died: what the others, which wait for it, get to say why they end."""
+"""After one rank has died: time for the others, which wait for it, to say why they end."""
 
 RankProcess = subprocess.Popen[bytes] | ForkedWorker
 
@@ -46,15 +47,19 @@ class Worker:
 
     @property
     def returncode(self) -> int:
-        """Of the rank that failed first; 0 when none did."""
+        """Exit code of the rank that failed first; 0 when none did."""
         if self.first_failed is None:
             return 0
         return self.ranks[self.first_failed].poll() or 0
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until a rank ends, at most timeout_s. True when the job is over: all ranks ended, or one failed and the others had time."""
+        """Sleep until a rank ends, at most timeout_s. True when the job is over.
+
+        It is over when all ranks ended, or when one failed and the others had time to say why.
+        """
         running = [fd for rank, fd in self._pidfds.items() if self.ranks[rank].poll() is None]
-        if running:
+        unreported = bool(select.select(running, [], [], 0)[0])
+        if running and not unreported:
             select.select(running, [], [], timeout_s)
         elif any(process.poll() is None for process in self.ranks):
             time.sleep(
@@ -105,12 +110,18 @@ def signal_group(group: int, sign: signal.Signals) -> None:
         return
 
 
-def start_worker(config: RunConfig, job_dir: Path, server: WorkerServer | None) -> Worker:
-    """One process for each rank of this host, forked by the server where there is one; their output goes to JOB_DIR/worker.log."""
+def start_worker(
+    config: RunConfig, job_dir: Path, attempt: str, server: WorkerServer | None
+) -> Worker:
+    """Start one process for each rank of this host, forked by the server where there is one.
+
+    Their output goes to JOB_DIR/worker.log.
+    """
     port = config.launcher.master_port or free_port()
     started: list[RankProcess] = []
     for local_rank in range(config.launcher.ranks):
         environment = worker_environment(config) | rank_variables(config, local_rank, port)
+        environment[ATTEMPT_VARIABLE] = attempt
         forked = (
             server.fork(job_dir, environment, job_dir / WORKER_LOG) if server is not None else None
         )
@@ -131,7 +142,7 @@ def _fresh(job_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
-    """The environment of every rank: what must be set before torch and DeepSpeed are imported."""
+    """Return every rank's environment: what must be set before torch and DeepSpeed are imported."""
     env = {**os.environ, **native_ops.worker_environment()}
     threads = config.launcher.omp_threads or max(
         1, len(os.sched_getaffinity(0)) // config.launcher.ranks
@@ -156,7 +167,10 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 
 
 def rank_variables(config: RunConfig, local_rank: int, port: int) -> dict[str, str]:
-    """What torchrun would set for this rank. Source: docs.pytorch.org/docs/stable/elastic/run.html, Environment Variables."""
+    """Return what torchrun would set for this rank.
+
+    Source: docs.pytorch.org/docs/stable/elastic/run.html, Environment Variables.
+    """
     launcher = config.launcher
     address, _, rendezvous_port = (launcher.rendezvous or f"127.0.0.1:{port}").rpartition(":")
     return {
@@ -170,7 +184,7 @@ def rank_variables(config: RunConfig, local_rank: int, port: int) -> dict[str, s
 
 
 def free_port() -> int:
-    """A TCP port that is free now."""
+    """Return a TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -189,20 +203,23 @@ class Servers:
         """Start the server for jobs like this one; does not wait for its imports."""
         environment = worker_environment(config)
         key = server_key(environment)
-        if cls.current is not None and (cls.current.key != key or not cls.current.alive):
+        if cls.current is not None and (
+            cls.current.key != key or not cls.current.alive or cls.current.is_stopped()
+        ):
             cls.close()
         if cls.current is None and key not in cls.unfit:
             cls.current = WorkerServer(environment)
 
     @classmethod
     def ready(cls, config: RunConfig, give_up: Callable[[], bool]) -> WorkerServer | None:
-        """The server when its imports are done; None where the job needs a fresh process."""
+        """Return the server when its imports are done; None where the job needs a fresh process."""
         cls.prepare(config)
         if cls.current is None:
             return None
         reason = cls.current.unfit_reason(give_up)
         if reason is not None:
             cls.unfit[cls.current.key] = reason
+            cls.current.kill()
             cls.close()
         return cls.current
 

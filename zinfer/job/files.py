@@ -38,3 +38,8 @@ STOP_FILE = "stop.json"
 """Why no further job of the sweep is to start."""
 PARENT_FILE = "parent_run.json"
 """The run in MLflow that holds all jobs of a sweep or of a search."""
+PLANS_FILE = "plans.csv"
+"""The table of a sweep that only plans."""
+
+ATTEMPT_VARIABLE = "ZINFER_ATTEMPT"
+"""Environment variable in which a worker finds the attempt that it was started for."""

@@ -1,7 +1,11 @@
-"""The job folder: what the driver leaves there for the worker, and what both leave for people.
+"""The job folder: an attempt of its own for every use, and the lock that says who uses it now.
 
-While a driver works on a folder it holds a lock on its DRIVER_LOCK, which the kernel releases however the driver ends, and a note of the
-folder lies in the cache. So the next start of zinfer, wherever it is, finds the folders whose drivers were killed.
+A folder may be used again (a fixed hydra.run.dir or hydra.sweep.dir). Each use begins an attempt:
+what earlier ones left is moved to earlier/N, and the records of the new one carry its id.
+
+While a driver works on a folder it holds a lock on its DRIVER_LOCK, which the kernel releases
+however the driver ends, and a note of the folder lies in the cache. So a later start of zinfer,
+wherever it is, finds the folders whose drivers were killed.
 """
 
 from __future__ import annotations
@@ -9,83 +13,222 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
+import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, ClassVar
 
-from zinfer.config import RunConfig, config_to_stored
-from zinfer.job.files import DRIVER_LOCK, JOB_FILE
-from zinfer.job.swap import process_start_ticks
+from zinfer.config import ConfigError, RunConfig, config_to_stored
+from zinfer.job.files import (
+    DRIVER_LOCK,
+    DRIVER_READY_FILE,
+    EARLIER_FOLDER,
+    ENVIRONMENT_FILE,
+    EVENTS_FILE,
+    JOB_FILE,
+    KERNELS_FILE,
+    NOT_LOGGED_FILE,
+    PARENT_FILE,
+    PLANS_FILE,
+    RANK_EVENTS_FILE,
+    RESULT_FILE,
+    REUSED_FILE,
+    STOP_FILE,
+    SWEEP_FILE,
+    WORKER_LOG,
+    WORKERS_FILE,
+)
+from zinfer.job.processes import process_start_ticks
+from zinfer.job.records import (
+    FolderKind,
+    FolderNote,
+    JobRecord,
+    read_record,
+    write_json,
+)
+from zinfer.job.swap import boot_id, swap_folder
 from zinfer.paths import cache_dir
 
-FolderKind = Literal["job", "sweep"]
+JOB_FILES = (
+    JOB_FILE, RESULT_FILE, REUSED_FILE, WORKER_LOG, EVENTS_FILE, RANK_EVENTS_FILE.format(rank="*"), DRIVER_READY_FILE,
+    ENVIRONMENT_FILE, WORKERS_FILE, NOT_LOGGED_FILE, KERNELS_FILE, PARENT_FILE,
+)  # fmt: skip
+"""What an attempt of a job leaves behind, as glob patterns."""
+SWEEP_FILES = (SWEEP_FILE, STOP_FILE, PARENT_FILE, PLANS_FILE)
+"""What a sweep leaves behind beside its jobs' folders."""
 
 
-def write_job(job_dir: Path, config: RunConfig) -> None:
-    """Store the checked configuration, and which process is the driver."""
-    pid = os.getpid()
-    job: dict[str, Any] = {"driver_pid": pid, "driver_start_ticks": process_start_ticks(pid)}
-    job |= {"working_directory": str(Path.cwd()), "config": config_to_stored(config)}
-    write_json(job_dir / JOB_FILE, job, private=True)
+class FolderInUse(ConfigError):
+    """Another zinfer works on this folder at this moment."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            [
+                f"{folder} is in use by another zinfer that still runs. Wait for its end, or set "
+                "hydra.run.dir (of a sweep: hydra.sweep.dir) to another folder"
+            ]
+        )
 
 
-def read_job_config(job_dir: Path) -> tuple[dict[str, Any], int, int | None]:
-    """(configuration tree, the driver's pid, its start in clock ticks)."""
-    job = json.loads((job_dir / JOB_FILE).read_text())
-    return job["config"], job["driver_pid"], job["driver_start_ticks"]
+class Held:
+    """The folders that this process works on, with the attempt in each."""
 
-
-def write_json(path: Path, value: Any, *, private: bool = False) -> None:
-    """Whole or not at all: who reads it at the same moment, or after a kill, never finds half a document.
-
-    Args:
-        private: only its owner may read it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch(mode=0o600 if private else 0o666)
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """The document, or None where there is none or it was cut short."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    attempts: ClassVar[dict[Path, str]] = {}
 
 
 @contextlib.contextmanager
-def driven(folder: Path, kind: FolderKind) -> Iterator[None]:
-    """Hold the folder: until the end of the block, or of this process, its driver is alive."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_locked(folder))
-        note = _note_of(folder)
-        with contextlib.suppress(
-            OSError
-        ):  # without a cache a killed driver's folder is found by nobody; the job runs all the same
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, {"folder": str(folder.resolve()), "kind": kind, **_machine()})
-        yield
-        note.unlink(missing_ok=True)
+def attempt_in(folder: Path, kind: FolderKind = "job", jobs: Iterable[Path] = ()) -> Iterator[str]:
+    """Hold the folder and begin an attempt in it: until the block's end its driver is alive.
+
+    Inside another `attempt_in` of the same folder it is the same attempt.
+
+    Args:
+        jobs: for a sweep, folders of its jobs that are not directly in its own.
+
+    Yields:
+        The attempt's id.
+
+    Raises:
+        FolderInUse: another process holds the folder.
+        OSError: the folder cannot be made or written to.
+    """
+    folder = folder.absolute()
+    if folder in Held.attempts:
+        yield Held.attempts[folder]
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        attempt = Held.attempts[folder] = begin_attempt(folder, kind, jobs)
+        try:
+            _note(folder, kind)
+            yield attempt
+            forget(folder)
+        finally:
+            del Held.attempts[folder]
+
+
+def begin_attempt(folder: Path, kind: FolderKind = "job", jobs: Iterable[Path] = ()) -> str:
+    """Move what earlier attempts left in the folder to earlier/N, and return a new attempt's id.
+
+    Only files that zinfer writes are moved, never others: the folder may be anybody's.
+    An attempt whose driver was killed is noted, so that its run is closed from earlier/N.
+    """
+    left = [path for name in JOB_FILES for path in folder.glob(name)]
+    if kind == "sweep":
+        left += [folder / name for name in SWEEP_FILES if (folder / name).exists()]
+        inside = {path for path in folder.iterdir() if is_job_folder(path)}
+        left += sorted(inside | {path for path in jobs if is_job_folder(path)})
+    if left:
+        earlier = _next_earlier(folder)
+        for path in dict.fromkeys(left):
+            target = earlier / path.absolute().relative_to(folder.absolute())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            noted = _note_of(path).exists()
+            os.replace(path, target)
+            if noted:  # a job of the sweep whose driver was killed
+                _note_of(path).unlink(missing_ok=True)
+                _note(target, "job")
+        if _note_of(folder).exists():
+            _note(earlier, kind)
+    return secrets.token_hex(8)
+
+
+def is_job_folder(path: Path) -> bool:
+    """Check that zinfer, or Hydra for it, made this folder for a job."""
+    records = (JOB_FILE, RESULT_FILE, REUSED_FILE)
+    return (
+        path.is_dir()
+        and not path.is_symlink()
+        and path.name != EARLIER_FOLDER
+        and any((path / name).is_file() for name in records)
+    )
+
+
+def attempt_folder(job_dir: Path, attempt: str) -> Path | None:
+    """Return where the files of this attempt are now: the folder itself, or one of its earlier/N."""
+    for folder in (job_dir, *sorted((job_dir / EARLIER_FOLDER).glob("*"))):
+        if (job := read_job(folder)) is not None and job.attempt == attempt:
+            return folder
+    return None
+
+
+def _next_earlier(folder: Path) -> Path:
+    """Make the next free earlier/N."""
+    numbers = [
+        int(path.name) for path in (folder / EARLIER_FOLDER).glob("*") if path.name.isdecimal()
+    ]
+    earlier = folder / EARLIER_FOLDER / str(max(numbers, default=0) + 1)
+    earlier.mkdir(parents=True)
+    return earlier
+
+
+def write_job(job_dir: Path, config: RunConfig, attempt: str) -> None:
+    """Store the checked configuration for the worker. Only the owner may read it."""
+    pid = os.getpid()
+    job = {
+        "attempt": attempt,
+        "driver_pid": pid,
+        "driver_start_ticks": process_start_ticks(pid),
+        "working_directory": str(Path.cwd()),
+        "config": config_to_stored(config),
+    }
+    write_json(job_dir / JOB_FILE, job, private=True)
+
+
+def own_swap_folder(nvme_path: str, job_dir: Path) -> Path:
+    """Return the swap folder of the attempt that is in this job folder now.
+
+    Raises:
+        ValueError: the folder has no job.
+    """
+    job = read_job(job_dir)
+    if job is None:
+        raise ValueError(f"{job_dir / JOB_FILE} is not there, or is no job's record")
+    return swap_folder(nvme_path, job.attempt)
+
+
+def read_job(job_dir: Path) -> JobRecord | None:
+    """Return the job of this folder, or None where it got no worker."""
+    return read_record(job_dir / JOB_FILE, JobRecord)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[IO[str]]:
-    with (folder / DRIVER_LOCK).open("a") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
+    """Hold the folder's lock. On a file system without locks nobody is kept out.
+
+    Raises:
+        FolderInUse: another process has it.
+    """
+    path = folder / DRIVER_LOCK
+    with path.open("a") as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(folder) from None
+        except OSError:
+            pass
         yield lock
-        (folder / DRIVER_LOCK).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def abandoned_folder_held(folder: Path) -> Iterator[bool]:
+    """Keep other processes from caring for the same folder. False where one does already."""
+    try:
+        with _locked(folder):
+            yield True
+    except FolderInUse:
+        yield False
+    except FileNotFoundError:  # the folder was deleted
+        yield True
 
 
 def is_driven(folder: Path) -> bool:
-    """Whether the process that holds this folder is alive, on this machine."""
+    """Check that the process that holds this folder is alive, on this machine."""
     try:
-        with (folder / DRIVER_LOCK).open("a" if (folder / DRIVER_LOCK).exists() else "r") as lock:
+        with (folder / DRIVER_LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -95,36 +238,35 @@ def is_driven(folder: Path) -> bool:
 
 
 def abandoned_folders() -> list[tuple[Path, FolderKind]]:
-    """Folders of this machine whose driver was killed. Jobs come before the sweeps that they belong to."""
-    here = _machine()
+    """Return folders of this machine whose driver was killed, jobs before their sweeps."""
+    host, boot = socket.gethostname(), boot_id()
     found: list[tuple[Path, FolderKind]] = []
     for path in (cache_dir() / "running").glob("*.json"):
-        note = read_json(path)
-        if note is None or not {"folder", "kind", "host", "boot"} <= note.keys():
+        note = read_record(path, FolderNote)
+        if note is None or _note_of(Path(note.folder)) != path:
             continue
-        folder = Path(note["folder"])
-        if here["boot"] != note["boot"] and here["host"] != note["host"]:
+        if boot != note.boot and host != note.host:
             continue  # another machine that shares this home folder
-        if not is_driven(folder):
-            found.append((folder, note["kind"]))
+        if not is_driven(Path(note.folder)):
+            found.append((Path(note.folder), note.kind))
     return sorted(found, key=lambda entry: entry[1])
 
 
 def forget(folder: Path) -> None:
-    """This folder needs no further care."""
+    """Remove the note of this folder: it needs no further care."""
     _note_of(folder).unlink(missing_ok=True)
-    (folder / DRIVER_LOCK).unlink(missing_ok=True)
+
+
+def _note(folder: Path, kind: FolderKind) -> None:
+    """Note the folder in the cache. Without a cache a killed driver's folder is found by nobody."""
+    note = FolderNote(
+        folder=str(folder.resolve()), kind=kind, host=socket.gethostname(), boot=boot_id()
+    )
+    with contextlib.suppress(OSError):
+        _note_of(folder).parent.mkdir(parents=True, exist_ok=True)
+        write_json(_note_of(folder), vars(note))
 
 
 def _note_of(folder: Path) -> Path:
-    token = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    token = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return cache_dir() / "running" / f"{token}.json"
-
-
-def _machine() -> dict[str, str]:
-    """Locks are seen by whoever shares the kernel: the boot names it, and the host says whose older boots are over."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = ""
-    return {"host": socket.gethostname(), "boot": boot}

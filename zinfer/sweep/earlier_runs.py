@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from zinfer.job.outcome import EndedBy, Json, Status
-from zinfer.tracking.job_key import KEY_TAG
-from zinfer.tracking.store import sqlite_path
+from zinfer.tracking.names import KEY_TAG
+from zinfer.tracking.uri import sqlite_path
 
 HEADLINE = "generated_tokens_per_s"
 METRICS = (HEADLINE, "prefill_s", "decode_step_s", "peak_host_rss_bytes", "best_batch_size")

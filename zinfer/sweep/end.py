@@ -113,7 +113,8 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
     if interrupted:
         sweep.stop("interrupted")
         wait_for_jobs(sweep)
-    close_abandoned(terminal)  # of jobs whose process a launcher has killed
+    # of jobs whose process a launcher has killed
+    close_abandoned(terminal, within_folder=sweep.folder)
     rows = rows_of(sweep)
     code = exit_code(rows, interrupted=interrupted)
     if sweep.output_format == "json":

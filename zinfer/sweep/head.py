@@ -20,11 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zinfer.config import ConfigError, RunConfig
 from zinfer.config.tasks import task_of
-from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.refusals import refusal
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.workers import Servers
-from zinfer.job.folder import driven, is_driven
+from zinfer.job.folder import attempt_in, is_driven
 from zinfer.job.outcome import Outcome
 from zinfer.sweep.compose import (
     ComposedJob,
@@ -47,7 +46,7 @@ from zinfer.sweep.record import SWEEP_VARIABLE, Sweep, SweepJob
 from zinfer.sweep.resume import note_reused, reusable_runs, with_refusals_kept, with_reused
 from zinfer.sweep.table import plan_table
 from zinfer.tracking.parent import ParentRunCallback
-from zinfer.tracking.store import tracking_uri
+from zinfer.tracking.uri import tracking_uri
 
 
 def decide(master: DictConfig) -> Decision:
@@ -203,10 +202,10 @@ def begin(
     Raises:
         ConfigError: the folder cannot be made, or another sweep works in it.
     """
-    close_abandoned(terminal)
     take_folder(sweep)
     held = ExitStack()
-    held.enter_context(driven(sweep.folder, "sweep"))
+    jobs = [Path(job.folder) for job in sweep.jobs or []]
+    held.enter_context(attempt_in(sweep.folder, "sweep", jobs))
     sweep.write()
     os.environ[SWEEP_VARIABLE] = str(sweep.folder)
     left = None

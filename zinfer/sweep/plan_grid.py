@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from zinfer.config import ConfigError, RunConfig
 from zinfer.driver.terminal import Terminal, new_table
+from zinfer.job.files import PLANS_FILE
 from zinfer.machine.hardware import Hardware, detect_hardware
 from zinfer.model.spec import is_counted
 from zinfer.plan.fit import largest_fitting_batch, shortfall
@@ -28,7 +29,6 @@ from zinfer.sweep.launchers import BASIC_LAUNCHER
 from zinfer.sweep.plan import plan_jobs
 from zinfer.units import format_bytes, format_seconds
 
-PLANS_FILE = "plans.csv"
 ROWS_SHOWN = 60
 Row = dict[str, Any]
 
@@ -203,12 +203,8 @@ def log_grid(config: RunConfig, folder: Path, rows: list[Row], terminal: Termina
     if config.tracking.store == "none":
         return
     from zinfer.tracking.client import connect, experiment, store_errors
-    from zinfer.tracking.store import (
-        TrackingUnavailable,
-        artifact_location,
-        ensure_store,
-        tracking_uri,
-    )
+    from zinfer.tracking.store import TrackingUnavailable, ensure_store
+    from zinfer.tracking.uri import artifact_location, tracking_uri
 
     try:
         uri = tracking_uri(config.tracking, Path.cwd())

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from zinfer.job.files import RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
-from zinfer.job.folder import read_json, write_json
 from zinfer.job.outcome import Json
+from zinfer.job.records import read_json, read_result, write_json
 
 if TYPE_CHECKING:
     from zinfer.sweep.earlier_runs import EarlierRun
@@ -76,10 +76,7 @@ class JobFolder:
 
     def document(self) -> Json | None:
         """Return its result.json, or its reused.json. None: it has not ended."""
-        found: Json | None = read_json(self.folder / RESULT_FILE) or read_json(
-            self.folder / REUSED_FILE
-        )
-        return found
+        return read_result(self.folder / RESULT_FILE) or read_result(self.folder / REUSED_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)

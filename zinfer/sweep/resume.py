@@ -15,8 +15,9 @@ from pathlib import Path
 
 from zinfer.config import RunConfig
 from zinfer.job.files import EARLIER_FOLDER, RESULT_FILE, REUSED_FILE
-from zinfer.job.folder import read_json, write_json
+from zinfer.job.folder import attempt_in
 from zinfer.job.outcome import STOPPED_FROM_OUTSIDE, Json
+from zinfer.job.records import read_result, write_json
 from zinfer.machine.disk import filesystem_of
 from zinfer.machine.environment import environment
 from zinfer.sweep.earlier_runs import EarlierRun, ended_runs
@@ -141,7 +142,6 @@ def note_reused(earlier: EarlierRun, job_dir: Path) -> Json:
     A folder that holds that run already is left as it is; another one begins a new attempt.
     """
     found = _result_of(earlier)
-    job_dir.mkdir(parents=True, exist_ok=True)
     document: Json = {
         **found,
         "status": earlier.status,
@@ -152,7 +152,8 @@ def note_reused(earlier: EarlierRun, job_dir: Path) -> Json:
         "metrics": {**(found.get("metrics") or {}), **earlier.metrics},
         "reused": True,
     }
-    write_json(job_dir / REUSED_FILE, document)
+    with attempt_in(job_dir) as attempt:
+        write_json(job_dir / REUSED_FILE, {**document, "attempt": attempt})
     return document
 
 
@@ -161,7 +162,7 @@ def _result_of(earlier: EarlierRun) -> Json:
     if earlier.job_dir is None:
         return {}
     for folder in _folders_since(Path(earlier.job_dir)):
-        found: Json = read_json(folder / RESULT_FILE) or {}
+        found = read_result(folder / RESULT_FILE) or {}
         if found.get("run_id") == earlier.run_id:
             return found
     return {}

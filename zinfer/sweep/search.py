@@ -16,8 +16,8 @@ from zinfer.driver.refusals import refusal
 from zinfer.driver.run import finish, never, run_job
 from zinfer.driver.terminal import Terminal
 from zinfer.job.files import RESULT_FILE
-from zinfer.job.folder import read_json
 from zinfer.job.outcome import Json, Outcome
+from zinfer.job.records import read_result
 from zinfer.sweep.record import Sweep
 from zinfer.sweep.resume import note_reused, stands_now
 from zinfer.tracking.job_key import key_here
@@ -144,7 +144,7 @@ def run_trial(
     forked = config.launcher.fork_workers
     stopped = never if sweep is None else lambda: sweep.stopped() == "interrupted"
     run_job(trial, folder, Quiet(terminal), forked=forked, stopped=stopped)
-    found: Json = read_json(folder / RESULT_FILE)
+    found: Json = read_result(folder / RESULT_FILE) or {}
     return found
 
 

@@ -1,4 +1,7 @@
-"""A client of an MLflow store, and its errors as sentences. MLflow is imported inside `connect`: it takes seconds."""
+"""A client of an MLflow store, and its errors as sentences.
+
+MLflow is imported inside `connect`: it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,35 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zinfer.redact import redact
+from zinfer.tracking.deadline import STORE_TIMEOUT_S
 from zinfer.tracking.store import TrackingUnavailable, first_connection_lock
+from zinfer.tracking.uri import no_stray_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of the store, which exists. MLflow is kept from printing to stdout, phoning home and retrying for minutes."""
+def connect(uri: str, timeout_s: float = STORE_TIMEOUT_S) -> MlflowClient:
+    """Return a client of the store, which exists.
+
+    MLflow is kept from printing to stdout, phoning home and retrying for minutes.
+
+    Args:
+        timeout_s: longest wait for one answer of a server; `within` bounds all of them together.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, int(timeout_s))))
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     from mlflow import MlflowClient
 
-    with first_connection_lock(uri):
+    with first_connection_lock(uri), no_stray_folder(uri):
         return MlflowClient(tracking_uri=uri)
 
 
 def experiment(client: MlflowClient, name: str, location: str | None) -> str:
-    """Id of the experiment, created if need be; another process may create it at the same moment."""
+    """Return the experiment's id, created if need be; another process may create it meanwhile."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -49,7 +61,10 @@ def experiment(client: MlflowClient, name: str, location: str | None) -> str:
 
 @contextlib.contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Whatever MLflow, its database driver or its HTTP client raise becomes one sentence without credentials."""
+    """Turn whatever MLflow, its database driver or HTTP client raise into one sentence.
+
+    It has no credentials in it.
+    """
     try:
         yield
     except TrackingUnavailable:
@@ -59,6 +74,6 @@ def store_errors(uri: str) -> Iterator[None]:
             f"{redact(uri)} needs a package that is not installed: {error}",
             remedy="Run pip install mlflow",
         ) from error
-    except Exception as error:  # MlflowException, SQLAlchemyError, requests' errors, OSError: each store has its own
+    except Exception as error:  # each kind of store raises its own
         said = str(error).strip().splitlines() or ["no message"]
         raise TrackingUnavailable(redact(f"{uri}: {type(error).__name__}: {said[0]}")) from None

@@ -10,7 +10,6 @@ from zinfer.config import METHOD_VERSION, RunConfig, config_key
 from zinfer.job.outcome import Json
 from zinfer.machine.environment import PACKAGE_FOLDER, environment, hardware_fingerprint
 
-KEY_TAG = "zinfer.key"
 LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate")
 
 

@@ -13,6 +13,48 @@ RUN_STATUS: dict[Status, str] = {
     "timeout": KILLED,
 }
 
+RUN_NAME_TAG = "mlflow.runName"
+PARENT_TAG = "mlflow.parentRunId"
+SOURCE_NAME_TAG, SOURCE_TYPE_TAG = "mlflow.source.name", "mlflow.source.type"
+"""MLflow's own tags, which its pages show."""
+
+ROLE_TAG = "zinfer.role"
+"""job, sweep or plan_grid."""
+STATUS_TAG, REASON_TAG, ENDED_BY_TAG = "zinfer.status", "zinfer.reason", "zinfer.ended_by"
+ATTEMPT_TAG, JOB_DIR_TAG, SWEEP_DIR_TAG = "zinfer.attempt", "zinfer.job_dir", "zinfer.sweep_dir"
+METHOD_TAG, CONFIG_KEY_TAG, KEY_TAG = "zinfer.method_version", "zinfer.config_key", "zinfer.key"
+VERSION_TAG, COMMIT_TAG, DIRTY_TAG = "zinfer.version", "zinfer.commit", "zinfer.dirty"
+HARDWARE_TAG, DEVICE_TAG, DTYPE_TAG = "zinfer.hardware", "zinfer.device", "zinfer.dtype"
+BINDING_TAG, WARNINGS_TAG = "zinfer.binding_resource", "zinfer.warnings"
+STABILITY_TAG, STABILITY_REASON_TAG = "zinfer.stability", "zinfer.stability_reason"
+WEIGHTS_TAG, OVERRIDES_TAG = "zinfer.weights_sha256", "zinfer.overrides"
+
+HEADLINE = "generated_tokens_per_s"
+"""The metric that runs are compared by first."""
+STEP_METRIC, REPEAT_METRIC = "decode_step_s_by_step", "total_s_by_repeat"
+"""Metrics with steps: the median of each decode step, and each timed repeat."""
+MODEL_METRICS = {
+    "model_parameters": "parameters",
+    "model_active_parameters": "active_parameters",
+    "weight_bytes": "weight_bytes",
+    "kv_cache_bytes_per_token": "kv_cache_bytes_per_token",
+    "kv_cache_bytes": "kv_cache_bytes",
+    "kv_cache_bytes_paper": "kv_cache_bytes_paper",
+    "hidden_bytes": "hidden_bytes",
+}
+"""Metric name -> key of Outcome.model."""
+PREDICTED_METRICS = ("predicted_", "ceiling_")
+"""Beginnings of names of a plan's own metrics: logged also where nothing was measured."""
+PLAN_FITS_METRIC = "plan_fits"
+TIER_METRICS = ("plan_{tier}_needed_bytes", "plan_{tier}_available_bytes")
+NOT_PARAMETERS = frozenset({
+    "format", "tracking", "sweep", "offload.nvme_path", "launcher.master_port", "launcher.timeout_s",
+    "batch.prompt_text", "batch.prompt_file", "hardware.source", "hardware.profile", "hardware.device_flops_per_s",
+    "model.overrides", "model.config_source", "model.tokenizer_id", "model.checkpoint_dtype",
+    "model.trust_remote_code", "model.allow_pickle",
+})  # fmt: skip
+"""Settings that are no choices to compare runs by. They are in config.yaml."""
+
 
 def run_status(status: Status) -> str:
     """Return MLflow's state for a job's status. The tag zinfer.status has the exact one."""

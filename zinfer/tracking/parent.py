@@ -1,8 +1,9 @@
 """The parent run of a sweep in MLflow: one run that holds all jobs together.
 
-Hydra calls this before the first job and must not wait for MLflow (3 s): the callback only writes down, in SWEEP_DIR/parent_run.json, what
-the parent is, and passes that path to the jobs in ZINFER_PARENT_RUN_ID. The first job that opens its own run, in whatever process, creates
-the parent under a lock and adds its id. A sweep in which no job got that far leaves no parent.
+Hydra calls this before the first job and must not wait for MLflow (3 s). So the callback only
+writes down, in SWEEP_DIR/parent_run.json, what the parent is, and passes that path to the jobs in
+ZINFER_PARENT_RUN_ID. The first job that opens its own run, in whatever process, creates the parent
+under a lock and adds its id. A sweep in which no job got that far leaves no parent.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.experimental.callback import Callback
+from pydantic.dataclasses import dataclass as checked
 
 from zinfer.job.files import PARENT_FILE, SWEEP_FILE
 from zinfer.job.outcome import Json, Status
+from zinfer.job.records import STRICT, read_record, write_json
 from zinfer.redact import redact
+from zinfer.tracking import names
+from zinfer.tracking.deadline import never, within
 from zinfer.tracking.names import run_status
 
 if TYPE_CHECKING:
@@ -47,6 +52,18 @@ class SweptRun:
     run_id: str | None
     """None for a job without a run in MLflow."""
     state: SweptState
+
+
+CLOSE_S = 30.0
+"""Longest time that the end of a sweep waits for the store."""
+
+
+@checked(frozen=True, kw_only=True, config=STRICT)
+class Announced:
+    """parent_run.json: what the parent run is called, and its id when a job has created it."""
+
+    tags: dict[str, str]
+    run_id: str | None
 
 
 class ParentRunCallback(Callback):
@@ -76,11 +93,14 @@ class ParentRunCallback(Callback):
         atexit.register(self._end_unfinished, os.getpid())
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Every job ended well: Hydra does not come here otherwise."""
+        """Close the parent: every job ended well, or Hydra would not come here."""
         self.end("ok")
 
     def _end_unfinished(self, pid: int) -> None:
-        """At the end of the process: a sweep that on_multirun_end has not seen had a job that failed, or was interrupted."""
+        """Close the parent at the end of the process, where on_multirun_end did not.
+
+        Hydra does not call it when a job failed, or the sweep was interrupted.
+        """
         if os.getpid() == pid:
             self.end("error")
 
@@ -100,24 +120,25 @@ def announce_parent(sweep_dir: Path, overrides: list[str]) -> Path:
     """Write what the parent run will be called, and return the file that will hold its id."""
     name = redact(" ".join(overrides)) or "sweep"
     tags = {
-        "mlflow.runName": name[:250],
-        "mlflow.source.name": "zinfer",
-        "mlflow.source.type": "LOCAL",
-        "zinfer.role": "sweep",
-        "zinfer.status": "running",
-        "zinfer.sweep_dir": str(sweep_dir),
-        "zinfer.overrides": name[:7999],
+        names.RUN_NAME_TAG: name[:250],
+        names.SOURCE_NAME_TAG: "zinfer",
+        names.SOURCE_TYPE_TAG: "LOCAL",
+        names.ROLE_TAG: "sweep",
+        names.STATUS_TAG: "running",
+        names.SWEEP_DIR_TAG: str(sweep_dir),
+        names.OVERRIDES_TAG: name[:7999],
     }
     sweep_dir.mkdir(parents=True, exist_ok=True)
     file = sweep_dir / PARENT_FILE
-    file.write_text(json.dumps({"tags": tags, "run_id": None}, indent=1))
+    write_json(file, vars(Announced(tags=tags, run_id=None)))
     return file
 
 
 def parent_run_id(given: str | None, client: MlflowClient, experiment_id: str) -> str | None:
-    """The id that sweep.parent_run_id stands for; creates the run that a parent_run.json announces, if no job has yet.
+    """Return the id that sweep.parent_run_id stands for.
 
-    None without a parent, or where its file cannot be seen (a job on another host that does not share the sweep's folder).
+    Creates the run that a parent_run.json announces, if no job has yet. None without a parent, or
+    where its file cannot be seen (a job on another host that does not share the sweep's folder).
     """
     if given is None or Path(given).name != PARENT_FILE:
         return given
@@ -125,16 +146,21 @@ def parent_run_id(given: str | None, client: MlflowClient, experiment_id: str) -
         return None
     with Path(given).open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        announced = json.load(file)
-        if announced["run_id"] is None:
-            tags = announced["tags"]
-            announced["run_id"] = client.create_run(
-                experiment_id, tags=tags, run_name=tags["mlflow.runName"]
+        announced = read_record(Path(given), Announced)
+        if announced is None:
+            return None
+        if announced.run_id is not None:
+            return announced.run_id
+        run_id = str(
+            client.create_run(
+                experiment_id,
+                tags=announced.tags,
+                run_name=announced.tags.get(names.RUN_NAME_TAG),
             ).info.run_id
-            file.seek(0)
-            file.truncate()
-            json.dump(announced, file, indent=1)
-        run_id: str = announced["run_id"]
+        )
+        file.seek(0)
+        file.truncate()
+        json.dump({"tags": announced.tags, "run_id": run_id}, file, indent=1)
         return run_id
 
 
@@ -161,10 +187,11 @@ def close_parent(
     status: Status,
     runs: Sequence[SweptRun] = (),
     record: Json | None = None,
+    give_up: Callable[[], bool] = never,
 ) -> None:
     """End the parent run, if a job has created it, with the runs of its jobs.
 
-    The jobs are complete without it, so a store that is gone is only said.
+    The jobs are complete without it, so a store that is gone, or does not answer, is only said.
 
     Args:
         runs: all jobs of the sweep, reused ones included.
@@ -172,20 +199,26 @@ def close_parent(
     """
     from zinfer.config import TrackingConfig
     from zinfer.tracking.client import connect, store_errors
-    from zinfer.tracking.store import TrackingUnavailable, tracking_uri
+    from zinfer.tracking.store import TrackingUnavailable
+    from zinfer.tracking.uri import tracking_uri
 
-    run_id = json.loads(file.read_text())["run_id"]
-    if run_id is None:
+    announced = read_record(file, Announced)
+    if announced is None or announced.run_id is None:
         return
+    run_id = announced.run_id
     absolute = tracking_uri(TrackingConfig(store="sqlite", uri=uri), Path.cwd())
-    try:
+
+    def close() -> None:
         with store_errors(absolute):
             client = connect(absolute)
-            client.set_tag(run_id, "zinfer.status", status)
+            client.set_tag(run_id, names.STATUS_TAG, status)
             for name, value in jobs_tags(runs).items():
                 client.set_tag(run_id, name, value)
             if record is not None:
                 client.log_dict(run_id, redact(record), SWEEP_FILE)
             client.set_terminated(run_id, run_status(status))
+
+    try:
+        within(CLOSE_S, close, redact(absolute), give_up)
     except TrackingUnavailable as error:
         print(f"the sweep's run {run_id} was not closed: {error}", file=sys.stderr)

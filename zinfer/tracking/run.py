@@ -1,7 +1,9 @@
-"""One job as a run in MLflow: parameters (what was chosen), metrics (what came out), tags (under which circumstances), artifacts (files).
+"""Log one job as a run in MLflow: parameters, metrics, tags and artifacts.
 
-MLflow is imported inside the functions: it takes seconds, and the driver opens the run beside its worker's own imports. Everything is
-logged after timing, in batches, through MlflowClient: no global state, no output, no credentials.
+Parameters are what was chosen, metrics what came out, tags the circumstances, artifacts the files.
+MLflow is imported inside the functions: it takes seconds, and the driver opens the run beside its
+worker's own imports. Everything is logged after timing, in batches, through MlflowClient: no global
+state, no output, no credentials.
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ from zinfer.config.engines import engine_of
 from zinfer.job.outcome import Json, Outcome
 from zinfer.machine.environment import hardware_fingerprint
 from zinfer.redact import redact
+from zinfer.tracking import names
 from zinfer.tracking.client import connect, experiment, store_errors
-from zinfer.tracking.job_key import KEY_TAG, job_key
+from zinfer.tracking.job_key import job_key
 from zinfer.tracking.names import run_status
 from zinfer.tracking.parent import parent_run_id
-from zinfer.tracking.store import TrackingUnavailable, artifact_location, ensure_store, tracking_uri
+from zinfer.tracking.store import TrackingUnavailable, ensure_store
+from zinfer.tracking.uri import artifact_location, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 __all__ = ["TrackedRun", "TrackingUnavailable", "ensure_store", "open_run", "tracking_uri"]
 
-PREDICTED_METRICS = ("predicted_", "ceiling_")
-"""Beginnings of the names of a plan's own metrics: logged also where nothing was measured."""
 METRICS_PER_BATCH = 1000
 PARAM_CHARACTERS = 5999
 TAG_CHARACTERS = 7999
@@ -44,23 +46,6 @@ ARTIFACT_FILES = (
     "config.yaml", "plan.json", "deepspeed.json", "events.jsonl", "environment.json", "samples.json", "generated.json", "generated.txt",
     "traceback.txt", "worker.log",
 )  # fmt: skip
-NOT_PARAMETERS = frozenset({
-    "format", "tracking", "sweep", "offload.nvme_path", "launcher.master_port", "launcher.timeout_s",
-    "batch.prompt_text", "batch.prompt_file", "hardware.source", "hardware.profile", "hardware.device_flops_per_s",
-    "model.overrides", "model.config_source", "model.tokenizer_id", "model.checkpoint_dtype",
-    "model.trust_remote_code", "model.allow_pickle",
-})  # fmt: skip
-"""Where things are and how they are shown: in config.yaml, not among the choices to compare runs by."""
-MODEL_METRICS = {
-    "model_parameters": "parameters",
-    "model_active_parameters": "active_parameters",
-    "weight_bytes": "weight_bytes",
-    "kv_cache_bytes_per_token": "kv_cache_bytes_per_token",
-    "kv_cache_bytes": "kv_cache_bytes",
-    "kv_cache_bytes_paper": "kv_cache_bytes_paper",
-    "hidden_bytes": "hidden_bytes",
-}
-"""Metric name -> key of Outcome.model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +60,9 @@ class TrackedRun:
     client: MlflowClient | None = None
 
     def finish(self, outcome: Outcome) -> None:
-        """Log everything that the job came to, and end the run with its truthful status, also when something cannot be logged.
+        """Log everything that the job came to, and end the run with its truthful status.
+
+        It ends also when something cannot be logged.
 
         Raises:
             TrackingUnavailable: the store did not take it all.
@@ -95,15 +82,19 @@ class TrackedRun:
                 self.client.set_terminated(self.run_id, run_status(outcome.status))
 
     def _name_dtype(self, outcome: Outcome) -> None:
-        """dtype=auto is decided by the model: name the run after what it became."""
+        """Name a run with dtype=auto after the type that the model decided."""
         assert self.client is not None
         dtype = (outcome.model or {}).get("dtype")
         if self.config.tracking.run_name is None and self.config.dtype.weights == "auto" and dtype:
             self.client.update_run(self.run_id, name=run_name(self.config, dtype))
 
 
-def open_run(config: RunConfig, *, job_dir: Path, environment: Json) -> TrackedRun:
-    """Create the run, and its experiment and store where they do not exist, with the parameters and tags that are known before it starts.
+def open_run(
+    config: RunConfig, *, job_dir: Path, environment: Json, attempt: str = ""
+) -> TrackedRun:
+    """Create the run, and its experiment and store where they do not exist.
+
+    It has the parameters and tags that are known before the worker starts.
 
     Raises:
         TrackingUnavailable: the store cannot be reached.
@@ -114,13 +105,13 @@ def open_run(config: RunConfig, *, job_dir: Path, environment: Json) -> TrackedR
     uri = tracking_uri(config.tracking, cwd)
     ensure_store(uri)
     with store_errors(uri):
-        client = connect(uri)
+        client = connect(uri, config.tracking.timeout_s)
         experiment_id = experiment(client, config.tracking.experiment, artifact_location(uri, cwd))
-        tags = run_tags(config, job_dir, environment)
+        tags = run_tags(config, job_dir, environment, attempt)
         if config.sweep.parent_run_id is not None:
             tags |= parent_tag(config.sweep.parent_run_id, client, experiment_id)
         run_id: str = client.create_run(
-            experiment_id, tags=tags, run_name=tags["mlflow.runName"]
+            experiment_id, tags=tags, run_name=tags[names.RUN_NAME_TAG]
         ).info.run_id
         client.log_batch(run_id, params=_params(run_params(config)))
     return TrackedRun(
@@ -133,14 +124,8 @@ def open_run(config: RunConfig, *, job_dir: Path, environment: Json) -> TrackedR
     )
 
 
-# The store
-
-
-# What is logged
-
-
 def run_params(config: RunConfig) -> dict[str, str]:
-    """The choices, flattened: model.name, offload.device, batch.batch_size. What was left open (None) is absent."""
+    """Return the choices, flattened: model.name, offload.device. What was left open is absent."""
     tree = config_to_shown(config)
     flat = dict(_flatten(tree, ""))
     if config.batch.prompt == "text":
@@ -153,7 +138,7 @@ def run_params(config: RunConfig) -> dict[str, str]:
 def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = prefix + key
-        if name in NOT_PARAMETERS or value is None:
+        if name in names.NOT_PARAMETERS or value is None:
             continue
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{name}.")
@@ -161,25 +146,31 @@ def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def run_tags(config: RunConfig, job_dir: Path, environment: Json) -> dict[str, str]:
-    """The circumstances, as far as they are known before the worker starts. The user's tags cannot replace ours."""
+def run_tags(
+    config: RunConfig, job_dir: Path, environment: Json, attempt: str = ""
+) -> dict[str, str]:
+    """Return the circumstances that are known before the worker starts.
+
+    The user's tags cannot replace ours.
+    """
     checkout = environment["zinfer"]
     tags = {
         **config_to_shown(config)["tracking"]["tags"],
-        "mlflow.runName": config.tracking.run_name or run_name(config),
-        "mlflow.source.name": "zinfer",
-        "mlflow.source.type": "LOCAL",
-        "zinfer.role": "job",
-        "zinfer.status": "running",
-        "zinfer.method_version": METHOD_VERSION,
-        "zinfer.config_key": config_key(config),
-        KEY_TAG: job_key(config, environment),
-        "zinfer.version": zinfer.__version__,
-        "zinfer.commit": checkout["commit"],
-        "zinfer.dirty": checkout["dirty"],
-        "zinfer.hardware": hardware_fingerprint(environment),
-        "zinfer.device": device_description(environment),
-        "zinfer.job_dir": job_dir.absolute(),
+        names.RUN_NAME_TAG: config.tracking.run_name or run_name(config),
+        names.SOURCE_NAME_TAG: "zinfer",
+        names.SOURCE_TYPE_TAG: "LOCAL",
+        names.ROLE_TAG: "job",
+        names.STATUS_TAG: "running",
+        names.METHOD_TAG: METHOD_VERSION,
+        names.CONFIG_KEY_TAG: config_key(config),
+        names.KEY_TAG: job_key(config, environment),
+        names.VERSION_TAG: zinfer.__version__,
+        names.COMMIT_TAG: checkout["commit"],
+        names.DIRTY_TAG: checkout["dirty"],
+        names.HARDWARE_TAG: hardware_fingerprint(environment),
+        names.DEVICE_TAG: device_description(environment),
+        names.JOB_DIR_TAG: job_dir.absolute(),
+        names.ATTEMPT_TAG: attempt or None,
     }
     return {
         redact(name): _text(name, value)[:TAG_CHARACTERS]
@@ -189,26 +180,29 @@ def run_tags(config: RunConfig, job_dir: Path, environment: Json) -> dict[str, s
 
 
 def parent_tag(given: str, client: MlflowClient, experiment_id: str) -> dict[str, str]:
-    """The tag that puts this run under its sweep's run in MLflow."""
+    """Return the tag that puts this run under its sweep's run in MLflow."""
     parent = parent_run_id(given, client, experiment_id)
-    return {} if parent is None else {"mlflow.parentRunId": parent}
+    return {} if parent is None else {names.PARENT_TAG: parent}
 
 
 def _text(name: str, value: Any) -> str:
-    """As YAML writes it (true, false), without secrets; the name may say that it is one."""
+    """Write a value as YAML does (true, false), without secrets. Its name may say it is one."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return redact({name: text}).popitem()[1]
 
 
 def run_name(config: RunConfig, dtype: str | None = None) -> str:
-    """'opt-125m nvme bfloat16 b4'; an engine without offload stands in the place of the tier: 'opt-125m resident bfloat16 b4'."""
+    """Return a name such as 'opt-125m nvme bfloat16 b4'.
+
+    An engine without offload stands in the place of the tier: 'opt-125m resident bfloat16 b4'.
+    """
     where = config.offload.device if engine_of(config).offloads_to else config.engine.name
     weights = dtype if dtype and config.dtype.weights == "auto" else config.dtype.weights
     return f"{config.model.name} {where} {weights} b{config.batch.batch_size}"
 
 
 def device_description(environment: Json) -> str:
-    """'NVIDIA H100 80GB HBM3 x 2' or 'AMD EPYC, 2 cores'."""
+    """Return 'NVIDIA H100 80GB HBM3 x 2', or 'AMD EPYC, 2 cores'."""
     names = [gpu["name"] for gpu in environment["gpus"]]
     if names:
         return names[0] + (f" x {len(names)}" if len(names) > 1 else "")
@@ -217,23 +211,21 @@ def device_description(environment: Json) -> str:
 
 
 def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
-    """Status, reason and every number, in as few requests as MLflow allows."""
+    """Log status, reason and every number, in as few requests as MLflow allows."""
     from mlflow.entities import Metric, RunTag
 
     now_ms = int(time.time() * 1000)
     metrics = [Metric(name, value, now_ms, step) for name, value, step in outcome_metrics(outcome)]
     tags = {
-        "zinfer.status": outcome.status,
-        "zinfer.reason": outcome.reason,
-        "zinfer.ended_by": outcome.ended_by.value,
-        "zinfer.dtype": (outcome.model or {}).get("dtype"),
-        "zinfer.binding_resource": ((outcome.plan or {}).get("prediction") or {}).get(
-            "binding_resource"
-        ),
-        "zinfer.stability": (outcome.stability or {}).get("verdict"),
-        "zinfer.stability_reason": "\n".join((outcome.stability or {}).get("reasons", ())) or None,
-        "zinfer.weights_sha256": (outcome.weights or {}).get("sha256"),
-        "zinfer.warnings": "\n".join(outcome.warnings) or None,
+        names.STATUS_TAG: outcome.status,
+        names.REASON_TAG: outcome.reason,
+        names.ENDED_BY_TAG: outcome.ended_by.value,
+        names.DTYPE_TAG: (outcome.model or {}).get("dtype"),
+        names.BINDING_TAG: ((outcome.plan or {}).get("prediction") or {}).get("binding_resource"),
+        names.STABILITY_TAG: (outcome.stability or {}).get("verdict"),
+        names.STABILITY_REASON_TAG: "\n".join((outcome.stability or {}).get("reasons", ())) or None,
+        names.WEIGHTS_TAG: (outcome.weights or {}).get("sha256"),
+        names.WARNINGS_TAG: "\n".join(outcome.warnings) or None,
     }
     known_tags = [
         RunTag(name, _text(name, value)[:TAG_CHARACTERS])
@@ -246,26 +238,26 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
 
 
 def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:
-    """(name, value, step) of every number; those that are unknown or not finite are absent."""
+    """Return (name, value, step) of every number; unknown and infinite ones are absent."""
     model = outcome.model or {}
-    values: dict[str, Any] = {name: model.get(key) for name, key in MODEL_METRICS.items()}
+    values: dict[str, Any] = {name: model.get(key) for name, key in names.MODEL_METRICS.items()}
     if outcome.plan is not None:
-        values["plan_fits"] = int(outcome.plan["fits"])
+        values[names.PLAN_FITS_METRIC] = int(outcome.plan["fits"])
         for tier, plan in outcome.plan["tiers"].items():
-            values[f"plan_{tier}_needed_bytes"] = plan["needed_bytes"]
-            values[f"plan_{tier}_available_bytes"] = plan["available_bytes"]
+            needed, available = (name.format(tier=tier) for name in names.TIER_METRICS)
+            values |= {needed: plan["needed_bytes"], available: plan["available_bytes"]}
         values |= {
             name: value
             for name, value in (outcome.plan.get("prediction") or {}).items()
-            if name.startswith(PREDICTED_METRICS)
+            if name.startswith(names.PREDICTED_METRICS)
         }
     values |= outcome.metrics
     timed = [sample for sample in outcome.samples if sample["kind"] == "timed"]
     rows = [
         *((name, value, 0) for name, value in values.items()),
-        *(("total_s_by_repeat", sample["total_s"], sample["index"]) for sample in timed),
+        *((names.REPEAT_METRIC, sample["total_s"], sample["index"]) for sample in timed),
         *(
-            ("decode_step_s_by_step", value, step)
+            (names.STEP_METRIC, value, step)
             for step, value in enumerate(_medians([sample["decode_step_s"] for sample in timed]))
         ),
     ]
@@ -277,7 +269,7 @@ def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:
 
 
 def _medians(repeats: Iterable[list[float]]) -> Iterator[float]:
-    """Of each decode step, over the repeats that got that far."""
+    """Yield the median of each decode step, over the repeats that got that far."""
     repeats = list(repeats)
     for step in range(max(map(len, repeats), default=0)):
         yield statistics.median(steps[step] for steps in repeats if len(steps) > step)
@@ -286,7 +278,7 @@ def _medians(repeats: Iterable[list[float]]) -> Iterator[float]:
 def write_artifacts(
     folder: Path, config: RunConfig, job_dir: Path, environment: Json, outcome: Outcome
 ) -> None:
-    """The run's files without secrets: as they are in the job folder, else as the outcome has them."""
+    """Write the run's files without secrets: the job folder's, else as the outcome has them."""
     import yaml
 
     contents: dict[str, str | None] = {
@@ -309,7 +301,7 @@ def _json(value: Any) -> str | None:
 
 
 def _tail(path: Path) -> str:
-    """A file's text; of a log without end only the last megabytes."""
+    """Return a file's text; of a log without end only the last megabytes."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
         return file.read().decode(errors="replace")

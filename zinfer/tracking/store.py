@@ -1,8 +1,9 @@
-"""Where runs are stored, and a store that is there before MLflow asks for it.
+"""Make a store that is there before MLflow asks for it.
 
-MLflow builds a new sqlite store by 67 migrations: 7 s, and six processes that start at once crash each other. mlflow_store.sql is what
-those migrations make of an empty file (tests/test_tracking.py compares them), written in one transaction under a lock: 40 ms. Where the
-installed MLflow has other migrations, they run as MLflow runs them, under the same lock.
+MLflow builds a new sqlite store by 67 migrations: 7 s, and six processes that start at once crash
+each other. store.sql is what those migrations make of an empty file (a test compares them), written
+in one transaction under a lock: 40 ms. Where the installed MLflow has other migrations, they run as
+MLflow runs them, under the same lock.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -25,13 +27,10 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from zinfer.config import TrackingConfig
 from zinfer.redact import redact
+from zinfer.tracking.uri import DATABASE_FILE, SQLITE, is_server, sqlite_path, sqlite_uri
 
 SCHEMA_FILE = Path(__file__).with_name("store.sql")
-DATABASE_FILE = "mlflow.db"
-ARTIFACTS_FOLDER = "mlartifacts"
-SQLITE = "sqlite:///"
 SERVER_TIMEOUT_S = 5.0
 BUSY_TIMEOUT_S = 60.0
 
@@ -68,36 +67,18 @@ def advised(problem: str, remedy: str | None, settings: tuple[str, ...]) -> str:
     return problem if advice is None else f"{problem}. {advice}"
 
 
-def tracking_uri(tracking: TrackingConfig, cwd: Path) -> str:
-    """The store's URI, absolute: the one given, else a sqlite file in `cwd`."""
-    uri = tracking.uri or SQLITE + DATABASE_FILE
-    path = sqlite_path(uri)
-    return uri if path is None else SQLITE + str(cwd / path)
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The database file of a sqlite URI (sqlite:///relative, sqlite:////absolute); None for other stores."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
-
-
-def artifact_location(uri: str, cwd: Path) -> str | None:
-    """Where a new experiment keeps its artifacts: beside a sqlite file, in `cwd` for another database; a server (None) decides itself."""
-    path = sqlite_path(uri)
-    if path is not None:
-        return str(path.parent / ARTIFACTS_FOLDER)
-    return None if uri.startswith(("http://", "https://")) else str(cwd / ARTIFACTS_FOLDER)
-
-
 def ensure_store(uri: str) -> None:
-    """Make the sqlite store if there is none, see that a server answers. Without importing MLflow; any number of processes at once.
+    """Make the sqlite store if there is none; see that a server answers. MLflow is not imported.
+
+    Any number of processes may do it at once.
 
     Raises:
-        TrackingUnavailable: with what to type.
+        TrackingUnavailable: with what to set.
     """
     path = sqlite_path(uri)
     if path is not None:
         _ensure_sqlite(path)
-    elif uri.startswith(("http://", "https://")):
+    elif is_server(uri):
         _ensure_server(uri)
 
 
@@ -120,13 +101,13 @@ def _ensure_sqlite(path: Path) -> None:
         raise TrackingUnavailable(
             f"{path} has the schema of another MLflow version ({found}, the installed one wants "
             f"{wanted})",
-            remedy=f"Copy the file, then run mlflow db upgrade {SQLITE}{path}",
-            other_store=f"{SQLITE}{path.with_suffix('')}-2.db",
+            remedy=f"Copy the file, then run mlflow db upgrade {shlex.quote(sqlite_uri(path))}",
+            other_store=sqlite_uri(path.with_name(f"{path.stem}-2.db")),
         )
 
 
 def create_database(path: Path) -> None:
-    """An empty store in a file that is missing or has no tables."""
+    """Make an empty store in a file that is missing or has no tables."""
     script = SCHEMA_FILE.read_text()
     if installed_revision() != schema_file_revision(script):
         _migrate(path)
@@ -136,11 +117,11 @@ def create_database(path: Path) -> None:
 
 
 def _migrate(path: Path) -> None:
-    """MLflow's own migrations, on a file beside `path` that takes its place when they are done."""
+    """Run MLflow's own migrations on a file beside `path`, which takes its place afterwards."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder) / path.name
         done = subprocess.run(
-            [sys.executable, "-m", "mlflow", "db", "upgrade", f"{SQLITE}{fresh}"],
+            [sys.executable, "-m", "mlflow", "db", "upgrade", sqlite_uri(fresh)],
             env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         if done.returncode != 0:
@@ -152,7 +133,7 @@ def _migrate(path: Path) -> None:
 
 
 def database_revision(path: Path) -> str | None:
-    """The schema revision in a sqlite file; None where there is no file, or none of MLflow's tables in it.
+    """Return the schema revision in a sqlite file; None without MLflow's tables, or a file.
 
     Raises:
         sqlite3.Error: not a database, or one that cannot be read.
@@ -175,7 +156,10 @@ def database_revision(path: Path) -> str | None:
 
 @cache
 def installed_revision() -> str | None:
-    """The newest schema revision of the installed MLflow: the migration that no other names as the one before it. Read, not imported."""
+    """Return the newest schema revision of the installed MLflow. Read, not imported.
+
+    It is the migration that no other names as the one before it.
+    """
     spec = importlib.util.find_spec("mlflow")
     if spec is None or not spec.submodule_search_locations:
         raise TrackingUnavailable(
@@ -200,14 +184,17 @@ def installed_revision() -> str | None:
 
 
 def schema_file_revision(script: str) -> str | None:
-    """The revision that mlflow_store.sql makes."""
+    """Return the revision that store.sql makes."""
     found = re.search(r"INSERT INTO \"alembic_version\" VALUES\('(\w+)'\)", script)
     return found[1] if found else None
 
 
 @contextlib.contextmanager
 def creation_lock(path: Path) -> Iterator[None]:
-    """One process at a time. The file is removed afterwards: who still waits for it finds the store made."""
+    """Let one process in at a time.
+
+    The file is removed afterwards: who still waits for it finds the store made.
+    """
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
@@ -218,8 +205,11 @@ def creation_lock(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_connection_lock(uri: str) -> Iterator[None]:
-    """MLflow builds the tables of a database server (postgresql://...) on its first connection: one process of this machine at a time."""
-    if uri.startswith((SQLITE, "http://", "https://")):
+    """Let one process of this machine at a time make the tables of a database server.
+
+    MLflow makes them on its first connection (postgresql://...).
+    """
+    if uri.startswith(SQLITE) or is_server(uri):
         yield
         return
     with creation_lock(
@@ -229,7 +219,7 @@ def first_connection_lock(uri: str) -> Iterator[None]:
 
 
 def _ensure_server(uri: str) -> None:
-    """A server that does not answer is said at once; MLflow would retry for minutes."""
+    """Say at once that a server does not answer; MLflow would retry for minutes."""
     try:
         parts = urlsplit(uri)
         without_user = parts._replace(
@@ -250,7 +240,7 @@ def _ensure_server(uri: str) -> None:
 
 
 def migrated_schema(path: Path) -> str:
-    """The text of mlflow_store.sql, from MLflow's own migrations of a new file at `path`."""
+    """Return the text of store.sql, from MLflow's own migrations of a new file at `path`."""
     _migrate(path)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         statements = "\n".join(connection.iterdump()).replace(
@@ -259,8 +249,10 @@ def migrated_schema(path: Path) -> str:
     statements = "\n".join(line.rstrip() for line in statements.splitlines())
     version = importlib.metadata.version("mlflow")
     return (
-        f"-- An empty MLflow store, as the migrations of MLflow {version} (Apache-2.0, github.com/mlflow/mlflow) make it on sqlite.\n"
-        f"-- Made by `python -m zinfer.tracking.store > zinfer/mlflow_store.sql`; not edited by hand.\n{statements}\n"
+        f"-- An empty MLflow store, as the migrations of MLflow {version} "
+        "(Apache-2.0, github.com/mlflow/mlflow) make it on sqlite.\n"
+        "-- Made by `python -m zinfer.tracking.store > zinfer/tracking/store.sql`; "
+        f"not edited by hand.\n{statements}\n"
     )
 
 

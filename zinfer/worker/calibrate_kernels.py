@@ -17,8 +17,8 @@ from zinfer.config import RunConfig
 from zinfer.job.calibration import calibrated_dtypes
 from zinfer.job.events import EventLog
 from zinfer.job.files import KERNELS_FILE
-from zinfer.job.folder import write_json
-from zinfer.job.swap import swap_folder
+from zinfer.job.folder import own_swap_folder
+from zinfer.job.records import write_json
 from zinfer.machine import native_ops
 from zinfer.machine.hardware import detect_hardware
 from zinfer.machine.huge_pages import into_huge_pages
@@ -83,7 +83,7 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in dtypes}
     events.phase("NVMe")
     native_ops.adopt(native_ops.default_ops())
-    found |= nvme_rates(swap_folder(config.offload.nvme_path, job_dir), events)
+    found |= nvme_rates(own_swap_folder(config.offload.nvme_path, job_dir), events)
     write_json(job_dir / KERNELS_FILE, found)
     events.write("result", status="ok", metrics={})
 

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,10 @@ from zinfer.config import RunConfig, config_from_stored
 from zinfer.config.engines import engine_loader
 from zinfer.config.tasks import function_named, task_of
 from zinfer.job.events import EventLog
-from zinfer.job.files import DRIVER_READY_FILE
-from zinfer.job.folder import read_job_config
-from zinfer.job.swap import is_alive, remove_swap_folder, swap_folder
+from zinfer.job.files import ATTEMPT_VARIABLE, DRIVER_READY_FILE
+from zinfer.job.folder import own_swap_folder, read_job
+from zinfer.job.processes import is_alive
+from zinfer.job.swap import held_swap_folder, remove_swap_folder, swap_folder
 from zinfer.machine.hardware import detect_hardware
 from zinfer.plan.advice import advice_document
 from zinfer.plan.deepspeed_json import derivation_warnings
@@ -161,10 +163,10 @@ def report(planned: Planned, measured: Measured, said: dict[str, Any], events: E
 
 def _in_own_swap_folder(config: RunConfig, job_dir: Path) -> RunConfig:
     """Point offload.nvme_path at the folder that belongs to this job alone."""
-    if config.offload.device != "nvme":
+    if config.offload.device != "nvme" or not task_of(config).uses_swap:
         return config
     assert config.offload.nvme_path is not None, "config.problems refuses nvme without a path"
-    swap = swap_folder(config.offload.nvme_path, job_dir)
+    swap = own_swap_folder(config.offload.nvme_path, job_dir)
     return replace(config, offload=replace(config.offload, nvme_path=str(swap)))
 
 
@@ -216,29 +218,37 @@ def _what_was_said(
 
 
 def _end_with_driver(
-    driver_pid: int, start_ticks: int | None, config: RunConfig, job_dir: Path
+    driver_pid: int, start_ticks: int | None, swap: Path | None, job_dir: Path
 ) -> None:
     """Watch the driver from a thread; when it was killed, clean up in its place and end."""
     while is_alive(driver_pid, start_ticks):
         time.sleep(0.5)
-    if config.offload.nvme_path:
-        remove_swap_folder(swap_folder(config.offload.nvme_path, job_dir))
+    if swap is not None:
+        remove_swap_folder(swap, job_dir)
     os._exit(1)
 
 
 def main(job_dir: Path) -> int:
     """Run the job of this folder. Exit code 0 when its last event is a result."""
     rank = int(os.environ.get("RANK", "0"))
-    events = EventLog(job_dir, rank)
-    tree, driver_pid, driver_start_ticks = read_job_config(job_dir)
-    config = config_from_stored(tree)
+    job = read_job(job_dir)
+    if job is None or job.attempt != os.environ.get(ATTEMPT_VARIABLE, job.attempt):
+        return 1  # the driver was killed, and another attempt has begun in its folder
+    events = EventLog(job_dir, rank, job.attempt)
+    config = config_from_stored(job.config)
+    swap = None
+    if config.offload.nvme_path and task_of(config).uses_swap:
+        swap = swap_folder(config.offload.nvme_path, job.attempt)
     threading.Thread(
-        target=_end_with_driver, args=(driver_pid, driver_start_ticks, config, job_dir), daemon=True
+        target=_end_with_driver,
+        args=(job.driver_pid, job.driver_start_ticks, swap, job_dir),
+        daemon=True,
     ).start()
     try:
         worker = task_of(config).worker
         assert worker is not None, "the driver starts no worker for this task"
-        function_named(worker)(config, job_dir, events)
+        with held_swap_folder(swap) if swap is not None and swap.exists() else nullcontext():
+            function_named(worker)(config, job_dir, events)
     except BaseException as error:  # whatever it was, the driver must learn the reason
         events.write("failed", **failed_event(error, traceback.format_exc()))
         return 1
