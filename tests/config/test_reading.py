@@ -145,7 +145,7 @@ def test_numbers_are_text_where_text_is_wanted(value: str) -> None:
     [
         (("~kv_cache",), "kv_cache has no value. Set kv_cache=device"),
         (("~engine",), "engine has no value. Set engine=resident"),
-        (("~tracking",), "tracking.store has no value. Set tracking=none"),
+        (("~tracking",), "tracking.store has no value. Set tracking=auto"),
         (("~batch",), "batch.batch_size has no value. Set batch=paper"),
         (("~model",), "model.name has no value. Set model="),
         (("tracking=server", "tracking.uri=???"), "tracking.uri has no value"),
