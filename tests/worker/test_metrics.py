@@ -13,7 +13,6 @@ import torch
 from tests.helpers.composing import composed
 from zinfer.config import BatchConfig, ConfigError
 from zinfer.worker.failure import failure
-from zinfer.worker.generate import cache_bytes
 from zinfer.worker.metrics import Measured, Metrics, summarise
 from zinfer.worker.process_use import MemoryUse
 from zinfer.worker.ranks import RankResult, metrics_by_rank
@@ -167,17 +166,6 @@ def test_a_file_prompts_each_row_with_its_own_text_and_too_little_text_is_refuse
 def test_text_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"batch\.prompt=synthetic"):
         prompt_ids(composed("batch.prompt=text").batch, 512, None)
-
-
-def test_cache_bytes_counts_each_tensor_once() -> None:
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    keys = torch.zeros(2, 3, 5, 8, dtype=torch.bfloat16)
-    cache.update(keys, keys.clone(), 0)
-    cache.update(keys.clone(), keys.clone(), 1)
-    assert cache_bytes(cache) == 2 * 2 * (2 * 3 * 5 * 8) * 2
-    assert cache_bytes(object()) is None
 
 
 REFUSAL = """

@@ -1,6 +1,7 @@
-"""Warm-up and timed generation: every timestamp is of a device that has finished; every sample is kept.
+"""Warm up, then time generations. Every sample is kept.
 
-The model's own `generate` runs, greedy, with lengths fixed: what is timed is what a user of transformers gets.
+A timestamp is taken only when the device has finished everything that was queued before it. The
+model's own `generate` runs, greedy, with fixed lengths: what a user of transformers gets is timed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from zinfer.config import BatchConfig
 from zinfer.job.events import EventLog
+from zinfer.worker.cache_bytes import remembered_bytes
 from zinfer.worker.engines import Engine
 from zinfer.worker.samples import Generation, Sample
 from zinfer.worker.yardstick import Yardstick
@@ -22,16 +24,16 @@ PROGRESS_S = 1.0
 
 
 def now_s(device: torch.device) -> float:
-    """Seconds, once everything queued on the device before this call is done."""
+    """Return seconds, once everything queued on the device before this call is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 class StepClock(StoppingCriteria):
-    """Asked by generate after each new token; notes the time and never stops.
+    """Note the time after each new token; generate asks it whether to stop, and it never does.
 
-    Says how far it is at most once a second: one short line, tens of microseconds in steps of which few fit into a second.
+    It reports progress at most once a second: one short line, tens of microseconds.
     """
 
     def __init__(self, device: torch.device, new_tokens: int, events: EventLog) -> None:
@@ -90,7 +92,10 @@ def _noted(sample: Sample, events: EventLog) -> Sample:
 
 
 def _fix_lengths(model: Any, batch: BatchConfig, tokenizer: Any | None) -> None:
-    """Greedy, exactly new_tokens, end-of-sequence ignored, whatever the checkpoint's own generation settings say."""
+    """Set greedy decoding of exactly new_tokens, end-of-sequence ignored.
+
+    The checkpoint's own generation settings do not count.
+    """
     padding = tokenizer.pad_token_id if tokenizer is not None else 0
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -134,17 +139,5 @@ def _generate_once(
         decode_step_s=tuple(after - before for before, after in steps),
         total_s=clock.times_s[-1] - start_s,
     )
-    return sample, new_ids, cache_bytes(result.past_key_values)
-
-
-def cache_bytes(cache: Any) -> int | None:
-    """Bytes of the tensors in a transformers cache, each storage once; None when it holds none that can be seen."""
-    layers = getattr(cache, "layers", None)
-    if not layers:
-        return None
-    storages: dict[int, int] = {}
-    for layer in layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor) and value.dim() >= 2:
-                storages[value.data_ptr()] = value.numel() * value.element_size()
-    return sum(storages.values()) or None
+    held = remembered_bytes(engine.model, result.past_key_values, ids.shape[0])
+    return sample, new_ids, held
