@@ -1,4 +1,4 @@
-"""How a worker ended: its own last word if it had one, else what the system says."""
+"""Say how a worker ended: by its own last word if it had one, else by what the system says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,17 @@ HOST_MEMORY_SIGNS = (
     "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "unable to mmap", "failed to allocate",
     "resource temporarily unavailable", "memoryerror", "mlock",
 )  # fmt: skip
-"""What Python, torch, libstdc++ and DeepSpeed's aio say when host memory, or the limit on it, is used up."""
+"""What Python, torch, libstdc++ and DeepSpeed's aio say when host memory, or its limit, is used up."""
+DISK_SIGNS = {
+    "no space left on device": "a disk is full",
+    "disk quota exceeded": "the quota of a disk is used up",
+    "file_offset + buffer nbytes > file bytes": "a swapped file is shorter than what was written",
+    "read error  read_bytes": "a swapped file is shorter than what was written",
+    "input/output error": "a disk reports an error",
+    "stale file handle": "a network file system lost a file",
+    "incomplete metadata, file not fully covered": "a checkpoint file was cut short",
+}
+"""What the kernel, DeepSpeed's aio and safetensors say of a disk, in lower case, and what it means."""
 
 
 @dataclass
@@ -41,7 +51,7 @@ class Watched:
     warnings: list[str] = field(default_factory=list)
 
     def take(self, event: Event) -> None:
-        """One more event."""
+        """Remember one more event."""
         head = ("event", "time_s", "attempt")
         fields = {key: value for key, value in event.items() if key not in head}
         match event["event"]:
@@ -74,7 +84,7 @@ class Watched:
         )
 
     def outcome(self, status: Status, **fields: Any) -> Outcome:
-        """An outcome with everything that the worker had got to."""
+        """Return an outcome with everything that the worker had got to."""
         return Outcome(
             status=status,
             model=self.model,
@@ -88,7 +98,10 @@ class Watched:
 
 
 def oom_kills() -> int:
-    """How often the kernel has killed for want of memory on this machine. Source: oom_kill in /proc/vmstat, Linux 4.13 and later."""
+    """Return how often the kernel has killed for want of memory on this machine.
+
+    Source: oom_kill in /proc/vmstat, Linux 4.13 and later.
+    """
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -97,7 +110,7 @@ def oom_kills() -> int:
 
 
 def disk_free_bytes(folder: Path) -> int | None:
-    """Left for this user on the file system of the swap folder; asked before the folder is removed."""
+    """Return the bytes left for this user on the folder's disk; ask before it is removed."""
     try:
         status = os.statvfs(folder)
     except OSError:
@@ -107,7 +120,7 @@ def disk_free_bytes(folder: Path) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Circumstances:
-    """What the driver saw while the worker ran."""
+    """Facts that the driver saw while the worker ran."""
 
     ended_by: EndedBy = EndedBy.ITSELF
     oom_kills: int = 0
@@ -118,7 +131,7 @@ class Circumstances:
 def outcome_of(
     config: RunConfig, job_dir: Path, watched: Watched, worker: Worker, seen: Circumstances
 ) -> Outcome:
-    """The truthful status of a job whose worker is gone."""
+    """Return the truthful outcome of a job whose worker is gone."""
     where = f"while in phase {watched.phase}"
     if watched.result is not None:
         return watched.finished()
@@ -159,13 +172,15 @@ def outcome_of(
     reason = f"{who} ended with exit code {returncode} {where} and said nothing"
     if _disk_is_full(seen):
         reason = f"{_full_disk(config, seen)}: {reason}"
+    elif (cause := disk_cause(log_tail)) is not None:
+        reason = f"{cause}: {reason}"
     return watched.outcome("error", reason=reason, traceback=log_tail)
 
 
 def _of_signal(
     sign: signal.Signals, who: str, log_tail: str | None, config: RunConfig, seen: Circumstances
 ) -> tuple[Status, str]:
-    """A process that was killed, or that aborted in C++."""
+    """Return status and reason of a process that was killed, or that aborted in C++."""
     if sign == signal.SIGKILL and seen.oom_kills:
         return "oom_host", f"the kernel ended {who} for want of host memory"
     said = (log_tail or "").lower()
@@ -173,7 +188,20 @@ def _of_signal(
         return "oom_host", f"host memory ran out: {who} aborted"
     if sign in (signal.SIGABRT, signal.SIGBUS) and _disk_is_full(seen):
         return "error", f"{_full_disk(config, seen)}: {who} aborted"
+    if sign in (signal.SIGABRT, signal.SIGBUS) and (cause := disk_cause(log_tail)) is not None:
+        return "error", f"{cause}: {who} was ended by {sign.name}"
+    if sign == signal.SIGBUS:
+        return "error", f"a file was cut short while {who} read it, or its disk is gone (SIGBUS)"
     return "killed", f"{who} was ended by {sign.name}"
+
+
+def disk_cause(log_tail: str | None) -> str | None:
+    """Return what the log says of a disk, with the line that says it; None where it says nothing."""
+    for line in reversed((log_tail or "").splitlines()):
+        for sign, meaning in DISK_SIGNS.items():
+            if sign in line.lower():
+                return f"{meaning} ({' '.join(line.split())[:200]})"
+    return None
 
 
 def _disk_is_full(seen: Circumstances) -> bool:

@@ -208,6 +208,7 @@ def disk_facts(nvme_path: Path) -> Json:
     return {
         "filesystem": mount.filesystem if mount else None,
         "device": mount.device if mount else None,
+        "mount_point": mount.mount_point if mount else None,
         "total_bytes": total,
         "free_bytes": free,
     }

@@ -153,7 +153,8 @@ def note_reused(earlier: EarlierRun, job_dir: Path) -> Json:
         "reused": True,
     }
     with attempt_in(job_dir) as attempt:
-        write_json(job_dir / REUSED_FILE, {**document, "attempt": attempt})
+        document["attempt"] = attempt
+        write_json(job_dir / REUSED_FILE, document)
     return document
 
 
