@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zinfer.config.engines import engine_of
+from zinfer.paths import given_file
 
 if TYPE_CHECKING:
     from zinfer.config.run_config import RunConfig
@@ -86,7 +86,7 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
     example = "Set batch.prompt_file=/path/to/text.txt"
     if batch.prompt == "file" and batch.prompt_file is None:
         yield Problem(f"batch.prompt=file has no batch.prompt_file. {example}", about)
-    elif batch.prompt == "file" and not Path(str(batch.prompt_file)).expanduser().is_file():
+    elif batch.prompt == "file" and not given_file(str(batch.prompt_file)).is_file():
         yield Problem(f"batch.prompt_file={batch.prompt_file} is not a file. {example}", about)
     if batch.prompt == "text" and not batch.prompt_text.strip():
         yield Problem(

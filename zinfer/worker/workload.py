@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zinfer.config import BatchConfig, ConfigError
+from zinfer.paths import given_file
 
 FIRST_ORDINARY_ID = 4
 """Below it are the special tokens (padding, begin, end, unknown) of the catalogue's models."""
@@ -36,7 +37,7 @@ def prompt_ids(batch: BatchConfig, vocab_size: int, tokenizer: Any | None) -> to
         rows = [ids] * batch.batch_size
     else:
         assert batch.prompt_file is not None, "config.py refuses prompt=file without one"
-        rows = _windows(tokenizer, Path(batch.prompt_file), batch)
+        rows = _windows(tokenizer, given_file(batch.prompt_file), batch)
     prompts = torch.tensor(rows)
     assert prompts.shape == (batch.batch_size, batch.prompt_tokens)
     return prompts
