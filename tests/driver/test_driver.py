@@ -1,7 +1,8 @@
-"""How one job's end is told, by what the system does to it; and the locks by which a killed driver is noticed."""
+"""Tell one job's end by what the system did to it, and notice a killed driver by its lock."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -22,7 +23,8 @@ from zinfer.driver.workers import Worker
 from zinfer.job.folder import abandoned_folders, attempt_in, is_driven
 
 BIG = (  # 140 MB in parameters of 4 MiB, which DeepSpeed does swap
-    *TINY, "model.overrides.hidden_size=1024", "model.overrides.intermediate_size=2048", "model.overrides.num_hidden_layers=4",
+    *TINY, "model.overrides.hidden_size=1024", "model.overrides.intermediate_size=2048",
+    "model.overrides.num_hidden_layers=4",
     "plan.enforce=false", "format=json",
 )  # fmt: skip
 
@@ -183,15 +185,34 @@ def test_an_address_space_limit_is_host_memory(tmp_path: Path) -> None:
     nothing_is_left(tmp_path)
 
 
+def memory_controller() -> tuple[Path, dict[str, str]]:
+    """Folder of the memory controller, and what to write into a new group below it."""
+    unified = Path("/sys/fs/cgroup")
+    if (unified / "cgroup.controllers").is_file():
+        control = unified / "cgroup.subtree_control"
+        with contextlib.suppress(OSError):
+            control.write_text("+memory")
+        return unified, {"memory.max": "900M", "memory.swap.max": "0"}
+    return unified / "memory", {
+        "memory.limit_in_bytes": "900M",
+        "memory.memsw.limit_in_bytes": "900M",
+    }
+
+
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
-    """A memory cgroup of 900 MB."""
-    folder = Path("/sys/fs/cgroup/memory/zinfer-test")
+    """A memory cgroup of 900 MB, of version 2 or 1, whichever this machine has."""
+    root, limits = memory_controller()
+    folder = root / f"zinfer-test-{os.getpid()}"
     try:
         folder.mkdir(exist_ok=True)
-        (folder / "memory.limit_in_bytes").write_text("900M")
-    except OSError:
-        pytest.skip("needs root and cgroup v1's memory controller")
+        for name, value in limits.items():
+            if (folder / name).exists():  # without swap accounting there is no limit on it
+                (folder / name).write_text(value)
+    except OSError as error:
+        if folder.is_dir():
+            folder.rmdir()
+        pytest.skip(f"needs root and a memory controller of cgroups: {error}")
     yield folder
     for pid in (folder / "cgroup.procs").read_text().split():
         (folder.parent / "cgroup.procs").write_text(pid)

@@ -1,4 +1,4 @@
-"""Several ranks and nodes: the tokens of one rank, memory of each and of all, and a dead rank ends the job with its reason."""
+"""Several ranks and nodes say what one rank says; a dead rank ends the job with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fixed hydra.run.dir or hydra.sweep.dir: no run shows, or hides behind, an earlier one's files."""
+"""A fixed hydra.run.dir or hydra.sweep.dir: no run shows, or hides behind, an earlier one."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def test_a_driver_killed_in_a_used_folder_is_closed_by_the_next_in_the_same(
     one(tmp_path)
     process = start(tmp_path, *TINY, *HERE, f"batch.seed={fate.SLEEP}", misbehaving=True)
     events = tmp_path / "here" / "events.jsonl"
+    wait_until((tmp_path / "here" / "earlier" / "1").exists, 60, "second attempt")
     wait_until(lambda: events.exists() and '"timed"' in events.read_text(), 90, "sample")
     process.send_signal(signal.SIGKILL)
     process.wait()

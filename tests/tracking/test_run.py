@@ -1,4 +1,4 @@
-"""Runs in a real MLflow: what is logged, under which name, by how many at once, and what must never be."""
+"""Log runs in a real MLflow: what, under which name, by how many at once, and what never."""
 
 from __future__ import annotations
 
@@ -226,8 +226,9 @@ def test_the_files_are_artifacts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "run_status"),
     [
-        ("ok", "FINISHED"), ("planned", "FINISHED"), ("killed", "KILLED"), ("timeout", "KILLED"), ("does_not_fit", "FAILED"),
-        ("oom_device", "FAILED"), ("oom_host", "FAILED"), ("error", "FAILED"), ("refused", "FAILED"),
+        ("ok", "FINISHED"), ("planned", "FINISHED"), ("killed", "KILLED"), ("timeout", "KILLED"),
+        ("does_not_fit", "FAILED"), ("oom_device", "FAILED"), ("oom_host", "FAILED"),
+        ("error", "FAILED"), ("refused", "FAILED"),
     ],
 )  # fmt: skip
 def test_a_run_ends_with_its_truthful_status(status: Status, run_status: str) -> None:
@@ -269,7 +270,11 @@ def test_without_tracking_nothing_is_stored(tmp_path: Path) -> None:
 
 
 def test_importing_the_module_does_not_import_mlflow() -> None:
-    script = "import sys, zinfer.tracking.run; print([name for name in ('mlflow', 'pandas', 'torch', 'sqlalchemy') if name in sys.modules])"
+    script = (
+        "import sys, zinfer.tracking.run\n"
+        "heavy = ('mlflow', 'pandas', 'torch', 'sqlalchemy')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True
@@ -312,7 +317,10 @@ def test_artifacts_are_beside_the_database() -> None:
 
 def test_a_new_store_is_made_without_mlflow_and_found_afterwards(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
-    script = f"import sys; from zinfer.tracking.store import ensure_store; ensure_store({uri!r}); print('mlflow' in sys.modules)"
+    script = (
+        "import sys; from zinfer.tracking.store import ensure_store\n"
+        f"ensure_store({uri!r}); print('mlflow' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -339,9 +347,7 @@ def test_the_schema_file_is_what_mlflows_migrations_make(tmp_path: Path) -> None
     if mlflow_store.installed_revision() != mlflow_store.schema_file_revision(
         mlflow_store.SCHEMA_FILE.read_text()
     ):
-        pytest.skip(
-            "needs the MLflow of constraints.txt: the installed one has another schema, made by its own migrations"
-        )
+        pytest.skip("needs the MLflow of constraints.txt: the installed one has another schema")
     mlflow_store._migrate(tmp_path / "migrated.db")
     mlflow_store.create_database(tmp_path / "made.db")
     assert database_content(tmp_path / "made.db") == database_content(tmp_path / "migrated.db")
@@ -358,7 +364,8 @@ def test_another_mlflow_migrates_by_itself(tmp_path: Path, monkeypatch: pytest.M
 def database_content(path: Path) -> tuple[set[tuple[str, ...]], dict[str, list[Any]]]:
     """Tables with their columns, indices and triggers, and the rows of those tables that have any.
 
-    Definitions are compared as bags of words: the migrations write the constraints of a table in an order that changes from run to run.
+    Definitions are compared as bags of words: the migrations write the constraints of a table in
+    an order that changes from run to run.
     """
     connection = sqlite3.connect(path)
     master = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
@@ -596,7 +603,7 @@ def test_a_sweep_without_a_tracked_job_leaves_no_parent(tmp_path: Path) -> None:
 def test_hydra_opens_and_closes_the_parent(
     tmp_path: Path, jobs: str, status: str, run_status: str
 ) -> None:
-    """A job that fails keeps Hydra from calling on_multirun_end; the parent is closed all the same."""
+    """A job that fails keeps Hydra from calling on_multirun_end; the parent is closed."""
     application = tmp_path / "application.py"
     application.write_text(
         textwrap.dedent(
@@ -612,7 +619,8 @@ def test_hydra_opens_and_closes_the_parent(
             @hydra.main(version_base="1.3", config_path={str(CONF)!r}, config_name="config")
             def task(composed):
                 job_dir = Path(HydraConfig.get().runtime.output_dir)
-                print("mlflow imported before the first job:", "mlflow" in sys.modules, file=sys.stderr)
+                early = "mlflow" in sys.modules
+                print("mlflow imported before the first job:", early, file=sys.stderr)
                 config = parse_config(composed)
                 run = open_run(config, job_dir=job_dir, environment={ENVIRONMENT!r})
                 failed = config.batch.seed == 13
@@ -626,7 +634,8 @@ def test_hydra_opens_and_closes_the_parent(
     )
     callback = "++hydra.callbacks.parent_run._target_=zinfer.tracking.parent.ParentRunCallback"
     done = subprocess.run(
-        [sys.executable, str(application), "-m", "~hydra.callbacks.sweep", callback, f"batch.seed={jobs}", "hydra.sweep.dir=sweep"],
+        [sys.executable, str(application), "-m", "~hydra.callbacks.sweep", callback,
+         f"batch.seed={jobs}", "hydra.sweep.dir=sweep"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == (0 if status == "ok" else 1), done.stderr

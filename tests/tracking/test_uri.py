@@ -15,7 +15,8 @@ from zinfer.tracking.run import open_run
 from zinfer.tracking.uri import resolved_tracking, sqlite_path, sqlite_uri, tracking_uri
 
 NAMES = (
-    "plain", "a b", "it's", 'q"uote', "50%", "50%20off", "why?", "a?b=c", "c#1", "ünï 模", "new\nline", "a+b", "c:d", "[x]", "{y}", "$HOME",
+    "plain", "a b", "it's", 'q"uote', "50%", "50%20off", "why?", "a?b=c", "c#1",
+    "ünï 模", "new\nline", "a+b", "c:d", "[x]", "{y}", "$HOME",
     "a&b", "a;b", "-n", "back\\slash",
 )  # fmt: skip
 ENVIRONMENT = {

@@ -8,7 +8,10 @@ from pathlib import Path
 from zinfer.machine import disk
 from zinfer.units import format_bytes
 
-NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "9p", "virtiofs", "gpfs", "beegfs", "fuse.sshfs"})  # fmt: skip
+NETWORK = frozenset({
+    "nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "9p", "virtiofs", "gpfs", "beegfs",
+    "fuse.sshfs",
+})  # fmt: skip
 """File systems whose reads cross a network, or a virtual machine's border."""
 
 

@@ -20,10 +20,11 @@ TRACEBACK_LINES = 40
 FULL_DISK_BYTES = 4 * MIB
 """A swap disk with less than this left, after a worker failed on it, was full."""
 HOST_MEMORY_SIGNS = (
-    "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "unable to mmap", "failed to allocate",
-    "resource temporarily unavailable", "memoryerror", "mlock",
+    "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
+    "unable to mmap", "failed to allocate", "resource temporarily unavailable", "memoryerror",
+    "mlock",
 )  # fmt: skip
-"""What Python, torch, libstdc++ and DeepSpeed's aio say when host memory, or its limit, is used up."""
+"""Words of Python, torch, libstdc++ and DeepSpeed's aio when host memory is used up."""
 DISK_SIGNS = {
     "no space left on device": "a disk is full",
     "disk quota exceeded": "the quota of a disk is used up",
@@ -33,12 +34,12 @@ DISK_SIGNS = {
     "stale file handle": "a network file system lost a file",
     "incomplete metadata, file not fully covered": "a checkpoint file was cut short",
 }
-"""What the kernel, DeepSpeed's aio and safetensors say of a disk, in lower case, and what it means."""
+"""Words of the kernel, DeepSpeed's aio and safetensors about a disk -> their meaning."""
 
 
 @dataclass
 class Watched:
-    """What the events of a worker have said so far."""
+    """Everything that a worker's events have said so far."""
 
     attempt: str = ""
     model: dict[str, Any] | None = None
@@ -196,7 +197,7 @@ def _of_signal(
 
 
 def disk_cause(log_tail: str | None) -> str | None:
-    """Return what the log says of a disk, with the line that says it; None where it says nothing."""
+    """Return what the log says of a disk, with the line that says it; None for nothing."""
     for line in reversed((log_tail or "").splitlines()):
         for sign, meaning in DISK_SIGNS.items():
             if sign in line.lower():
@@ -209,7 +210,8 @@ def _disk_is_full(seen: Circumstances) -> bool:
 
 
 def _full_disk(config: RunConfig, seen: Circumstances) -> str:
-    return f"the disk of offload.nvme_path={config.offload.nvme_path} is full ({format_bytes(seen.swap_free_bytes)} left)"
+    left = format_bytes(seen.swap_free_bytes)
+    return f"the disk of offload.nvme_path={config.offload.nvme_path} is full ({left} left)"
 
 
 def _failures(job_dir: Path, attempt: str) -> list[Event]:

@@ -20,7 +20,7 @@ SECOND = b"\nzinfer waits for nothing any more: it ends the job and leaves its r
 
 
 class Interrupts:
-    """What has arrived in this process."""
+    """The signals that have arrived in this process."""
 
     received: ClassVar[bool] = False
     insisted: ClassVar[bool] = False

@@ -77,7 +77,8 @@ def close_abandoned(terminal: Terminal, *, within_folder: Path | None = None) ->
     except TrackingUnavailable as error:
         for folder in left:
             terminal.warning(
-                f"{folder} was left by a driver that was killed; it is closed at a later start: {error}"
+                f"{folder} was left by a driver that was killed; it is closed at a later start: "
+                f"{error}"
             )
 
 

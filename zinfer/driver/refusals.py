@@ -49,7 +49,8 @@ def require_possible(
     ]
     if hardware.device_kind == "cuda" and config.launcher.ranks > hardware.device_count:
         problems.append(
-            f"launcher.ranks={config.launcher.ranks}, but there are {hardware.device_count} devices. "
+            f"launcher.ranks={config.launcher.ranks}, "
+            f"but there are {hardware.device_count} devices. "
             f"Set launcher.ranks={hardware.device_count}"
         )
     if config.offload.use_gds and hardware.device_kind != "cuda":

@@ -57,7 +57,7 @@ def run_job(
     """Run one job to whatever end. Writes JOB_DIR/result.json; never raises for what the job did.
 
     Args:
-        forked: take the worker from a server that holds its imports; worth it when more jobs follow.
+        forked: take the worker from a server that holds its imports; for jobs that others follow.
         stopped: asked four times a second; True ends the job as Ctrl-C does.
     """
     try:

@@ -35,12 +35,12 @@ JOB_VARIABLES = frozenset(
 )
 """Read when the process group is made, long after the imports: they may differ from job to job."""
 DRIVER_PREFIXES = ("MLFLOW_", "_MLFLOW_", "GIT_PYTHON_", "ZINFER_PARENT")
-"""What the driver sets for itself while it logs; no worker reads it."""
+"""Set by the driver for itself while it logs; no worker reads them."""
 NO_CUDA_IN_SERVER = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
-"""torch asks NVML, not CUDA, whether there is a device; the allocator inside pyarrow starts no thread."""
+"""torch asks NVML, not CUDA, for devices; the allocator inside pyarrow starts no thread."""
 
 
 READY_S = 180.0

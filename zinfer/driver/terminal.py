@@ -1,4 +1,4 @@
-"""What a person sees: a live line while a job runs, and a table at its end. With format=json, one document instead."""
+"""Show a job: a live line while it runs, a table at its end. With format=json, one document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BAR_WIDTH = 24
 
 
 class Terminal:
-    """Everything but the result goes to stderr; the live line only where stderr is a terminal."""
+    """Writes the result to stdout and the rest to stderr; live only where that is a terminal."""
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class Terminal:
         self._line = line
 
     def note(self, message: str) -> None:
-        """One line for people."""
+        """Print one line for people."""
         self._clear()
         print(redact(message), file=self._err, flush=True)
 
     def warning(self, message: str) -> None:
-        """One line for people, marked."""
+        """Print one line for people, marked as a warning."""
         self.note(f"warning: {message}")
 
     def _clear(self) -> None:
@@ -91,7 +91,7 @@ class Terminal:
             self._draw("")
 
     def finish(self, outcome: Outcome) -> None:
-        """The end of a job: its table, or its document."""
+        """Show the end of a job: its table, or its document."""
         self._clear()
         if self._json:
             print(json.dumps(redact(outcome.document())), file=self._out, flush=True)
@@ -126,7 +126,7 @@ class Terminal:
         Console(file=file, width=None if file.isatty() else 140, highlight=False).print(table)
 
     def table(self, table: Table, *, to_out: bool = True) -> None:
-        """A table of a sweep: the result on stdout, everything else on stderr."""
+        """Print a table of a sweep: the result on stdout, everything else on stderr."""
         self._clear()
         self._print(table, to_out=to_out and not self._json)
 
@@ -143,7 +143,7 @@ def _bar(done: float, total: float, unit: str) -> str:
 
 
 def new_table(title: str, *columns: str, left: Collection[int] = (0,)) -> Table:
-    """An empty table; the columns with the indices in `left` hold words, the others numbers."""
+    """Return an empty table; columns whose index is in `left` hold words, the others numbers."""
     from rich import box
     from rich.table import Table
 
@@ -154,10 +154,11 @@ def new_table(title: str, *columns: str, left: Collection[int] = (0,)) -> Table:
 
 
 def plan_table(outcome: Outcome) -> Table:
-    """Bytes per tier, planned beside measured."""
+    """Return the table of bytes per tier, planned beside measured."""
     assert outcome.plan is not None
     model, metrics = outcome.model or {}, outcome.metrics
-    title = f"{model.get('name')}: {(model.get('parameters') or 0) / 1e9:.3g} B parameters, {model.get('dtype')}"
+    billions = (model.get("parameters") or 0) / 1e9
+    title = f"{model.get('name')}: {billions:.3g} B parameters, {model.get('dtype')}"
     table = new_table(title, "memory", "planned", "available", "measured", "made of")
     measured: dict[str, float | None] = {
         "device": metrics.get("peak_device_reserved_bytes"),
@@ -197,7 +198,7 @@ def plan_table(outcome: Outcome) -> Table:
 
 
 def result_table(outcome: Outcome) -> Table:
-    """Medians of the timed generations with their spread."""
+    """Return the table of medians of the timed generations with their spread."""
     metrics: dict[str, Any] = dict(outcome.metrics)
     table = new_table(
         f"median of {metrics['timed_runs']:g} timed generations",

@@ -137,7 +137,7 @@ def _fresh(job_dir: Path, environment: dict[str, str]) -> subprocess.Popen[bytes
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the driver alone, which ends the worker in order
+            start_new_session=True,  # Ctrl-C reaches the driver alone; it ends the worker in order
         )
 
 
@@ -192,7 +192,7 @@ def free_port() -> int:
 
 
 class Servers:
-    """The one server of this process: its memory is not free, so jobs that need another replace it."""
+    """The one server of this process. Its memory is not free: jobs may have it replaced."""
 
     current: ClassVar[WorkerServer | None] = None
     unfit: ClassVar[dict[str, str]] = {}

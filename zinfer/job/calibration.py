@@ -1,4 +1,7 @@
-"""The small models that calibration runs: what they cost beyond their kernels is what a layer, an element and a step cost."""
+"""List the small models that calibration runs.
+
+Their kernels cost next to nothing, so their time is the fixed cost of a layer, an element, a step.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ FAMILIES = ("llama", "opt", "bloom", "mixtral")
 LAYERS, SOME_LAYERS, FEW_LAYERS = 8, 4, 2
 FEW_LAYERS_FAMILIES = ("llama", "opt")
 ROUNDS = 3
-"""At most so often, with the kernels after the first: a neighbour on the processor slows a tiny job as a whole, for up to a second."""
+"""Most runs of one job. A neighbour on the processor slows a whole tiny job, for up to a second."""
 AGREEMENT = 1.07
-"""A job is run again until its two calmest runs are as near as that."""
+"""A job is run again until its two fastest runs are within this ratio."""
 HIDDEN = 64
 """So small that a layer is nothing but its fixed cost."""
 ELEMENT_HIDDEN = 256
@@ -32,7 +35,7 @@ MIDDLE = tuple(
 
 
 def calibrated_dtypes(device_dtypes: Collection[str]) -> tuple[str, ...]:
-    """At most two: full precision, and the 16 bits that this device computes in."""
+    """Return at most two types: full precision, and the 16 bits that this device computes in."""
     return tuple(kind for kind in ("float32", "bfloat16", "float16") if kind in device_dtypes)[:2]
 
 
@@ -47,13 +50,13 @@ class Job:
     hidden: int = HIDDEN
     batch: BatchConfig = STEPS
     leaf: bool = True
-    """Of ZeRO-3: whole layers are fetched; else module by module."""
+    """ZeRO-3 fetches whole layers; else module by module."""
     rounds: int = ROUNDS
-    """At most; fewer where what is usual counts and not what is calm, or where it matters less."""
+    """Most runs; fewer where the usual time counts and not the fastest, or matters less."""
 
 
 def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
-    """A model of that family whose weights are small: what it costs is mostly not arithmetic."""
+    """Return a model of that family whose weights are small: its cost is mostly not arithmetic."""
     heads = max(1, hidden // 64)
     shared = {
         "hidden_size": hidden,
@@ -68,10 +71,11 @@ def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
     }
     overrides: dict[str, dict[str, Any]] = {
         "llama": {**shared, **gated, "intermediate_size": hidden * 11 // 4},
-        "opt": {**shared, "word_embed_proj_dim": hidden, "ffn_dim": hidden * 15 // 4, "max_position_embeddings": 512},
+        "opt": {**shared, "word_embed_proj_dim": hidden, "ffn_dim": hidden * 15 // 4,
+                "max_position_embeddings": 512},
         "bloom": shared,
-        "mixtral": {**shared, **gated, "intermediate_size": hidden * 11 // 8, "num_local_experts": 4, "num_experts_per_tok": 2,
-                    "sliding_window": None},
+        "mixtral": {**shared, **gated, "intermediate_size": hidden * 11 // 8,
+                    "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     }  # fmt: skip
     name = f"calibration-{family}-{layers}x{hidden}"
     return ModelConfig(
@@ -80,7 +84,10 @@ def small_model(family: str, layers: int, hidden: int) -> ModelConfig:
 
 
 def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[Job]:
-    """What is run. On a machine without an accelerator offload=cpu uses the partition itself and costs what offload=none costs."""
+    """Yield the jobs to run.
+
+    Without an accelerator offload=cpu uses the partition itself and costs what offload=none costs.
+    """
     for dtype in dtypes:
         for family in FEW_LAYERS_FAMILIES:
             yield Job(family=family, mode="resident", dtype=dtype, layers=FEW_LAYERS)
@@ -140,10 +147,10 @@ def jobs(dtypes: tuple[str, ...], *, nvme: bool, cpu_offload: bool) -> Iterator[
 
 
 def to_run_again(chosen: Iterable[Job], calm_s: Mapping[Job, Sequence[float]]) -> list[Job]:
-    """Jobs whose two calmest runs do not agree yet, or that have run once, and that may run again.
+    """Return jobs to run again: run once, or with two fastest runs that do not agree yet.
 
     Args:
-        calm_s: what each job's runs took so far.
+        calm_s: seconds that each job's runs took so far.
     """
     return [
         job for job in chosen if len(calm_s[job]) < job.rounds and not _agree(sorted(calm_s[job]))

@@ -1,4 +1,4 @@
-"""What a worker reports while it runs: one JSON line per event, appended to JOB_DIR/events.jsonl.
+"""Report what a worker does: one JSON line per event, appended to JOB_DIR/events.jsonl.
 
 The file outlives the worker. Whatever ended it, the driver finds the phases, samples and warnings
 that it had got to. Every line names the attempt; readers leave out those of another one.

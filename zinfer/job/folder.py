@@ -52,12 +52,12 @@ from zinfer.job.swap import boot_id, swap_folder
 from zinfer.paths import cache_dir
 
 JOB_FILES = (
-    JOB_FILE, RESULT_FILE, REUSED_FILE, WORKER_LOG, EVENTS_FILE, RANK_EVENTS_FILE.format(rank="*"), DRIVER_READY_FILE,
-    ENVIRONMENT_FILE, WORKERS_FILE, NOT_LOGGED_FILE, KERNELS_FILE, PARENT_FILE,
+    JOB_FILE, RESULT_FILE, REUSED_FILE, WORKER_LOG, EVENTS_FILE, RANK_EVENTS_FILE.format(rank="*"),
+    DRIVER_READY_FILE, ENVIRONMENT_FILE, WORKERS_FILE, NOT_LOGGED_FILE, KERNELS_FILE, PARENT_FILE,
 )  # fmt: skip
-"""What an attempt of a job leaves behind, as glob patterns."""
+"""Files that an attempt of a job leaves behind, as glob patterns."""
 SWEEP_FILES = (SWEEP_FILE, STOP_FILE, PARENT_FILE, PLANS_FILE)
-"""What a sweep leaves behind beside its jobs' folders."""
+"""Files that a sweep leaves behind beside its jobs' folders."""
 
 
 class FolderInUse(ConfigError):
@@ -147,7 +147,7 @@ def is_job_folder(path: Path) -> bool:
 
 
 def attempt_folder(job_dir: Path, attempt: str) -> Path | None:
-    """Return where the files of this attempt are now: the folder itself, or one of its earlier/N."""
+    """Return where the attempt's files are now: the folder itself, or one of its earlier/N."""
     for folder in (job_dir, *sorted((job_dir / EARLIER_FOLDER).glob("*"))):
         if (job := read_job(folder)) is not None and job.attempt == attempt:
             return folder

@@ -1,4 +1,4 @@
-"""What became of a job: the one value that the driver prints, stores and tracks."""
+"""The end of a job: the one value that the driver prints, stores and tracks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Outcome:
     problems: tuple[str, ...] = ()
     """For refused: every problem, each with what to type instead."""
     model: Json | None = None
-    """parameters, weight_bytes, kv_cache_bytes_per_token, kv_cache_bytes, kv_cache_bytes_paper, ..."""
+    """parameters, weight_bytes, kv_cache_bytes_per_token, kv_cache_bytes, ..."""
     plan: Json | None = None
     """fits, and per tier needed_bytes and available_bytes with the items they are made of."""
     deepspeed: Json | None = None
@@ -63,7 +63,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     """Name with unit suffix -> value. Unknown numbers are absent."""
     samples: tuple[Json, ...] = ()
-    """Every timed and warm-up generation, raw: kind, index, prefill_s, decode_step_s (list), total_s."""
+    """Every timed and warm-up generation, raw: kind, index, prefill_s, decode_step_s, total_s."""
     warnings: tuple[str, ...] = ()
     environment: Json | None = None
     generated: Json | None = None
@@ -71,7 +71,7 @@ class Outcome:
     stability: Json | None = None
     """The verdict on the measurement (zinfer.job.stability); None where nothing was measured."""
     weights: Json | None = None
-    """Of a verified checkpoint: how many tensors and bytes were used, and the sha256 of its headers."""
+    """A verified checkpoint: number of tensors and bytes used, sha256 of its headers."""
     traceback: str | None = None
     """The worker's last traceback."""
     run_id: str | None = None
@@ -85,7 +85,7 @@ class Outcome:
         return EXIT_CODES.get(self.status, 1)
 
     def document(self) -> Json:
-        """The JSON document that format=json prints. A refused configuration has only status and problems."""
+        """Return the document of format=json. A refused job has only its status and problems."""
         if self.status == "refused":
             return {"status": self.status, "problems": list(self.problems), "job_dir": self.job_dir}
         return {

@@ -47,7 +47,7 @@ class Owner:
 
 
 class Life(StrEnum):
-    """What can be said of the owner of a swap folder."""
+    """Judgement on the owner of a swap folder."""
 
     ALIVE = "alive"
     DEAD = "dead"
@@ -116,7 +116,7 @@ def remove_swap_folder(folder: Path, job_dir: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Swept:
-    """What was found of others under an nvme_path: removed, and left alone."""
+    """Folders of others found under an nvme_path: removed, and left alone."""
 
     removed: tuple[Path, ...]
     unknown: tuple[Path, ...]

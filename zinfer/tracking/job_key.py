@@ -1,4 +1,7 @@
-"""The key of a job: everything that decides its numbers. By it, in the tag zinfer.key, a sweep finds what it need not run again."""
+"""Make the key of a job: everything that decides its numbers.
+
+By it, in the tag zinfer.key, a sweep finds what it need not run again.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,20 @@ LIBRARIES = ("torch", "transformers", "deepspeed", "accelerate")
 
 
 def key_here(config: RunConfig) -> str:
-    """The job's key on this machine."""
+    """Return the job's key on this machine."""
     return job_key(config, environment(config, config.offload.nvme_folder))
 
 
 def job_key(config: RunConfig, env: Json) -> str:
-    """CONFIGURATION.CODE.HARDWARE, 16, 12 and 12 hexadecimal digits."""
+    """Return CONFIGURATION.CODE.HARDWARE: 16, 12 and 12 hexadecimal digits."""
     return f"{config_key(config)}.{code_key(env)}.{hardware_fingerprint(env)}"
 
 
 def code_key(env: Json) -> str:
-    """Of the method, the libraries and the commit; with uncommitted changes, or without a checkout, of the source files themselves."""
+    """Hash the method, the libraries and the commit.
+
+    With uncommitted changes, or without a checkout, the source files stand for the commit.
+    """
     checkout = env["zinfer"]
     packages = env.get("packages") or {}
     decisive = {
@@ -38,7 +44,7 @@ def code_key(env: Json) -> str:
 
 @cache
 def sources_hash() -> str:
-    """Of every Python file of the package, as it was when this process first asked."""
+    """Hash every Python file of the package, as it was when this process first asked."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE_FOLDER.rglob("*.py")):
         digest.update(f"{path.relative_to(PACKAGE_FOLDER)}\0".encode())

@@ -67,14 +67,14 @@ class Announced:
 
 
 class ParentRunCallback(Callback):
-    """Hydra callback (hydra.callbacks.parent_run). Exceptions here would only be warnings, so nothing is checked."""
+    """Hydra callback (hydra.callbacks.parent_run). Checks nothing: Hydra hides exceptions here."""
 
     def __init__(self) -> None:
         self._file: Path | None = None
         self._uri: str | None = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Announce the parent to the jobs, unless the sweep is itself part of another, or logs nothing."""
+        """Announce the parent to the jobs, unless the sweep is part of another or logs nothing."""
         if PARENT_VARIABLE in os.environ or config.tracking.store == "none":
             return
         self.announce(

@@ -43,7 +43,8 @@ TAG_CHARACTERS = 7999
 """MLflow's limits; it cuts longer values without a word."""
 LOG_TAIL_BYTES = 10_000_000
 ARTIFACT_FILES = (
-    "config.yaml", "plan.json", "deepspeed.json", "events.jsonl", "environment.json", "samples.json", "generated.json", "generated.txt",
+    "config.yaml", "plan.json", "deepspeed.json", "events.jsonl", "environment.json",
+    "samples.json", "generated.json", "generated.txt",
     "traceback.txt", "worker.log",
 )  # fmt: skip
 

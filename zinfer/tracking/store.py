@@ -122,13 +122,12 @@ def _migrate(path: Path) -> None:
         fresh = Path(folder) / path.name
         done = subprocess.run(
             [sys.executable, "-m", "mlflow", "db", "upgrade", sqlite_uri(fresh)],
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+            capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
         )  # fmt: skip
         if done.returncode != 0:
-            said = done.stderr.strip().splitlines()
-            raise OSError(
-                f"mlflow db upgrade failed with exit code {done.returncode}: {said[-1] if said else 'no message'}"
-            )
+            said = done.stderr.strip().splitlines() or ["no message"]
+            raise OSError(f"mlflow db upgrade failed with exit code {done.returncode}: {said[-1]}")
         os.replace(fresh, path)
 
 
