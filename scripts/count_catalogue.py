@@ -1,4 +1,7 @@
-"""Count every model of the catalogue into zinfer/catalogue_specs.zip: `make catalogue-specs`, after a change to the code that counts."""
+"""Count every model of the catalogue into zinfer/model/catalogue_specs.zip.
+
+Run `make catalogue-specs` after a change to the code that counts.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ NEEDS_A_SOURCE = "custom"
 
 
 def catalogue() -> list[ModelConfig]:
-    """Every model file as a run composes it."""
+    """Return every model of conf/model as a run composes it, custom apart."""
     names = sorted(
         path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != NEEDS_A_SOURCE
     )

@@ -17,8 +17,7 @@ import pytest
 import yaml
 
 from zinfer.config import ModelConfig
-from zinfer.model import hf as hf_models
-from zinfer.model import hub
+from zinfer.model import config_reading, hub
 from zinfer.model.hf import (
     check_pinned,
     load_checkpoint_config,
@@ -535,7 +534,7 @@ def test_tokenizer_pads_on_the_left_with_the_end_of_sequence(tmp_path: Path) -> 
 def test_without_a_tokenizer_there_is_a_reason(
     folder_with: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_models, "hub_reachable", lambda: False)
+    monkeypatch.setattr(config_reading, "hub_reachable", lambda: False)
     monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     assert find_tokenizer(catalogue("tiny-llama")) == (None, "model=tiny-llama names no tokenizer")
     tokenizer, reason = find_tokenizer(folder_with({"model_type": "llama", **GQA}))
@@ -548,11 +547,38 @@ def test_without_a_tokenizer_there_is_a_reason(
 
 REFUSALS = [  # model, what the sentence says
     (pinned("optt"), r"knows no model_type=optt. Did you mean opt\b"),
-    (pinned("opt", hiden_size=64), r"opt has no hiden_size. Type model.overrides.hidden_size=64"),
-    (pinned("opt", hidden_size="abc"), r"'hidden_size' expected int.*Correct model.overrides"),
+    (pinned("opt", hiden_size=64), r"opt has no hiden_size.*Set model.overrides.hidden_size=64"),
+    (
+        pinned("opt", nope=1),
+        r"opt has no nope, so model.overrides.nope=1 would change nothing. Leave nope out",
+    ),
+    (
+        pinned("opt", hidden_size="abc"),
+        r'hidden_size is "abc": it must be a whole number.*Set another model.overrides.hidden_size',
+    ),
+    (
+        pinned("opt", dropout="abc"),
+        r"dropout is \"abc\": .*'dropout' expected float.*Set another model.overrides.dropout",
+    ),
+    (
+        pinned("llama", num_hidden_layers=0, vocab_size=-1, hidden_size=True),
+        r"num_hidden_layers is 0: .*hidden_size is true: .*vocab_size is -1: ",
+    ),
+    (
+        pinned("llama", num_attention_heads=8, num_key_value_heads=3),
+        r"num_key_value_heads is 3: it must divide num_attention_heads \(8\)",
+    ),
+    (
+        pinned("llama", num_hidden_layers=10**9),
+        r"num_hidden_layers is 1000000000: it must be at most 10,000",
+    ),
+    (
+        pinned("llama", hidden_size=10**9, num_attention_heads=10**7, intermediate_size=10**9),
+        r"its sizes make .* parameters; the most that are counted are 1,000,000,000,000,000",
+    ),
     (
         pinned("opt", hidden_size=100, num_attention_heads=12),
-        r"OPTForCausalLM refuses this configuration.*Correct model.overrides",
+        r"hidden_size is 100.*num_attention_heads is 12.*Set another model.overrides.hidden_size",
     ),
     (pinned("bert"), r"\(bert\) is encoder-only. Choose a model of the catalogue"),
     (pinned("t5"), r"\(t5\) is an encoder-decoder"),
@@ -582,7 +608,7 @@ REFUSALS = [  # model, what the sentence says
 def test_refusal_says_what_to_type_instead(
     model: ModelConfig, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_models, "hub_reachable", lambda: False)
+    monkeypatch.setattr(config_reading, "hub_reachable", lambda: False)
     monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     with pytest.raises(ValueError, match=message) as refusal:
         model_spec(model)
@@ -592,7 +618,7 @@ def test_refusal_says_what_to_type_instead(
 def test_a_folder_of_an_encoder_or_of_unknown_code_is_refused(folder_with: Any) -> None:
     with pytest.raises(ValueError, match="encoder-only"):
         model_spec(folder_with({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
-    with pytest.raises(ValueError, match="names no model that this transformers knows"):
+    with pytest.raises(ValueError, match="does not recognize this architecture"):
         model_spec(folder_with({"model_type": "of-next-year"}))
     with pytest.raises(ValueError, match=r"model\.trust_remote_code=true"):
         model_spec(
@@ -687,7 +713,7 @@ def test_cached_spec_is_the_counted_spec(own_cache: Path, monkeypatch: pytest.Mo
 
     counted = spec_of("gpt-oss-20b")
     monkeypatch.setattr(module, "_COUNTED", {})
-    monkeypatch.setattr(module, "load_hf_config", lambda model: pytest.fail("counted again"))
+    monkeypatch.setattr(module, "causal_config", lambda model: pytest.fail("counted again"))
     assert spec_of("gpt-oss-20b") == counted
     assert spec_of("gpt-oss-20b", compute_dtype="float32") == dataclasses.replace(
         counted, dtype="float32"

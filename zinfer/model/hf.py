@@ -1,19 +1,25 @@
-"""What transformers is asked about a model before its weights: configuration, class and tokenizer.
+"""Configure a model before its weights: its configuration, its class and its tokenizer.
 
 transformers is imported inside the functions: importing this module costs nothing.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-import os
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zinfer.model.hub import from_pretrained_kwargs, hub_reachable
+from zinfer.model.config_reading import (
+    CATALOGUE_HINT,
+    ROPE_KEYS,
+    pinned_config,
+    read_config,
+    refuse_impossible_together,
+)
+from zinfer.model.foreign import whole_sentence
 from zinfer.model.named import named_model
 from zinfer.model.tokenizer import find_tokenizer
+from zinfer.model.weights.local import local_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,73 +28,6 @@ if TYPE_CHECKING:
 
 DEFAULT_DTYPE = "float16"
 """The compute dtype where neither the user nor the checkpoint's config names one."""
-CATALOGUE_HINT = "Choose a model of the catalogue (zinfer --help lists it), e.g. model=opt-125m"
-ROPE_KEYS = ("rope_theta", "rope_scaling")
-"""Spellings of config.json that transformers 5 keeps together in `rope_parameters`."""
-
-
-def load_hf_config(model: ModelConfig) -> PretrainedConfig:
-    """The configuration that decides the architecture: `model.source` where it is set, else the pinned values. Without quantisation.
-
-    Of a multimodal model it is the text part.
-    """
-    config = read_config(model.source, model) if model.source else _pinned_config(model)
-    return _causal_lm_part(config, model)
-
-
-def load_checkpoint_config(
-    model: ModelConfig, folder: str | Path | None = None
-) -> PretrainedConfig:
-    """config.json beside the real weights: in `folder`, else in `model.source`, else on the hub under `model.hub_id`."""
-    source = str(folder) if folder else model.source or model.hub_id
-    if source is None:
-        raise ValueError(
-            f"model={model.name} has no published checkpoint. Type weights=dummy, or model=custom model.source=/path"
-        )
-    return _causal_lm_part(read_config(source, model), model)
-
-
-def check_pinned(model: ModelConfig, checkpoint_config: PretrainedConfig) -> list[str]:
-    """Where the checkpoint's config.json differs from the pinned values, a sentence each. Token ids are not architecture."""
-    if model.model_type is None:
-        return []
-    pinned = _pinned_config(model)
-    if checkpoint_config.model_type != pinned.model_type:
-        return [
-            f"model_type is {pinned.model_type} in conf/model/{model.name}.yaml, {checkpoint_config.model_type} in the checkpoint"
-        ]
-    differences = []
-    for key in model.overrides:
-        attribute = (
-            "rope_parameters" if key in ROPE_KEYS and hasattr(pinned, "rope_parameters") else key
-        )
-        ours, theirs = getattr(pinned, attribute), getattr(checkpoint_config, attribute, None)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            theirs = {name: theirs.get(name) for name in ours}
-        if ours != theirs and not key.endswith("_token_id"):
-            differences.append(
-                f"{attribute} is {ours} in conf/model/{model.name}.yaml, {theirs} in the checkpoint's config.json"
-            )
-    return list(dict.fromkeys(differences))
-
-
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that generates with this configuration: OPT, BLOOM and LLaMA by name, AutoModelForCausalLM's choice for everything else."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    by_model_type = {
-        "opt": transformers.OPTForCausalLM,
-        "bloom": transformers.BloomForCausalLM,
-        "llama": transformers.LlamaForCausalLM,
-    }
-    if _brings_code(config):
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(
-            config.auto_map["AutoModelForCausalLM"], config.name_or_path
-        )
-    return by_model_type.get(config.model_type) or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def load_model_config(model: str | ModelConfig) -> PretrainedConfig:
@@ -133,101 +72,138 @@ def load_tokenizer(
         ValueError: the model names no tokenizer, or it cannot be read, with the reason.
     """
     chosen = named_model(model) if isinstance(model, str) else model
-    from zinfer.model.weights.local import local_folder
-
     tokenizer, reason = find_tokenizer(chosen, folder or local_folder(chosen))
     if tokenizer is None:
         raise ValueError(f"{reason}. Set model.tokenizer_id to a hub id that has one")
     return tokenizer
 
 
-def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
-    """config.json of a local folder or a hub repository, changed by the overrides of model=custom (elsewhere they are pinned values)."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+def load_hf_config(model: ModelConfig) -> PretrainedConfig:
+    """Return the configuration of `model.source` if it is set, else the pinned architecture.
 
-    overrides = model.overrides if source == model.source and model.model_type is None else {}
-    is_folder = Path(os.path.expanduser(source)).is_dir()
-    if (
-        is_folder
-        and not model.gguf_file
-        and not (Path(os.path.expanduser(source)) / "config.json").is_file()
-    ):
+    Quantisation is left out, and of a multimodal model only the text part is returned.
+    """
+    return causal_config(model)[0]
+
+
+def causal_config(model: ModelConfig) -> tuple[PretrainedConfig, str | None]:
+    """Return what load_hf_config does, and the model_type of the multimodal model it is part of.
+
+    The second is None for a model that is text only.
+    """
+    whole = read_config(model.source, model) if model.source else pinned_config(model)
+    config = _causal_lm_part(whole, model)
+    return config, None if config is whole else whole.model_type
+
+
+def load_checkpoint_config(
+    model: ModelConfig, folder: str | Path | None = None
+) -> PretrainedConfig:
+    """Return the configuration beside the real weights.
+
+    It is read from `folder`, else from `model.source`, else from the hub under `model.hub_id`.
+    """
+    source = str(folder) if folder else model.source or model.hub_id
+    if source is None:
         raise ValueError(
-            f"{source} has no config.json. Give a folder that has one, or a hub id: model.source=facebook/opt-125m"
+            f"model={model.name} has no published checkpoint. "
+            "Set weights=dummy, or model=custom model.source=/path"
         )
-    if not is_folder and (source.startswith(("/", "./", "../", "~")) or source.count("/") > 1):
-        raise ValueError(
-            f"there is no folder {source}. Give an existing one, or a hub id: model.source=facebook/opt-125m"
-        )
-    try:
-        config = AutoConfig.from_pretrained(
-            os.path.expanduser(source), **from_pretrained_kwargs(source, model)
-        )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(_why_no_config(source, is_folder, error)) from error
-    _refuse_misspelt(overrides, config, model)
-    text = config.get_text_config(decoder=True)
-    for key, value in copy.deepcopy(overrides).items():
-        setattr(text, key, value)
-    return config
+    return _causal_lm_part(read_config(source, model), model)
 
 
-def _pinned_config(model: ModelConfig) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, __version__
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+def check_pinned(model: ModelConfig, checkpoint_config: PretrainedConfig) -> list[str]:
+    """Say where the checkpoint's config.json differs from the pinned values, a sentence each.
 
+    Token ids are no architecture: they may differ.
+    """
     if model.model_type is None:
-        raise ValueError(
-            f"model={model.name} has neither model_type nor source. Set model.source to a hub id or a local folder"
-        )
-    if model.model_type not in CONFIG_MAPPING_NAMES:
-        close = difflib.get_close_matches(model.model_type, CONFIG_MAPPING_NAMES, n=3)
-        hint = f"Did you mean {' or '.join(close)}?" if close else CATALOGUE_HINT
-        raise ValueError(
-            f"transformers {__version__} knows no model_type={model.model_type}. {hint}"
-        )
-    try:
-        default = AutoConfig.for_model(model.model_type)
-        config = AutoConfig.for_model(
-            model.model_type, **copy.deepcopy(model.overrides)
-        )  # transformers adds to nested values
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(
-            f"model={model.name}: {' '.join(str(error).split())}. Correct model.overrides"
-        ) from error
-    _refuse_misspelt(model.overrides, default, model)
-    return config
-
-
-def _refuse_misspelt(
-    overrides: dict[str, Any], config: PretrainedConfig, model: ModelConfig
-) -> None:
-    """A key that the configuration lacks but that looks like one that it has. transformers would keep it and ignore it."""
-    text = config.get_text_config(decoder=True)
-    known = [name for name in dir(text) if not name.startswith("_")]
-    for key in overrides:
-        close = (
-            []
-            if hasattr(text, key) or key in ROPE_KEYS
-            else difflib.get_close_matches(key, known, n=1, cutoff=0.85)
-        )
-        if close:
-            raise ValueError(
-                f"{config.model_type} has no {key}. Type model.overrides.{close[0]}={overrides[key]}"
+        return []
+    pinned = pinned_config(model)
+    file = f"conf/model/{model.name}.yaml"
+    if checkpoint_config.model_type != pinned.model_type:
+        return [
+            f"model_type is {pinned.model_type} in {file}, "
+            f"{checkpoint_config.model_type} in the checkpoint"
+        ]
+    differences = []
+    for key in model.overrides:
+        is_rope = key in ROPE_KEYS and hasattr(pinned, "rope_parameters")
+        attribute = "rope_parameters" if is_rope else key
+        ours, theirs = getattr(pinned, attribute), getattr(checkpoint_config, attribute, None)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            theirs = {name: theirs.get(name) for name in ours}
+        if ours != theirs and not key.endswith("_token_id"):
+            differences.append(
+                f"{attribute} is {ours} in {file}, {theirs} in the checkpoint's config.json"
             )
+    return list(dict.fromkeys(differences))
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that generates with this configuration.
+
+    OPT, BLOOM and LLaMA by name, and for everything else what AutoModelForCausalLM would choose.
+
+    Raises:
+        ValueError: the model brings Python code, and it cannot be imported.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    by_model_type = {
+        "opt": transformers.OPTForCausalLM,
+        "bloom": transformers.BloomForCausalLM,
+        "llama": transformers.LlamaForCausalLM,
+    }
+    if _brings_code(config):
+        return _class_of_own_code(config)
+    if config.model_type in by_model_type:
+        return by_model_type[config.model_type]
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    found = _class_for_text_part(config)
+    assert found is not None, "_causal_lm_part refuses configurations without a class"
+    return found
+
+
+def _class_for_text_part(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Find the causal class whose config_class is exactly this one, in the family's own module.
+
+    AutoModelForCausalLM lists such classes under the multimodal configuration (Mllama, Emu3).
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    module_name = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = import_module(module_name)
+    except ImportError:
+        return None
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        found = getattr(module, name, None) if isinstance(name, str) else None
+        if found is not None and found.config_class is type(config):
+            return found
+    return None
 
 
 def _causal_lm_part(config: PretrainedConfig, model: ModelConfig) -> PretrainedConfig:
-    """The part of the configuration that AutoModelForCausalLM can build, or a refusal."""
+    """Return the part of the configuration that a causal language model is built from.
+
+    Raises:
+        ValueError: there is no such part, or its values exclude each other.
+    """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
     )
 
     text = config.get_text_config(decoder=True)
-    if text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    whole = config
+    if (
+        text is not config
+        and not config.is_encoder_decoder
+        and (type(text) in MODEL_FOR_CAUSAL_LM_MAPPING or _class_for_text_part(text) is not None)
+    ):
         text.dtype = text.dtype or config.dtype
         text.tie_word_embeddings = getattr(text, "tie_word_embeddings", config.tie_word_embeddings)
         config = text
@@ -236,19 +212,25 @@ def _causal_lm_part(config: PretrainedConfig, model: ModelConfig) -> PretrainedC
         what = "an encoder-decoder"
     elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         what = "encoder-only"
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_code(config):
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (
+        _brings_code(config) or _class_for_text_part(config) is not None
+    ):
         what = "no causal language model"
+        if text is not whole:
+            what = f"multimodal, and transformers has no causal class for its {text.model_type}"
     if what:
         raise ValueError(
-            f"model={model.name}: {model.source or config.model_type} ({config.model_type}) is {what}. {CATALOGUE_HINT}"
+            f"model={model.name}: {model.source or whole.model_type} ({whole.model_type}) "
+            f"is {what}. {CATALOGUE_HINT}"
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    refuse_impossible_together(config, model)
     return config
 
 
 def _brings_code(config: PretrainedConfig) -> bool:
-    """Whether the model's class comes with the model: transformers loaded its configuration class under trust_remote_code."""
+    """Return whether transformers loaded this class from the model under trust_remote_code."""
     auto_map = getattr(config, "auto_map", None) or {}
     return (
         type(config).__module__.startswith("transformers_modules")
@@ -256,19 +238,17 @@ def _brings_code(config: PretrainedConfig) -> bool:
     )
 
 
-def _why_no_config(source: str, is_folder: bool, error: Exception) -> str:
-    text = str(error)
-    folder_hint = "give a local folder: model.source=/path/to/a/folder"
-    if "trust_remote_code" in text:
-        return f"{source} brings its own Python code. If you trust its authors, type model.trust_remote_code=true"
-    if is_folder:
-        return f"{source}/config.json names no model that this transformers knows: {_first_line(error)}. {CATALOGUE_HINT}"
-    if "gated" in text or "401" in text:
-        return f"{source} is gated or private on the hub. Accept its licence there and set HF_TOKEN, or {folder_hint}"
-    if not hub_reachable():
-        return f"the hub cannot be reached and {source} is not in its local cache. {CATALOGUE_HINT}, or {folder_hint}"
-    return f"no model {source} could be read from the hub: {_first_line(error)}. Correct model.source, or {folder_hint}"
+def _class_of_own_code(config: PretrainedConfig) -> type[PreTrainedModel]:
+    from transformers import __version__
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")[:200]
+    reference = config.auto_map["AutoModelForCausalLM"]
+    try:
+        return get_class_from_dynamic_module(reference, config.name_or_path)
+    except Exception as error:  # code of somebody else: it may raise anything
+        written_for = getattr(config, "transformers_version", None) or "another version"
+        raise ValueError(
+            f"{config.name_or_path}: its code {reference} cannot be imported: "
+            f"{whole_sentence(error)}. Install the package that this names; if it is transformers, "
+            f"the code was written for {written_for} and not for {__version__}"
+        ) from error

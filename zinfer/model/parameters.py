@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from zinfer.model.config_reading import build_refusal
 from zinfer.model.hf import model_class
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ class Parameter:
 
 
 def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
-    """The model without storage. Not from_config, which would enter zero.Init under DeepSpeed."""
+    """Build the model without storage. Not by from_config, which enters zero.Init under DeepSpeed.
+
+    Raises:
+        ValueError: transformers builds no model of this configuration.
+    """
     import torch
 
     deepspeed_glue = sys.modules.get("transformers.integrations.deepspeed")
@@ -44,18 +49,8 @@ def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return cls(config)
-    except (
-        ValueError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        ZeroDivisionError,
-        KeyError,
-    ) as error:
-        problem = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"model={model.name}: {cls.__name__} refuses this configuration: {problem}. Correct model.overrides"
-        ) from error
+    except Exception as error:  # code of any family: it may raise anything
+        raise build_refusal(error, config, model, f"{cls.__name__} cannot be built") from error
 
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, ...]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import ITEMSIZE_BYTES
-from zinfer.model.hf import DEFAULT_DTYPE, load_hf_config
+from zinfer.model.hf import DEFAULT_DTYPE, causal_config
 from zinfer.model.kv_layout import KvLayer, kv_layout
+from zinfer.model.limits import CountingTakesTooLong, counting_budget, refuse_uncountable
 from zinfer.model.meta_pass import meta_pass
 from zinfer.model.parameters import Parameter, decoder_layers, meta_model, weight_tensors
 from zinfer.model.spec_cache import Fields, cache_key, is_kept, read_counted, write_counted
@@ -78,6 +79,8 @@ class ModelSpec:
     """Elements that they write for each token, products and attention apart."""
     kv_layers: tuple[KvLayer, ...] | None
     kv_unknown_reason: str | None
+    text_part_of: str | None = None
+    """The multimodal model_type whose text part this is. Nothing else of it is counted or run."""
 
     @property
     def bytes_per_element(self) -> int:
@@ -106,7 +109,7 @@ def bytes_per_element(dtype: str) -> int:
     """Bytes of one element of a compute dtype."""
     if dtype not in ITEMSIZE_BYTES:
         raise ValueError(
-            f"compute dtype {dtype} is not one of {', '.join(ITEMSIZE_BYTES)}. Type dtype=bfloat16"
+            f"compute dtype {dtype} is not one of {', '.join(ITEMSIZE_BYTES)}. Set dtype=bfloat16"
         )
     return ITEMSIZE_BYTES[dtype]
 
@@ -185,7 +188,15 @@ _COUNTED: dict[str, Fields] = {}
 def count(model: ModelConfig) -> Fields:
     """Count this architecture now, whatever is kept of it. Imports torch and transformers. Raises ValueError as model_spec does."""
     with _no_garbage_collection():
-        return _count(load_hf_config(model), model)
+        config, text_part_of = causal_config(model)
+        try:
+            with counting_budget():
+                return _count(config, model) | {"text_part_of": text_part_of}
+        except CountingTakesTooLong as error:
+            raise ValueError(
+                f"model={model.name}: {error}. It has {config.num_hidden_layers} layers; real models "
+                "take seconds. Set a smaller model.overrides.num_hidden_layers"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -211,6 +222,11 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
         )
     empty = meta_model(config, model)
     parameters = weight_tensors(empty, config.num_hidden_layers)
+    refuse_uncountable(
+        {parameter.name: parameter.numel for parameter in parameters},
+        f"model={model.name}",
+        config.to_dict(),
+    )
     num_parameters = sum(parameter.numel for parameter in parameters)
     num_experts, experts_per_token = _experts(config, parameters)
     expert_numel = sum(parameter.numel for parameter in parameters if parameter.is_expert)
