@@ -12,7 +12,7 @@ from tests.helpers.composing import composed
 from zinfer.config import ConfigError, ModelConfig
 from zinfer.job.events import EventLog
 from zinfer.model.spec import model_spec
-from zinfer.model.weights.dummy import POOL_NUMEL, STDDEV, DummyFiller, dummy_model
+from zinfer.model.weights.dummy import POOL_NUMEL, DummyFiller, dummy_model, stddev
 from zinfer.model.weights.pretrained import open_checkpoint, pretrained_model, weights_source
 
 OPT = {
@@ -39,20 +39,27 @@ def test_dummy_weights_are_normal_for_matrices_one_for_norms_zero_for_biases(
     values.fill("weight", norm)
     values.fill("bias", bias)
     assert float(matrix.mean()) == pytest.approx(0.0, abs=1e-3)
-    assert float(matrix.std()) == pytest.approx(STDDEV, rel=0.02)
+    assert float(matrix.std()) == pytest.approx(stddev((512, 512)), rel=0.02)
     assert not (matrix == 0).any()
     assert (norm == 1).all()
     assert (bias == 0).all()
 
 
-def test_two_parameters_of_a_shape_differ_and_another_filler_repeats_them(tmp_path: Path) -> None:
+def test_values_depend_on_the_name_alone(tmp_path: Path) -> None:
     first, second, again = torch.zeros(64, 64), torch.zeros(64, 64), torch.zeros(64, 64)
     values = filler(tmp_path)
-    values.fill("weight", first)
-    values.fill("weight", second)
+    values.fill("layers.0.weight", first)
+    values.fill("layers.1.weight", second)
+    values.fill("layers.0.weight", again)
     assert not torch.equal(first, second)
-    filler(tmp_path).fill("weight", again)
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"), [(4, 1.0), (64, 0.25), (512, 2**-4), (4096, 2**-5), (12288, 2**-6)]
+)
+def test_the_spread_keeps_the_size_of_what_flows_through(inputs: int, expected: float) -> None:
+    assert stddev((7, inputs)) == expected
 
 
 def test_a_parameter_larger_than_the_pool_is_tiled_and_lending_equals_filling(
@@ -79,7 +86,8 @@ def test_a_dummy_model_has_no_unfilled_parameter_and_keeps_its_ties(tmp_path: Pa
     )
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            assert float(parameter.detach().std()) == pytest.approx(STDDEV, rel=0.2), name
+            spread = stddev(tuple(parameter.shape))
+            assert float(parameter.detach().std()) == pytest.approx(spread, rel=0.2), name
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
