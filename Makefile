@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Two tests at a time where there are two cores; groups of tests that must not meet run in turn.
 TWO_AT_A_TIME := $(shell [ "$$(nproc)" -ge 2 ] && echo "-n 2 --dist loadgroup")
 
-.PHONY: help setup demo demo-model catalogue-specs test test-launchers check format bench bench-prediction bench-derivation bench-plan bench-report bench-sweep test-slurm clean
+.PHONY: help setup demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-plan bench-report bench-sweep test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test: setup  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/config/t
 test-launchers: setup  ## sweeps under joblib and submitit, whose plugins this installs (each start of zinfer then takes 0.1 s longer)
 	$(BIN)/pip install --quiet --editable '.[launchers]' --constraint constraints.txt
 	$(BIN)/python -m pytest tests/sweep/test_launchers.py $(PYTEST_ARGS)
+
+test-faults: setup  ## random attacks for FAULTS_S seconds each (300), from FAULTS_SEED (1): kills, folders, swap, stores that hang
+	FAULTS_S=$${FAULTS_S:-300} $(BIN)/python -m pytest -s tests/faults $(PYTEST_ARGS)
 
 check: setup  ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check .

@@ -16,11 +16,14 @@ import pytest
 
 from tests.helpers.composing import composed
 from tests.helpers.sweeping import TINY, document, environment, nothing_is_left, processes, run
+from zinfer.config import config_from_stored
 from zinfer.driver.ending import Circumstances, Watched, outcome_of
 from zinfer.driver.interrupts import Interrupts
+from zinfer.driver.run import with_store
 from zinfer.driver.server import server_key
+from zinfer.driver.terminal import Terminal
 from zinfer.driver.workers import Worker
-from zinfer.job.folder import abandoned_folders, attempt_in, is_driven
+from zinfer.job.folder import abandoned_folders, attempt_in, is_driven, read_job, write_job
 
 BIG = (  # 140 MB in parameters of 4 MiB, which DeepSpeed does swap
     *TINY, "model.overrides.hidden_size=1024", "model.overrides.intermediate_size=2048",
@@ -120,6 +123,21 @@ def test_a_folder_is_driven_until_its_process_ends(
     with attempt_in(folder):
         assert abandoned_folders() == []
     assert abandoned_folders() == []
+
+
+def test_a_store_from_the_environment_is_stored_as_coming_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://alice:geheim-wort@host:5000")
+    config = with_store(composed("model=tiny-llama"), Terminal("text"))
+    assert (config.tracking.store, config.tracking.uri) == (
+        "server",
+        "http://alice:geheim-wort@host:5000",
+    )
+    write_job(tmp_path, config, "0123")
+    assert "geheim" not in (tmp_path / "job.json").read_text()
+    job = read_job(tmp_path)
+    assert job is not None and config_from_stored(job.config).tracking == config.tracking
 
 
 def test_signals_wait_for_a_job_to_be_closed() -> None:

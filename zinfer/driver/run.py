@@ -35,7 +35,7 @@ from zinfer.job.swap import (
 )
 from zinfer.machine import native_ops
 from zinfer.machine.hardware import detect_hardware
-from zinfer.tracking.uri import resolved_tracking
+from zinfer.tracking.uri import URI_VARIABLE, resolved_tracking
 
 POLL_S = 0.25
 """Between two looks at the worker's events. Its end is seen at once."""
@@ -84,7 +84,7 @@ def run_attempt(
     stopped: Callable[[], bool],
 ) -> Outcome:
     """Run one attempt at the job, in a folder that is this process's own."""
-    config = replace(config, tracking=resolved_tracking(config.tracking, terminal.note))
+    config = with_store(config, terminal)
     try:
         hardware = detect_hardware(config.hardware, _nvme_path(config), config.launcher.ranks)
         require_possible(config, hardware, terminal, job_dir)
@@ -95,6 +95,20 @@ def run_attempt(
     outcome = run_worker(config, job_dir, terminal, tracked, forked=forked, stopped=stopped)
     outcome = replace(outcome, job_dir=str(job_dir))
     return finish(tracked.finish(outcome), job_dir, terminal)
+
+
+def with_store(config: RunConfig, terminal: Terminal) -> RunConfig:
+    """Decide tracking=auto. What comes from the environment is stored as coming from there."""
+
+    def say(message: str) -> None:
+        terminal.note_once(message, about=URI_VARIABLE)
+
+    tracking = resolved_tracking(config.tracking, say)
+    if tracking.uri == config.tracking.uri:
+        return replace(config, tracking=tracking)
+    text = f"${{oc.env:{URI_VARIABLE}}}"
+    texts = {**config.from_environment, ("tracking", "uri"): text}
+    return replace(config, tracking=tracking, from_environment=texts)
 
 
 def finish(outcome: Outcome, job_dir: Path, terminal: Terminal) -> Outcome:
@@ -169,9 +183,10 @@ def swap_folder_of(
     assert config.offload.nvme_path is not None, "config_problems refuses nvme without a path"
     path = Path(config.offload.nvme_path)
     said = describe_disk(path)
-    terminal.note(f"weights are swapped to {path}: {said.text}")
+    where = str(path.parent if path.parent == job_dir.absolute() else path)
+    terminal.note_once(f"weights are swapped to {path}: {said.text}", about=f"swap in {where}")
     for warning in said.warnings:
-        terminal.warning(warning)
+        terminal.note_once(f"warning: {warning}", about=warning.partition(": ")[2])
         watched.warnings.append(warning)
     swept = remove_orphaned_swap_folders(config.offload.nvme_path, said.filesystem)
     for folder in swept.removed:

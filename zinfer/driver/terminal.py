@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from zinfer.job.events import Event
 from zinfer.job.outcome import Outcome
@@ -23,6 +23,9 @@ BAR_WIDTH = 24
 
 class Terminal:
     """Writes the result to stdout and the rest to stderr; live only where that is a terminal."""
+
+    _said: ClassVar[set[str]] = set()
+    """Subjects of which every job of a sweep would say the same."""
 
     def __init__(
         self,
@@ -81,6 +84,12 @@ class Terminal:
         """Print one line for people."""
         self._clear()
         print(redact(message), file=self._err, flush=True)
+
+    def note_once(self, message: str, *, about: str) -> None:
+        """Print one line for people, where this process has not said one about this yet."""
+        if about not in self._said:
+            self._said.add(about)
+            self.note(message)
 
     def warning(self, message: str) -> None:
         """Print one line for people, marked as a warning."""

@@ -209,20 +209,32 @@ def _locked(folder: Path) -> Iterator[IO[str]]:
             raise FolderInUse(folder) from None
         except OSError:
             pass
+        if not _is_still(path, lock):  # its holder removed it between our opening and our lock
+            raise FolderInUse(folder)
         yield lock
         path.unlink(missing_ok=True)
+
+
+def _is_still(path: Path, file: IO[str]) -> bool:
+    """Check that the path leads to this open file, and not to a later one of the same name."""
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
 def abandoned_folder_held(folder: Path) -> Iterator[bool]:
     """Keep other processes from caring for the same folder. False where one does already."""
-    try:
-        with _locked(folder):
-            yield True
-    except FolderInUse:
-        yield False
-    except FileNotFoundError:  # the folder was deleted
-        yield True
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(folder))
+            ours = True
+        except FolderInUse:
+            ours = False
+        except FileNotFoundError:  # the folder was deleted
+            ours = True
+        yield ours
 
 
 def is_driven(folder: Path) -> bool:

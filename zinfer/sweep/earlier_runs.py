@@ -130,13 +130,23 @@ def _by_run(store: sqlite3.Connection, source: str, experiment: str) -> dict[str
     return found
 
 
-def _from_mlflow(uri: str, experiment: str) -> Iterator[EarlierRun]:
-    """Ask MLflow, for servers and other databases."""
+def _from_mlflow(uri: str, experiment: str) -> list[EarlierRun]:
+    """Ask MLflow, for servers and other databases. A store that hangs has nothing to reuse."""
+    from zinfer.tracking.deadline import STORE_TIMEOUT_S, within
+    from zinfer.tracking.store import TrackingUnavailable
+
+    try:
+        return within(STORE_TIMEOUT_S, lambda: list(_asked_mlflow(uri, experiment)), "the store")
+    except TrackingUnavailable:  # the first run says so
+        return []
+
+
+def _asked_mlflow(uri: str, experiment: str) -> Iterator[EarlierRun]:
     from zinfer.tracking.client import connect, store_errors
     from zinfer.tracking.store import TrackingUnavailable, ensure_store
 
     where = "tags.`zinfer.role` = 'job' and attributes.status != 'RUNNING'"
-    with contextlib.suppress(TrackingUnavailable):  # the first run says so
+    with contextlib.suppress(TrackingUnavailable):
         ensure_store(uri)
         with store_errors(uri):
             client = connect(uri)

@@ -203,14 +203,15 @@ def log_grid(config: RunConfig, folder: Path, rows: list[Row], terminal: Termina
     if config.tracking.store == "none":
         return
     from zinfer.tracking.client import connect, experiment, store_errors
+    from zinfer.tracking.deadline import within
     from zinfer.tracking.store import TrackingUnavailable, ensure_store
     from zinfer.tracking.uri import artifact_location, tracking_uri
 
-    try:
+    def log() -> None:
         uri = tracking_uri(config.tracking, Path.cwd())
         ensure_store(uri)
         with store_errors(uri):
-            client = connect(uri)
+            client = connect(uri, config.tracking.timeout_s)
             experiment_id = experiment(
                 client, config.tracking.experiment, artifact_location(uri, Path.cwd())
             )
@@ -225,5 +226,8 @@ def log_grid(config: RunConfig, folder: Path, rows: list[Row], terminal: Termina
             client.log_metric(run_id, "plans_that_fit", sum(bool(row.get("fits")) for row in rows))
             client.log_artifact(run_id, str(folder / PLANS_FILE))
             client.set_terminated(run_id, "FINISHED")
+
+    try:
+        within(config.tracking.timeout_s, log, "the store")
     except TrackingUnavailable as error:
         terminal.warning(f"not logged to MLflow: {error}. The table is in {folder / PLANS_FILE}")
