@@ -121,7 +121,12 @@ def test_the_fingerprint_is_of_the_machine_not_of_the_moment(here: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("group", "key", "value"), [("cpu", "model", "another"), ("cpu", "usable_cores", 999)]
+    ("group", "key", "value"),
+    [
+        ("cpu", "model", "another"),
+        ("cpu", "usable_cores", 999),
+        ("cpu", "instruction_sets", "avx2 only"),
+    ],
 )
 def test_another_machine_has_another_fingerprint(
     here: dict[str, Any], group: str, key: str, value: Any

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -340,7 +341,7 @@ def test_an_nvidia_smi_without_a_gpu_means_cpu(
 ) -> None:
     nvidia_smi(tmp_path, monkeypatch, f"echo 'No devices were found'; exit {exit_code}")
     assert detect_hardware(HardwareConfig(name="detect"), None).device_kind == "cpu"
-    with pytest.raises(ValueError, match=r"lists no GPU here.*Type hardware\.accelerator=cpu"):
+    with pytest.raises(ValueError, match=r"lists no GPU here.*Set hardware\.accelerator=cpu"):
         detect_hardware(HardwareConfig(name="detect", accelerator="cuda"), None)
 
 
@@ -353,7 +354,7 @@ def test_a_gpu_that_does_not_answer_is_refused_not_passed_over(
         "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18",
     )
     with pytest.raises(
-        ValueError, match=r"exit code 18: Failed to initialize NVML.*Type hardware\.accelerator=cpu"
+        ValueError, match=r"exit code 18: Failed to initialize NVML.*Set hardware\.accelerator=cpu"
     ):
         detect_hardware(HardwareConfig(name="detect"), None)
     assert (
@@ -464,3 +465,32 @@ def test_a_published_box_is_what_was_published() -> None:
         and box.nvme_read_bytes_per_s is None
     )
     assert box.source == box.rates_source == "a blog"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "forced", "chosen"),
+    [
+        ("auto", None, "auto"),
+        ("auto", "cpu", "cpu"),
+        ("auto", "cuda", "cuda"),
+        ("cpu", "cpu", "cpu"),
+        ("cpu", None, "cpu"),
+        ("cpu", "cuda", "Set hardware.accelerator=cuda, or unset DS_ACCELERATOR"),
+        ("cuda", "cpu", "Set hardware.accelerator=cpu, or unset DS_ACCELERATOR"),
+        ("auto", "xpu", "zinfer runs on cpu and cuda"),
+        ("cpu", "npu", "zinfer runs on cpu and cuda"),
+    ],
+)
+def test_the_environment_chooses_the_accelerator_only_where_the_configuration_does_not(
+    monkeypatch: pytest.MonkeyPatch, accelerator: Any, forced: str | None, chosen: str
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if forced:
+        monkeypatch.setenv("DS_ACCELERATOR", forced)
+    config = HardwareConfig(name="detect", accelerator=accelerator)
+    if chosen in ("auto", "cpu", "cuda"):
+        assert gpu.chosen_accelerator(config) == chosen
+    else:
+        with pytest.raises(ValueError, match="DS_ACCELERATOR") as refused:
+            gpu.chosen_accelerator(config)
+        assert chosen in str(refused.value)

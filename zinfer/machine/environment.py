@@ -58,6 +58,7 @@ def environment(config: RunConfig, nvme_path: Path | None, gpus: list[Gpu] | Non
         "host_hash": hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12],
         "cpu": {
             "model": processor.cpu_model_name(),
+            "instruction_sets": processor.instruction_sets(processor.cpu_flags()),
             "cores": os.cpu_count(),
             "usable_cores": processor.host_cores(),
             "governor": cpu_governor(),
@@ -80,6 +81,7 @@ def hardware_fingerprint(env: Json) -> str:
     """
     decisive = {
         "cpu": env["cpu"]["model"],
+        "instruction_sets": env["cpu"]["instruction_sets"],
         "cores": env["cpu"]["usable_cores"],
         "host_gib": memory.rounded_gib(env["host_total_bytes"]),
         "gpus": [gpu["name"] for gpu in env["gpus"]],

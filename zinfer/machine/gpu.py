@@ -45,25 +45,53 @@ def usable_gpus(config: HardwareConfig) -> list[Gpu]:
     """The GPUs that a worker will see, none for the CPU accelerator.
 
     Raises:
-        ValueError: accelerator=cuda without a GPU or without a torch that can use it, or a GPU that is there but does not answer.
+        ValueError: accelerator=cuda without a GPU or without a torch that can use it, a GPU that
+            is there but does not answer, or a DS_ACCELERATOR that contradicts the configuration.
     """
-    if config.accelerator == "cpu":
+    accelerator = chosen_accelerator(config)
+    if accelerator == "cpu":
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible_gpus(nvidia_gpus(), visible)
     torch_cuda = torch_cuda_version()
-    if config.accelerator == "cuda" and not gpus:
+    asked = "hardware.accelerator" if config.accelerator == "cuda" else "DS_ACCELERATOR"
+    if accelerator == "cuda" and not gpus:
         raise ValueError(
-            "hardware.accelerator=cuda, but nvidia-smi lists no GPU here "
+            f"{asked}=cuda, but nvidia-smi lists no GPU here "
             f"(CUDA_VISIBLE_DEVICES is {'not set' if visible is None else repr(visible)}). "
-            "Type hardware.accelerator=cpu to run on the CPU"
+            f"Set {asked}=cpu to run on the CPU"
         )
-    if config.accelerator == "cuda" and torch_cuda is None:
+    if accelerator == "cuda" and torch_cuda is None:
         raise ValueError(
-            "hardware.accelerator=cuda, but the installed torch is built for the CPU only. "
-            "Type pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128, or hardware.accelerator=cpu"
+            f"{asked}=cuda, but the installed torch is built for the CPU only. "
+            "Run pip install --force-reinstall torch "
+            f"--index-url https://download.pytorch.org/whl/cu128, or set {asked}=cpu"
         )
     return gpus if torch_cuda is not None else []
+
+
+def chosen_accelerator(config: HardwareConfig) -> str:
+    """`auto`, `cpu` or `cuda`: hardware.accelerator, and where that is auto DS_ACCELERATOR.
+
+    DeepSpeed obeys this variable of the environment, so the plan does too.
+
+    Raises:
+        ValueError: the variable contradicts hardware.accelerator, or names what zinfer cannot use.
+    """
+    forced = os.environ.get("DS_ACCELERATOR")
+    if not forced or forced == config.accelerator:
+        return config.accelerator
+    if forced not in ("cpu", "cuda"):
+        raise ValueError(
+            f"DS_ACCELERATOR={forced} in the environment: zinfer runs on cpu and cuda. "
+            "Unset DS_ACCELERATOR, or set it to cpu"
+        )
+    if config.accelerator != "auto":
+        raise ValueError(
+            f"hardware.accelerator={config.accelerator}, but DS_ACCELERATOR={forced} in the "
+            f"environment. Set hardware.accelerator={forced}, or unset DS_ACCELERATOR"
+        )
+    return forced
 
 
 def nvidia_gpus() -> list[Gpu]:

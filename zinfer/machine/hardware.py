@@ -32,7 +32,7 @@ class Hardware:
     device_free_bytes: int | None
     """Of the fullest device that is used."""
     device_dtypes: tuple[str, ...]
-    """Types in which a model can compute without emulation."""
+    """Types in which a model can compute. A processor may emulate one of them."""
     host_total_bytes: int | None
     """Memory of the machine, or of the smallest cgroup that this process is in."""
     host_available_bytes: int | None
@@ -49,6 +49,8 @@ class Hardware:
     host_memory_bytes_per_s: float | None = None
     host_to_device_bytes_per_s: float | None = None
     nvme_read_bytes_per_s: float | None = None
+    emulated_dtypes: tuple[str, ...] = ()
+    """Types of device_dtypes that this processor has no arithmetic for: slow ones."""
     rates_source: str | None = None
     """Where the rates above come from; None when there are none."""
     profile: CalibrationProfile | None = None
@@ -123,7 +125,11 @@ def calibration_of(
 def machine_fingerprint(config: HardwareConfig) -> str:
     """Of this machine, whatever disk a run uses: what calibration profiles are found by."""
     gpus = [{"name": gpu.name} for gpu in gpu.usable_gpus(config)]
-    cpu = {"model": processor.cpu_model_name(), "usable_cores": processor.host_cores()}
+    cpu = {
+        "model": processor.cpu_model_name(),
+        "instruction_sets": processor.instruction_sets(processor.cpu_flags()),
+        "usable_cores": processor.host_cores(),
+    }
     return hardware_fingerprint(
         {"cpu": cpu, "host_total_bytes": memory.host_total_bytes(), "gpus": gpus, "disk": None}
     )
@@ -160,11 +166,12 @@ def this_machine(config: HardwareConfig, nvme_path: Path | None, ranks: int) -> 
         name=config.name,
         source=config.source or "this machine",
         device_kind="cpu",
-        device_name=config.device_name or processor.cpu_model_name() or "CPU",
+        device_name=config.device_name or processor.cpu_description() or "CPU",
         device_count=1,
         device_total_bytes=reading.least(host_total, config.device_bytes),
         device_free_bytes=reading.least(host_available, config.device_bytes),
         device_dtypes=processor.cpu_dtypes(processor.cpu_flags()),
+        emulated_dtypes=processor.emulated_dtypes(processor.cpu_flags()),
         host_total_bytes=host_total,
         host_available_bytes=host_available,
         host_cores=config.host_cores or processor.host_cores(),
@@ -181,6 +188,7 @@ def this_machine(config: HardwareConfig, nvme_path: Path | None, ranks: int) -> 
     return replace(
         host,
         device_kind="cuda",
+        emulated_dtypes=(),
         device_name=config.device_name or used[0].name,
         device_count=len(gpus),
         device_total_bytes=reading.least(*(gpu.total_bytes for gpu in used), config.device_bytes),

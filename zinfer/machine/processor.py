@@ -28,6 +28,45 @@ def cpu_flags(root: Path = ROOT) -> frozenset[str]:
     return frozenset(found[1].split()) if found else frozenset()
 
 
+MATRIX_SETS = {
+    "amx_bf16": "amx",
+    "avx512_bf16": "avx512_bf16",
+    "avx512_fp16": "avx512_fp16",
+    "avx_ne_convert": "avx_ne_convert",
+    "bf16": "bf16",
+    "asimdhp": "fp16",
+}
+"""Flag of /proc/cpuinfo -> how it is called here: sets that multiply 16-bit floats, or help to."""
+WIDEST_VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
+"""Vector sets from the widest on; a processor is named by the first that it has."""
+BFLOAT16_ARITHMETIC = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+"""Flags of processors that multiply bfloat16 numbers. Source: oneDNN src/cpu/x64/cpu_isa_traits.hpp,
+src/cpu/aarch64/cpu_isa_traits.hpp."""
+
+
+def instruction_sets(flags: frozenset[str]) -> str | None:
+    """The sets that decide how fast matrices multiply: 'avx512f, avx512_bf16', 'avx2 only'.
+
+    None: /proc/cpuinfo lists no flags.
+    """
+    if not flags:
+        return None
+    widest = next((name for name in WIDEST_VECTORS if name in flags), "no vectors")
+    special = [name for flag, name in MATRIX_SETS.items() if flag in flags]
+    return ", ".join([widest, *special]) if special else f"{widest} only"
+
+
+def emulated_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
+    """Types that the processor takes but has no arithmetic for. Empty where no flags are known."""
+    return ("bfloat16",) if flags and not flags & BFLOAT16_ARITHMETIC else ()
+
+
+def cpu_description(root: Path = ROOT) -> str | None:
+    """Name and instruction sets: 'AMD EPYC 9R14 (avx512f, avx512_bf16)'. None: neither is known."""
+    name, sets = cpu_model_name(root), instruction_sets(cpu_flags(root))
+    return name if sets is None else f"{name or 'CPU'} ({sets})"
+
+
 def cpu_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
     """Types of DeepSpeed's CPU accelerator: float32 and bfloat16 always, float16 where oneDNN computes in it.
 

@@ -11,6 +11,7 @@ from zinfer.config.engines import engine_of
 from zinfer.job.outcome import Json
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import min_buffer_count
+from zinfer.plan.dtype_advice import faster_dtypes, with_dtype
 from zinfer.plan.fit import can_quantise, largest_fitting_batch
 from zinfer.plan.planned import Planned, plan_run
 from zinfer.plan.prediction import Prediction
@@ -60,7 +61,7 @@ def suggestions(run: Planned, largest_batch: int | None) -> list[Suggestion]:
         run.plan.tiers,
         key=lambda tier: tier.needed_bytes / tier.available_bytes if tier.available_bytes else 0.0,
     )
-    for override, changed in candidates(run.spec, run.config, largest_batch):
+    for override, changed in candidates(run, largest_batch):
         dtype = changed.dtype.compute if changed.dtype.compute != "auto" else run.spec.dtype
         other = plan_run(changed, run.hardware, replace(run.spec, dtype=dtype))
         if not _runs(other) or not other.fits:
@@ -112,15 +113,16 @@ def with_offload(config: RunConfig, device: Any) -> RunConfig:
     return replace(config, offload=offload)
 
 
-def candidates(
-    spec: ModelSpec, config: RunConfig, largest_batch: int | None
-) -> Iterator[tuple[str, RunConfig]]:
+def candidates(run: Planned, largest_batch: int | None) -> Iterator[tuple[str, RunConfig]]:
     """Try one setting at a time: (override, the configuration that it makes)."""
+    spec, config = run.spec, run.config
     if largest_batch and largest_batch != config.batch.batch_size:
         yield f"batch.batch_size={largest_batch}", config.with_batch(largest_batch)
     yield from _other_offloads(config)
     if config.zero.derivation == "paper":
         yield "zero=tuned", replace(config, zero=replace(config.zero, derivation="tuned"))
+    for dtype in faster_dtypes(run) if spec.dtype in run.hardware.emulated_dtypes else ():
+        yield f"dtype={dtype}", with_dtype(config, dtype)
     yield from _other_dtypes(spec, config)
     if (
         config.offload.device == "nvme"

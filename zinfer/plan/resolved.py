@@ -16,10 +16,15 @@ from zinfer.model.spec import (
     kv_cache_bytes_paper,
     model_spec,
 )
+from zinfer.plan.problems import spec_problems
 
 
 def resolved_spec(config: RunConfig, hardware: Hardware, warn: Callable[[str], None]) -> ModelSpec:
-    """The model in the dtype that this run computes in."""
+    """Describe the model in the dtype that this run computes in.
+
+    Raises:
+        ConfigError: the model cannot be read, or cannot generate this batch (spec_problems).
+    """
     try:
         spec = model_spec(
             config.model,
@@ -27,6 +32,8 @@ def resolved_spec(config: RunConfig, hardware: Hardware, warn: Callable[[str], N
         )
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+    if problems := spec_problems(spec, config):
+        raise ConfigError(problems)
     if (
         config.dtype.compute == "auto"
         and hardware.name == "detect"

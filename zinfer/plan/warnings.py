@@ -9,7 +9,9 @@ from zinfer.config.engines import engine_of
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.advice import WORTHWHILE, gain_of, with_offload
 from zinfer.plan.deepspeed_json import min_buffer_count
+from zinfer.plan.dtype_advice import dtype_warnings
 from zinfer.plan.planned import Planned, plan_run
+from zinfer.plan.problems import has_position_table, last_position
 from zinfer.plan.zero_layout import zero_layout
 from zinfer.units import format_bytes, format_times
 
@@ -47,6 +49,8 @@ def plan_warnings(run: Planned) -> list[str]:
         *_disk_warnings(run),
         *_needless_offload(run),
         *_beyond_the_knee(run),
+        *_beyond_training(run),
+        *dtype_warnings(run),
         *_no_kv(run.spec),
     ]
 
@@ -143,6 +147,16 @@ def _beyond_the_knee(run: Planned) -> Iterator[str]:
         yield (
             f"batch.batch_size={rows} is beyond the knee: {gain:.2f} times the tokens/s of "
             f"batch.batch_size={half}, for twice the memory and the waiting"
+        )
+
+
+def _beyond_training(run: Planned) -> Iterator[str]:
+    """Warn of rotary positions that the model was not made for; a table of them is refused."""
+    last, most = last_position(run.config), run.spec.max_positions
+    if most is not None and last > most and not has_position_table(run.spec):
+        yield (
+            f"{last} positions are beyond the {most} that {run.spec.name} is made for: speed and "
+            "memory are real, the text is not"
         )
 
 

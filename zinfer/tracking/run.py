@@ -203,12 +203,13 @@ def run_name(config: RunConfig, dtype: str | None = None) -> str:
 
 
 def device_description(environment: Json) -> str:
-    """Return 'NVIDIA H100 80GB HBM3 x 2', or 'AMD EPYC, 2 cores'."""
+    """Return 'NVIDIA H100 80GB HBM3 x 2', or 'AMD EPYC (avx2 only), 2 cores'."""
     names = [gpu["name"] for gpu in environment["gpus"]]
     if names:
         return names[0] + (f" x {len(names)}" if len(names) > 1 else "")
     cpu = environment["cpu"]
-    return f"{cpu['model'] or 'CPU'}, {cpu['usable_cores']} cores"
+    sets = f" ({cpu['instruction_sets']})" if cpu["instruction_sets"] else ""
+    return f"{cpu['model'] or 'CPU'}{sets}, {cpu['usable_cores']} cores"
 
 
 def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
