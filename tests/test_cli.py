@@ -57,8 +57,8 @@ def test_the_driver_imports_nothing_heavy() -> None:
 def test_a_refusal_is_exit_code_2_with_every_problem_and_no_traceback(tmp_path: Path) -> None:
     done = zinfer(tmp_path, "batch.batch_size=3", "launcher.ranks=2", "batch.repeats=0")
     assert done.returncode == 2
-    assert "Type batch.batch_size=4" in done.stderr
-    assert "Type batch.repeats=1" in done.stderr
+    assert "Set batch.batch_size=4" in done.stderr
+    assert "Set batch.repeats=1" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
 

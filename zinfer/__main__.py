@@ -1,18 +1,26 @@
-"""Hydra's entry: compose, check, dispatch the task. Imports nothing heavy: `--help` and refusals take well under a second."""
+"""The command `zinfer`: compose with Hydra, check, and do the task.
+
+Imports nothing heavy, so that `--help` and refusals take well under a second. Exit codes: 0 done;
+2 the configuration or the machine does not allow it; 1 it failed; 130 interrupted.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TextIO
+from typing import TYPE_CHECKING, ClassVar
 
-import hydra
-
+from zinfer.config.command_line import (
+    argument_problems,
+    composition_problems,
+    normalised,
+    wants_json,
+)
 from zinfer.driver.interrupts import Interrupts
 from zinfer.job.outcome import INTERRUPTED, Outcome
+from zinfer.output import open_output
 from zinfer.paths import conf_dir
 from zinfer.sweep.decision import DECIDED, LeaveHydra
 from zinfer.tracking.deadline import LeftBehind
@@ -20,16 +28,21 @@ from zinfer.tracking.deadline import LeftBehind
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
 
 class Ended:
-    """What the job of this process came to; Hydra gives a task's return value to nobody."""
+    """How the job of this process ended; Hydra gives a task's return value to nobody."""
 
     outcome: ClassVar[Outcome | None] = None
     composed = False
 
 
 def task(composed: DictConfig) -> None:
-    """One job, single or of a sweep. In a sweep it never raises: what it came to is in its folder, under every launcher."""
+    """Do one job, single or of a sweep.
+
+    In a sweep it never raises: how the job ended is in its folder, under every launcher.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -37,6 +50,7 @@ def task(composed: DictConfig) -> None:
     Interrupts.install()  # some launchers run this in processes of their own
     context = HydraConfig.get()
     job_dir = Path(context.runtime.output_dir)
+    redact_hydra_files(job_dir, context.output_subdir)
     if context.mode != RunMode.MULTIRUN:
         Ended.outcome = run_single(composed, job_dir)
         return
@@ -52,9 +66,7 @@ def task(composed: DictConfig) -> None:
 
 
 def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
-    """Check one composed configuration and run its task."""
-    from omegaconf import OmegaConf
-
+    """Check one composed configuration and do its task."""
     from zinfer.config import ConfigError, parse_config
     from zinfer.config.tasks import function_named, task_of
     from zinfer.driver.refusals import refusal
@@ -62,89 +74,133 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
     from zinfer.driver.terminal import Terminal
     from zinfer.job.folder import FolderInUse, attempt_in
 
-    terminal = Terminal(str(OmegaConf.select(composed, "format")), name=job_dir.name)
+    terminal = Terminal(format_of(composed), name=job_dir.name)
     try:
         config = parse_config(composed)
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
-    task_row = task_of(config)
-    if task_row.takes_search and config.sweep.search == "best_batch":
+    row = task_of(config)
+    if row.takes_search and config.sweep.search == "best_batch":
         from zinfer.sweep.search import search_best_batch
 
         return search_best_batch(config, job_dir, terminal)
     try:
         with attempt_in(job_dir):
-            outcome: Outcome = function_named(task_row.command)(config, job_dir, terminal)
+            outcome: Outcome = function_named(row.command)(config, job_dir, terminal)
     except FolderInUse as error:
         return in_use(error, job_dir, terminal)
     return outcome
 
 
+def format_of(composed: DictConfig) -> str:
+    """`format`, also of a tree that has not been checked: text where it says nothing readable."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return "json" if OmegaConf.select(composed, "format") == "json" else "text"
+    except OmegaConfBaseException:
+        return "text"
+
+
+def redact_hydra_files(job_dir: Path, subdir: str | None) -> None:
+    """Take secrets out of what Hydra wrote down of the command, as out of our own files."""
+    from zinfer.redact import redact
+
+    for path in (job_dir / subdir).glob("*.yaml") if subdir else ():
+        text = path.read_text()
+        if redact(text) != text:
+            path.write_text(redact(text))
+
+
 def main() -> None:
-    """The console script. Exit codes: 0 done; 2 the configuration or the machine does not allow it; 1 it failed; 130 interrupted."""
-    wants_json = "format=json" in sys.argv
-    sys.argv[1:] = multirun_first(sys.argv[1:])
-    said = io.StringIO()
-    compose_and_run = hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(
-        task
-    )
+    """Run the console script."""
+    output = open_output()
+    code = command(sys.argv[1:])
+    LeftBehind.exit(output.close(code))
+
+
+def command(arguments: list[str]) -> int:
+    """Do what was typed. Returns the exit code."""
+    if arguments[:1] == ["report"]:
+        from multirun_analysis.__main__ import main as report
+
+        sys.argv = ["zinfer-report", *arguments[1:]]
+        return exit_code_of(report)
+    if "--version" in arguments:
+        from zinfer import __version__
+
+        print(f"zinfer {__version__}")
+        return 0
+    if arguments[:1] == ["--explain"]:
+        return explain_settings(arguments[1:])
+    sys.argv[1:] = arguments = normalised(arguments)
+    if problems := argument_problems(arguments):
+        return refuse(problems, arguments)
+    return compose_and_run(arguments)
+
+
+def compose_and_run(arguments: list[str]) -> int:
+    """Let Hydra compose and call `task`, once or for each job of a sweep."""
+    import hydra
+
+    run = hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(task)
     Interrupts.install()
     interrupted, code = False, 0
+    wanted = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises, and the words are ours
     try:
-        with contextlib.redirect_stderr(Tee(sys.stderr, said)):
-            compose_and_run()
+        run()
     except KeyboardInterrupt:
         interrupted, code = True, INTERRUPTED
     except LeaveHydra:
         pass  # the head of the sweep left nothing to run
-    except SystemExit as exit_:  # Hydra's own, after a failure
+    except SystemExit as exit_:  # --help
         code = exit_.code if isinstance(exit_.code, int) else 0
+    except Exception as error:
+        problems = None if wanted == "1" else composition_problems(error, arguments)
+        if problems is None or Ended.outcome is not None:
+            traceback.print_exc()
+            code = 1
+        else:
+            code = refuse(problems, arguments)
     decision = DECIDED.get()
     if decision is not None:
         from zinfer.sweep.end import end
 
-        LeftBehind.exit(end(decision, interrupted=interrupted) or code)
-    if code and not (Ended.composed or interrupted):  # Hydra could not compose what was typed
-        if wants_json:
-            problems = [
-                line
-                for line in said.getvalue().splitlines()
-                if line and "HYDRA_FULL_ERROR" not in line
-            ]
-            print(json.dumps({"status": "refused", "problems": [" ".join(problems)]}))
-        sys.exit(2)
-    LeftBehind.exit(Ended.outcome.exit_code if Ended.outcome is not None else code)
+        return end(decision, interrupted=interrupted) or code
+    return Ended.outcome.exit_code if Ended.outcome is not None else code
 
 
-def multirun_first(arguments: list[str]) -> list[str]:
-    """Hydra takes -m only as the first argument; people type it anywhere."""
-    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
-    return flags[:1] + [argument for argument in arguments if argument not in ("-m", "--multirun")]
+def refuse(problems: list[str], arguments: list[str]) -> int:
+    """Show why nothing was composed, as one document under format=json."""
+    from zinfer.driver.refusals import refusal
+    from zinfer.driver.terminal import Terminal
+
+    outcome = refusal(problems)
+    Terminal("json" if wants_json(arguments) else "text").finish(outcome)
+    return outcome.exit_code
 
 
-class Tee(io.TextIOBase):
-    """Writes to a stream and keeps a copy until the first job is composed."""
+def explain_settings(names: list[str]) -> int:
+    """Print what each of these settings or groups is."""
+    from zinfer.config.explain import explain
 
-    def __init__(self, stream: TextIO, copy: io.StringIO) -> None:
-        self._stream, self._copy = stream, copy
+    try:
+        print("\n\n".join(explain(name) for name in names or ["task"]))
+    except ValueError as error:
+        return refuse([str(error)], names)
+    return 0
 
-    def write(self, text: str) -> int:
-        if not Ended.composed:
-            self._copy.write(text)
-        if (
-            "HYDRA_FULL_ERROR=1" in text
-        ):  # Hydra's hint at a stack trace: of what the user typed there is none worth reading
-            return len(text)
-        return self._stream.write(text)
 
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
+def exit_code_of(program: object) -> int:
+    """Run another console script's main, which ends by SystemExit or by returning."""
+    assert callable(program)
+    try:
+        result = program()
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    return result if isinstance(result, int) else 0
 
 
 if __name__ == "__main__":

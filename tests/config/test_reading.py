@@ -144,10 +144,10 @@ def test_numbers_are_text_where_text_is_wanted(value: str) -> None:
     ("overrides", "says"),
     [
         (("~kv_cache",), "kv_cache has no value. Set kv_cache=device"),
-        (("~engine",), "engine has no value. Set engine=resident"),
+        (("~engine",), "engine has no value. Set engine=zero"),
         (("~tracking",), "tracking.store has no value. Set tracking=auto"),
-        (("~batch",), "batch.batch_size has no value. Set batch=paper"),
-        (("~model",), "model.name has no value. Set model="),
+        (("~batch",), "batch.batch_size has no value. Set batch=small"),
+        (("~model",), "model.name has no value. Set model=opt-125m"),
         (("tracking=server", "tracking.uri=???"), "tracking.uri has no value"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +18,10 @@ EXAMPLES = {
     "tracking.uri": "tracking.uri=http://127.0.0.1:5000",
 }
 """Values to try for settings that people forget."""
+SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""What other programs call our choices."""
+ALIKE = 0.6
+"""Likeness from which a word is taken for a mistyped one; difflib's own threshold."""
 KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -58,10 +63,7 @@ def validation_problem(detail: Any, given: str) -> str:
 def unknown_setting(path: tuple[Any, ...], given: str) -> str:
     """Name the setting that was probably meant: batch.batchsize -> batch.batch_size."""
     name = ".".join(str(part) for part in path)
-    meant = nearest(name, settings())
-    if meant is None and len(path) > 1:
-        meant = nearest(str(path[-1]), [known.rpartition(".")[2] for known in settings()])
-        meant = next((known for known in settings() if known.endswith(f".{meant}")), None)
+    meant = nearest(name, [*groups(), *settings()])
     if meant is None:
         return f"{name} is not a setting of zinfer. Drop it; zinfer --cfg job shows all settings"
     return f"{name} is not a setting of zinfer. Did you mean it so? Set {meant}={given}"
@@ -72,15 +74,24 @@ def no_value(path: tuple[Any, ...]) -> str:
     name = ".".join(str(part) for part in path)
     choices = choices_of(str(path[0]))
     if choices:
-        return f"{name} has no value. Set {path[0]}={choices[0]}; choices: {', '.join(choices)}"
+        return f"{name} has no value. Set {path[0]}={default_choice(str(path[0]))}; choices: {', '.join(choices)}"
     example = f", e.g. {EXAMPLES[name]}" if name in EXAMPLES else ""
     return f"{name} has no value. Set {name}=VALUE{example}"
 
 
 def nearest(text: str, known: list[str]) -> str | None:
-    """The known word that is most like this one; None when none is."""
-    found = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.6)
-    return found[0] if found else None
+    """The known word that is most like this one; None when none is.
+
+    Of a dotted name its last part counts too: people type `batchsize` for batch.batch_size.
+    """
+    text = SHORT_NAMES.get(text.lower(), text.lower())
+
+    def likeness(word: str) -> float:
+        parts = ((text, word), (text.rpartition(".")[2], word.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in parts)
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= ALIKE else None
 
 
 def settings() -> list[str]:
@@ -92,6 +103,20 @@ def settings() -> list[str]:
         elif name != "from_environment":
             found.append(name)
     return found
+
+
+def default_choice(group: str) -> str:
+    """The choice of a group that conf/config.yaml makes where nobody does; else the first one."""
+    text = (Path(conf_dir()) / "config.yaml").read_text()
+    found = re.search(rf"(?m)^  - {re.escape(group)}: ([\w.-]+)", text)
+    return found.group(1) if found and found.group(1) != "null" else choices_of(group)[0]
+
+
+def groups() -> list[str]:
+    """The names of conf/'s groups."""
+    return sorted(
+        path.name for path in Path(conf_dir()).iterdir() if path.is_dir() and path.name != "hydra"
+    )
 
 
 def choices_of(group: str) -> list[str]:

@@ -1,0 +1,211 @@
+"""What people type wrongly ends as a sentence with what to set, never as a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.composing import choices
+from zinfer import __version__
+from zinfer.config.command_line import (
+    argument_problems,
+    name_of_hub_id,
+    normalised,
+    override_problems,
+    wants_json,
+)
+from zinfer.config.explain import attribute_docstrings, explain
+from zinfer.config.run_config import RunConfig
+from zinfer.config.sentences import settings
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["plan", "model=opt-175b"], ["task=plan", "model=opt-175b"]),
+        (["run"], ["task=run"]),
+        (["calibrate", "-m"], ["-m", "task=calibrate"]),
+        (["sweep", "model=a,b"], ["-m", "model=a,b"]),
+        (["model=a,b", "--multirun"], ["--multirun", "model=a,b"]),
+        (["batch.prompt_text=plan"], ["batch.prompt_text=plan"]),
+        ([], []),
+    ],
+)
+def test_words_stand_for_overrides(typed: list[str], meant: list[str]) -> None:
+    assert normalised(typed) == meant
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("batch.batchsize=4", "Set batch.batch_size=4"),
+        ("batchsize=4", "Set batch.batch_size=4"),
+        ("batch.batch-size=4", "Set batch.batch_size=4"),
+        ("+offload.nvmepath=/x", "Set offload.nvme_path=/x"),
+        ("ofload=cpu", "Set offload=cpu"),
+        ("wieghts=dummy", "Set weights=dummy"),
+        ("model=opt-125", "Set model=opt-125m"),
+        ("model=opt_1.3b", "Set model=opt-1.3b"),
+        ("model=facebook/opt-125m", "Set model=opt-125m"),
+        ("model=Facebook/OPT-125M", "Set model=opt-125m"),
+        ("model=google/gemma-3-1b", "Set model=custom model.source=google/gemma-3-1b"),
+        ("model=/tmp", "Set model=custom model.source=/tmp"),
+        ("model=null", "Set model=opt-125m; choices: "),
+        ("dtype=fp16", "Set dtype=float16"),
+        ("offload=gpu", "Set offload=cpu"),
+        ("experiment=demmo", "Set experiment=demo"),
+        ("opt-125m", "Set model=opt-125m"),
+        ("pln", "Try zinfer plan"),
+        ("xyzzy.colour=red", "zinfer --cfg job shows all settings"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_one_that_exists(override: str, says: str) -> None:
+    (problem,) = override_problems(override)
+    assert says in problem
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model=opt-125m,opt-350m", "+tracking.tags.a=b", "hydra.run.dir=/x", "~experiment",
+     "model.overrides.num_hidden_layers=2", "batch.batch_size=1,2", "experiment=null", "model=glob(opt*)"],
+)  # fmt: skip
+def test_what_is_right_is_not_complained_about(override: str) -> None:
+    assert override_problems(override) == []
+
+
+def test_every_model_of_the_hub_is_found_by_its_hub_id() -> None:
+    assert name_of_hub_id("meta-llama/Llama-3.1-8B") == "llama-3.1-8b"
+    assert name_of_hub_id("facebook/opt-125") is None
+
+
+def test_flags_are_checked_before_hydra_sees_them() -> None:
+    assert argument_problems(["--nope"]) == ["unrecognized arguments: --nope. Try zinfer --help"]
+    assert argument_problems(["--resolve"])
+    assert not argument_problems(["--cfg", "job", "--resolve"])
+    assert wants_json(["a=b", "++format=json"]) and not wants_json(["format=text"])
+
+
+@pytest.mark.parametrize("name", [*settings(), "offload", "engine", "model", "experiment"])
+def test_every_setting_and_group_is_explained(name: str) -> None:
+    assert name in explain(name)
+
+
+def test_an_explanation_has_type_bounds_default_and_words() -> None:
+    said = explain("launcher.ranks")
+    assert "int from 1 to 1024" in said and "default: 1" in said and "data-parallel" in said
+    assert "calibrate" in explain("task")
+    assert all(f"dtype={choice}" in explain("dtype") for choice in choices("dtype"))
+    assert "DeepSpeed ZeRO stage 3" in explain("engine=zero")
+    assert attribute_docstrings(RunConfig)["task"] == "One of TASKS."
+    with pytest.raises(ValueError, match=r"Set batch\.batch_size="):
+        explain("batch.batchsize")
+
+
+# In a process of its own
+
+
+def shell(folder: Path, command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `command` in bash; `zinfer` in it is ours."""
+    program = f'zinfer() {{ "{sys.executable}" -m zinfer "$@"; }}; set -o pipefail; {command}'
+    return subprocess.run(
+        ["bash", "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+MISTAKES = [
+    ("batch.batchsize=4", "Set batch.batch_size=4"),
+    ("'tracking.run_name=${oc.env:NOPE}'", "export NOPE=VALUE"),
+    ("'batch.seed=${model.nope}'", "leads to no value"),
+    ("model=null", "Set model=opt-125m"),
+    ("engine=null kv_cache=null", "Set kv_cache=device"),
+    ("hydra.run.dir=/proc/x", "Set hydra.run.dir="),
+    ("hydra.run.dir=/dev/null/x", "Set hydra.run.dir="),
+    ("--resolve", "--cfg job --resolve"),
+    ("--nope", "zinfer --help"),
+    ("'batch.batch_size=['", "batch.batch_size=["),
+    ("model=nope offlod=cpu", "Set offload=cpu"),
+    ("'batch=${nope}'", ""),
+    ("--config-dir /nowhere/at/all", "not found"),
+    ("-m model=opt-125", "Set model=opt-125m"),
+]
+
+
+@pytest.mark.parametrize(("typed", "says"), MISTAKES)
+def test_a_mistake_is_exit_code_2_one_document_and_no_traceback(
+    typed: str, says: str, tmp_path: Path
+) -> None:
+    done = shell(tmp_path, f"zinfer {typed} format=json", NOPE_SET="1")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["status"] == "refused"
+    assert says in " ".join(found["problems"])
+    assert not any(word in done.stdout for word in ("HYDRA_FULL_ERROR", "hydra.cc"))
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("zinfer --help >&-", 0, ""),
+        ("zinfer model=nope >&-", 2, "refused"),
+        ("zinfer model=nope >&- 2>&-", 2, ""),
+        ("zinfer --help >/dev/full", 1, "could not be written: No space left"),
+        ("zinfer --cfg job >/dev/full", 1, "could not be written"),
+        ("zinfer model=nope format=json >/dev/full", 2, "could not be written"),
+        ("zinfer --help 2>/dev/full", 0, ""),
+        ("zinfer --help < /dev/null | true", 141, ""),
+        ("zinfer --help | head -1", None, ""),
+        ("zinfer --cfg job | head -1", None, ""),
+        ("zinfer --version", 0, ""),
+    ],
+)
+def test_output_that_nobody_takes_ends_in_order(
+    command: str, code: int | None, says: str, tmp_path: Path
+) -> None:
+    done = shell(tmp_path, command)
+    assert code is None or done.returncode == code, (done.returncode, done.stderr)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_the_version_is_zinfers(tmp_path: Path) -> None:
+    assert shell(tmp_path, "zinfer --version").stdout == f"zinfer {__version__}\n"
+
+
+@pytest.mark.slow
+def test_a_plan_whose_reader_left_still_leaves_its_result(tmp_path: Path) -> None:
+    done = shell(tmp_path, "zinfer plan hydra.run.dir=job format=json | true")
+    assert done.returncode in (0, 141)
+    assert json.loads((tmp_path / "job" / "result.json").read_text())["status"] == "planned"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_hydras_own_files_have_no_secret(tmp_path: Path) -> None:
+    secrets = {"SMTP_PASS": "hunter2hunter2", "WHO": "mallory-x"}
+    done = shell(
+        tmp_path,
+        'zinfer plan hydra.run.dir=job tracking=none format=json "+tracking.tags.a=$SMTP_PASS"'
+        " '+tracking.tags.b=${oc.env:WHO}' +tracking.tags.db_password=typed-by-hand",
+        **secrets,
+    )
+    assert done.returncode == 0, done.stderr
+    files = [path for path in (tmp_path / "job").rglob("*") if path.is_file()]
+    assert {".hydra", "job"} <= {path.parent.name for path in files}
+    for path in files:
+        for secret in (*secrets.values(), "typed-by-hand"):
+            if path.name == "job.json" and secret != "mallory-x":
+                continue  # what was typed, for the worker, and for its owner alone
+            assert secret not in path.read_text(), path
+    assert "${oc.env:WHO}" in (tmp_path / "job" / "job.json").read_text()

@@ -1,0 +1,180 @@
+"""Understand what people type: rewrite words to overrides, and say what Hydra could not compose.
+
+Hydra's exceptions come in, sentences with the override to set go out. All overrides are looked at, so
+that one typing error does not hide the next.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from zinfer.config.sentences import choices_of, default_choice, nearest, settings, unknown_setting
+from zinfer.config.tasks import TASKS
+from zinfer.paths import conf_dir
+
+FREE = ("tracking.tags.", "model.overrides.", "hardware.device_flops_per_s.")
+"""Beginnings of settings whose rest is the user's own."""
+SWEEP_FLAGS = ("-m", "--multirun")
+WORDS = {"sweep": "-m", **{name: f"task={name}" for name in TASKS}}
+"""First word of the command -> what it stands for."""
+
+
+def normalised(arguments: list[str]) -> list[str]:
+    """Put -m first, where alone Hydra takes it, and turn `zinfer plan ...` into task=plan."""
+    if arguments and arguments[0] in WORDS:
+        arguments = [WORDS[arguments[0]], *arguments[1:]]
+    flags = [argument for argument in arguments if argument in SWEEP_FLAGS]
+    return flags[:1] + [argument for argument in arguments if argument not in SWEEP_FLAGS]
+
+
+def wants_json(arguments: list[str]) -> bool:
+    """True when format=json is asked for, before anything is composed."""
+    return any(argument.lstrip("+") == "format=json" for argument in arguments)
+
+
+def argument_problems(arguments: list[str]) -> list[str]:
+    """Flags that Hydra does not have, or that are not used as it wants them."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> Any:
+        raise ValueError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    try:
+        given = parser.parse_args(arguments)
+    except ValueError as error:
+        return [f"{error}. Try zinfer --help"]
+    if given.resolve and not (given.cfg or given.help):
+        return ["--resolve shows nothing by itself. Try zinfer --cfg job --resolve"]
+    return []
+
+
+def composition_problems(error: Exception, arguments: list[str]) -> list[str] | None:
+    """Say what is wrong with these overrides; None where the error is not the user's."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, OSError) and error.filename is not None:
+        return [_folder_problem(error)]
+    known = isinstance(error, HydraException | OmegaConfBaseException)
+    if not known and not (isinstance(error, ValueError) and "override must be" in str(error)):
+        return None
+    found = [
+        problem for override in overrides_in(arguments) for problem in override_problems(override)
+    ]
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing and not any(f"{missing}".partition("/")[2] in problem for problem in found):
+        found.append(_no_choice(str(missing), list(getattr(error, "options", None) or [])))
+    return found or [_sentence(error)]
+
+
+def overrides_in(arguments: list[str]) -> list[str]:
+    """The overrides among arguments that Hydra can parse."""
+    from hydra._internal.utils import get_args_parser
+
+    return list(get_args_parser().parse_args(arguments).overrides)
+
+
+def override_problems(override: str) -> list[str]:
+    """A key that is no setting, a choice that no group has."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return [] if override.startswith("~") else [_bare_word(override)]
+    name = key.lstrip("+~").partition("@")[0]
+    if name.startswith("hydra") or name == "experiment":
+        return _choice_problems(name, value) if name == "experiment" else []
+    if choices_of(name):
+        return _choice_problems(name, value)
+    if name in settings() or name.startswith(FREE) or name in _extra_names():
+        return []
+    return [unknown_setting(tuple(name.split(".")), value)]
+
+
+def _extra_names() -> set[str]:
+    return {"tracking.tags", "model.overrides", "hardware.device_flops_per_s"}
+
+
+def _choice_problems(group: str, value: str) -> list[str]:
+    """Each value of `model=a,b` that conf/ does not have, if it looks like a plain name."""
+    if value in ("null", ""):
+        if group == "experiment":
+            return []
+        return [f"{group}={value} chooses nothing. {_one_of(group)}"]
+    return [
+        _no_choice(f"{group}/{one.strip()}", choices_of(group))
+        for one in value.split(",")
+        if re.fullmatch(r"[\w./:@-]+", one.strip()) and one.strip() not in choices_of(group)
+    ]
+
+
+def _no_choice(path: str, options: list[str]) -> str:
+    """model/facebook/opt-125m -> the catalogue's name, or model=custom; else the nearest choice."""
+    group, _, value = path.partition("/")
+    if group == "model":
+        if name := name_of_hub_id(value):
+            return f"model={value} is the hub's name. Set model={name}"
+        if "/" in value or Path(value).expanduser().exists():
+            return f"model={value} is not in conf/model. Set model=custom model.source={value}"
+    options = options or choices_of(group)
+    meant = nearest(value, options)
+    if meant is None:
+        return f"{group}={value} does not exist. {_one_of(group, options)}"
+    return f"{group}={value} does not exist. Did you mean it so? Set {group}={meant}"
+
+
+def _one_of(group: str, options: list[str] | None = None) -> str:
+    options = options or choices_of(group)
+    if not options:
+        return "Drop it; zinfer --help shows all groups"
+    default = default_choice(group) if choices_of(group) else options[0]
+    return f"Set {group}={default}; choices: {', '.join(options)}"
+
+
+def name_of_hub_id(hub_id: str) -> str | None:
+    """The catalogue's name of a model on the hub; None where no file of conf/model names it."""
+    for path in sorted((Path(conf_dir()) / "model").glob("*.yaml")):
+        if re.search(
+            rf"(?im)^hub_id:\s*[\"']?{re.escape(hub_id)}[\"']?\s*(#.*)?$", path.read_text()
+        ):
+            return path.stem
+    return None
+
+
+def _bare_word(word: str) -> str:
+    """`zinfer opt-125m`, `zinfer pln`: neither a setting nor a flag."""
+    meant = nearest(word, [*WORDS, "report"])
+    if meant is not None:
+        return f"{word} is neither a word of zinfer's nor setting=value. Try zinfer {meant}"
+    if word in choices_of("model"):
+        return f"{word} is not setting=value. Set model={word}"
+    return f"{word} is not setting=value. Try zinfer --help"
+
+
+def _folder_problem(error: OSError) -> str:
+    return (
+        f"{error.filename}: the folder of this job cannot be made or written to "
+        f"({error.strerror}). Set hydra.run.dir=/path/to/a/folder/that/you/own"
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """Hydra's own words in one line, without its links and hints on how to read a stack."""
+    override = getattr(error, "override", None)
+    said = [f"{override}: {error}" if isinstance(override, str) else str(error)]
+    if error.__cause__ is not None and str(error.__cause__) not in said[0]:
+        said.append(str(error.__cause__))
+    lines = [
+        line.strip()
+        for text in said
+        for line in text.splitlines()
+        if line.strip()
+        and not line.strip().startswith(
+            ("See http", "Config search path", "full_key", "object_type", "^")
+        )
+    ]
+    text = " ".join(" ".join(lines).split())
+    return text if text.endswith((".", "!", "?")) else f"{text}. Try zinfer --help"
