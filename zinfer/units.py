@@ -38,3 +38,18 @@ def format_seconds(seconds: float | None) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.1f} ms"
+
+
+def format_roughly(seconds: float) -> str:
+    """Round a time that is still to come as people say it: '5 s', '40 s', '3 min', '1 h 20 min'."""
+    if seconds < 10:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90:
+        return f"{round(seconds, -1):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        minutes = 10 * round(minutes / 10) if minutes < 600 else 60 * round(minutes / 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] if hours else []
+    parts += [f"{minutes} min"] if minutes else []
+    return " ".join(parts)

@@ -15,8 +15,9 @@ import pytest
 
 from tests.helpers.composing import composed
 from tests.helpers.planning import profile
-from zinfer.calibration.fit import calm_and_usual_s, disturbance, line, stream_cost
-from zinfer.calibration.task import job_config
+from zinfer.calibration.fit import stream_cost
+from zinfer.calibration.measure import job_config
+from zinfer.calibration.rests import calm_and_usual_s, disturbance_of, line
 from zinfer.job.calibration import FAMILIES, PREFILL, Job, jobs, small_model, to_run_again
 from zinfer.machine import processor
 from zinfer.machine.hardware import detect_hardware, machine_fingerprint
@@ -61,7 +62,7 @@ def test_a_broken_or_older_profile_is_passed_over_and_a_named_one_is_refused() -
     found = newest_profile("0" * 12, 1)
     assert found is not None and found[1] == path
     path.write_text(path.read_text().replace(f'"version": {PROFILE_VERSION}', '"version": 1'))
-    with pytest.raises(ValueError, match="Type zinfer task=calibrate"):
+    with pytest.raises(ValueError, match="Try zinfer task=calibrate"):
         read_profile(path)
 
 
@@ -213,7 +214,7 @@ def test_disturbance_is_what_usual_runs_take_over_the_calmest_of_the_same_job() 
         (one, config, run(1.3, 1.0)),
         (other, config, run(2.4, 2.0)),
     ]
-    assert disturbance(measured) == pytest.approx(1.2)
+    assert disturbance_of(measured) == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -281,7 +282,7 @@ def test_a_calibration_measures_everything_and_plans_use_it(
     profile, _ = found
     assert profile.host_read.median > 1e8 and profile.host_copy.median > 1e8
     assert {cost.model_type for cost in profile.families} == {*FAMILIES, "*"}
-    assert {cost.mode for cost in profile.modes} >= {
+    assert {str(cost.mode) for cost in profile.modes} >= {
         "resident",
         "none",
         "cpu",

@@ -297,6 +297,8 @@ class SweepConfig:
     """Reuse a finished run of the same configuration, code, hardware and method."""
     retry: Literal["failed", "oom", "none"] = "failed"
     """Which jobs that ended badly are run again: all, only those out of memory, or none."""
+    reuse_disturbed: bool = False
+    """Reuse runs, too, that the machine disturbed while they were measured."""
     fail_fast: bool = False
     """Start no more jobs after the first that fails."""
     preview: bool = False
@@ -309,6 +311,14 @@ class SweepConfig:
     search_max_batch: Rows = 4096
     search_trials: Annotated[int, Limits(2, 1 << 10)] = 16
     """Try at most so many batch sizes."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CalibrateConfig:
+    """How long task=calibrate may take."""
+
+    budget_s: Annotated[float, Limits(0, 1e9, above=True)] | None = None
+    """Measure what matters most for this machine in so many seconds. None: measure everything."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -331,6 +341,7 @@ class RunConfig:
     launcher: LauncherConfig
     plan: PlanConfig
     sweep: SweepConfig
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     from_environment: dict[tuple[str | int, ...], str] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -380,7 +391,7 @@ def config_key(config: RunConfig) -> str:
     Paths, tracking and how results are shown decide nothing and are left out.
     """
     tree = config_to_tree(config)
-    for group in ("tracking", "sweep", "format", "plan"):
+    for group in ("tracking", "sweep", "format", "plan", "calibrate"):
         tree.pop(group)
     tree["offload"].pop("nvme_path")
     for name in ("timeout_s", "master_port", "rendezvous", "node_rank", "fork_workers"):

@@ -46,6 +46,11 @@ class Terminal:
         self._progress = ""
         self._drawn_s = 0.0
 
+    @property
+    def live(self) -> bool:
+        """Return whether a live line is drawn, so that no other progress need be shown."""
+        return self._live
+
     def event(self, event: Event) -> None:
         """Show what a worker reported."""
         match event["event"]:

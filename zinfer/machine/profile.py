@@ -1,7 +1,8 @@
-"""What `task=calibrate` measured of one machine: stored in the cache folder, found again by the machine's fingerprint.
+"""Keep what `task=calibrate` measured of one machine, and find it again.
 
-A profile is a JSON file under cache_dir()/profiles. The newest one whose version, fingerprint and number of threads match is used until
-the machine changes. Every rate is a median; its spread is half the range of the middle half of the samples, over the median.
+A profile is a JSON file under cache_dir()/profiles. The newest one with this version, this
+machine's fingerprint and this number of threads is used until the machine changes. Every rate is a
+median. Its spread is half the range of the middle half of the samples, over the median.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from datetime import UTC, datetime
 from functools import cached_property
 from math import exp, log
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zinfer.paths import cache_dir
 
 PROFILE_VERSION = 5
-"""Raised when what is measured, or what a field means, changes; older profiles are not read."""
+"""Raised when what is measured, or what a field means, changes. Older profiles are not read."""
 NOTICED_SLOWDOWN = 1.25
-"""Of the machine itself, between a run and its calibration or another run, that is worth a sentence."""
+"""A machine this much slower or faster than it was, when calibrated or in another run, is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTime:
-    """One measured matrix product of `rows` x K with K x N weights that are not in the processor's cache."""
+    """One measured matrix product: `rows` x K times K x N weights that are in no cache."""
 
     dtype: str
     rows: int
@@ -50,7 +51,7 @@ class KernelTime:
 
 @dataclass(frozen=True, kw_only=True)
 class DequantiseTime:
-    """Unpacking one quantised matrix into a new one of `dtype`, which DeepSpeed does at every use of it."""
+    """Unpacking one quantised matrix into `dtype`, as DeepSpeed does at each use of it."""
 
     bits: int
     dtype: str
@@ -61,10 +62,9 @@ class DequantiseTime:
 
 @dataclass(frozen=True, kw_only=True)
 class NvmeRate:
-    """Through DeepSpeed's aio handle."""
+    """Reading or writing one file through DeepSpeed's aio handle."""
 
-    operation: str
-    """read or write."""
+    operation: Literal["read", "write"]
     block_bytes: int
     queue_depth: int
     intra_op_parallelism: int
@@ -73,41 +73,60 @@ class NvmeRate:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyCost:
-    """What a decoder layer costs beside its products and attention, in plain transformers, by model family (ANY_FAMILY: any other)."""
+    """Fixed cost of a decoder layer in plain transformers: all but its products and attention."""
 
     model_type: str
+    """Model family; ANY_FAMILY stands for those that were not measured."""
     dtype: str
     op_s: float
-    """For each operation that a layer starts (ModelSpec.layer_ops)."""
+    """Seconds for each operation that a layer starts (ModelSpec.layer_ops)."""
     value_s: float
-    """For each element that its elementwise operations write (ModelSpec.layer_values)."""
+    """Seconds for each element that its elementwise operations write (ModelSpec.layer_values)."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the weights of a run are held and fetched, as far as it decides fixed costs."""
+
+    where: str
+    """resident (plain transformers), or ZeRO-3's offload target: none, cpu, nvme."""
+    by_module: bool = False
+    """ZeRO-3 fetches each module of a layer, not the layer as a whole."""
+
+    def __str__(self) -> str:
+        return self.where + (BY_MODULE if self.by_module else "")
+
+    @classmethod
+    def read(cls, text: str) -> Mode:
+        """Return the mode that a profile stores as this text."""
+        return cls(text.removesuffix(BY_MODULE), by_module=text.endswith(BY_MODULE))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModeCost:
-    """What a mode adds to a forward pass, whatever the model: resident, none, cpu, nvme, or one of these with BY_MODULE behind it."""
+    """Seconds that a mode adds to a forward pass, whatever the model."""
 
-    mode: str
+    mode: Mode
     dtype: str
     step_s: float
     """Once: generate's own loop, embedding, final norm, head."""
     layer_s: float
     """For each decoder layer."""
     part_s: float
-    """For each parameter of a layer that is fetched as a whole; for each module of one that is fetched module by module."""
+    """For each parameter of a layer that is fetched whole; by module, for each module of it."""
 
 
 ANY_FAMILY = "*"
 BY_MODULE = ", by module"
-"""Of ZeRO-3 without leaf layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadCost:
-    """Building a model with random weights in one mode."""
+    """Seconds of building a model with random weights in one mode."""
 
     fixed_s: float
     parameter_s: float
+    """For each parameter (a tensor, not an element)."""
     bytes_per_s: float
 
 
@@ -116,13 +135,13 @@ class StreamCost:
     """Reading weights from NVMe while generating, as a whole run shows it."""
 
     parameter_s: float
-    """For each parameter that is read."""
+    """Wait for each parameter that is read, beside its bytes."""
     bytes_per_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationProfile:
-    """One machine with one number of threads per rank. Unknown is None or absent."""
+    """One machine, with one number of threads in each rank. Unknown is None or absent."""
 
     version: int = PROFILE_VERSION
     created: str
@@ -143,37 +162,42 @@ class CalibrationProfile:
     kernels: tuple[KernelTime, ...]
     dequantise: tuple[DequantiseTime, ...] = ()
     attention: dict[str, Rate]
-    """dtype -> bytes of keys and values that one decode step's attention reads per second."""
+    """dtype -> bytes of keys and values that a decode step's attention reads in a second."""
     attention_flops: dict[str, Rate]
-    """dtype -> operations per second of the prefill's attention."""
+    """dtype -> operations a second of a prefill's attention."""
     nvme: tuple[NvmeRate, ...] = ()
     nvme_path_filesystem: str | None = None
     nvme_free_bytes: int | None = None
     nvme_page_cache: str | None = None
-    """'bypassed' (O_DIRECT), or why not."""
+    """'bypassed' (O_DIRECT), or why it is used."""
     families: tuple[FamilyCost, ...] = ()
     modes: tuple[ModeCost, ...] = ()
     disturbance: float = 1.0
-    """What a usual run took over the calmest of the same job: what others on this machine add. It is in every prediction."""
+    """Usual over calmest run of the same job: what others on this machine add.
+
+    Every prediction is multiplied by it.
+    """
     yardstick_s: float | None = None
-    """What the yardstick of a run took at the time, the median of all jobs."""
+    """Seconds of a run's yardstick at the time, the median of all jobs."""
     cold_factor: float = 1.0
-    """What fixed costs and products of few rows grow by where the weights fit no cache of the processor: each layer finds it cold."""
+    """Fixed costs and products of few rows grow by this where no cache holds the weights."""
     stream: StreamCost | None = None
     load: dict[str, LoadCost] = field(default_factory=dict)
-    """Mode -> what loading costs."""
+    """Offload target, or resident -> what loading costs."""
     imported_rss_bytes: int
-    """Resident memory of a fresh worker once everything is imported."""
+    """Resident memory of a fresh worker that has imported everything."""
     growth_bytes: dict[str, int] = field(default_factory=dict)
-    """Mode -> what a run of a model without size adds to it."""
+    """Offload target, or resident -> what a run of a model without size adds to that."""
+    left_out: tuple[str, ...] = ()
+    """What calibrate.budget_s left no time for, in words."""
 
     @property
     def nvme_read_bytes_per_s(self) -> float | None:
-        """The best read rate of those measured."""
+        """Return the best read rate of those measured."""
         return max((row.rate.median for row in self.nvme if row.operation == "read"), default=None)
 
     def flops_per_s(self, dtype: str) -> float | None:
-        """The best matrix product rate of this dtype."""
+        """Return the best rate of matrix products in this dtype."""
         rates = [
             2 * row.rows * row.weight_numel / row.seconds
             for row in self.kernels
@@ -184,7 +208,10 @@ class CalibrationProfile:
     def kernel_s(
         self, dtype: str, rows: float, weight_numel: int, *, wide: bool = False
     ) -> float | None:
-        """Seconds of one matrix product, interpolated between those measured (log-log), at their rate beyond. None: dtype not measured."""
+        """Return seconds of one matrix product; None for a dtype that was not measured.
+
+        Between measured points interpolate in logarithms; beyond the last use its rate.
+        """
         table = self._kernel_tables.get((dtype, wide))
         if not table:
             return None
@@ -195,7 +222,10 @@ class CalibrationProfile:
 
     @cached_property
     def _kernel_tables(self) -> dict[tuple[str, bool], list[tuple[int, list[tuple[int, float]]]]]:
-        """(dtype, wide) -> for each number of rows, rising, (weights, seconds), rising: a plan of many experts asks hundreds of times."""
+        """Sort the kernels once: (dtype, wide) -> rising rows, each with rising (weights, seconds).
+
+        A plan of a model with many experts asks hundreds of times.
+        """
         found: dict[tuple[str, bool], dict[int, list[tuple[int, float]]]] = {}
         for row in self.kernels:
             found.setdefault((row.dtype, row.wide), {}).setdefault(row.rows, []).append(
@@ -207,7 +237,10 @@ class CalibrationProfile:
         }
 
     def dequantise_s(self, bits: int, dtype: str, weight_numel: int) -> float | None:
-        """Seconds of unpacking one matrix, interpolated as kernel_s. None: these bits were not measured in this dtype."""
+        """Return seconds of unpacking one matrix, interpolated as kernel_s does.
+
+        None where these bits were not measured in this dtype.
+        """
         points = sorted(
             (row.weight_numel, row.seconds)
             for row in self.dequantise
@@ -216,17 +249,21 @@ class CalibrationProfile:
         return _interpolate(points, weight_numel) if points else None
 
     def family_cost(self, model_type: str, dtype: str) -> FamilyCost | None:
-        """Of this family, else of any. None: dtype not measured."""
+        """Return the cost of this family, else of any; None for a dtype that was not measured."""
         found = {cost.model_type: cost for cost in self.families if cost.dtype == dtype}
         return found.get(model_type) or found.get(ANY_FAMILY)
 
-    def mode_cost(self, mode: str, dtype: str) -> ModeCost | None:
-        """None: not measured."""
+    def mode_cost(self, mode: Mode, dtype: str) -> ModeCost | None:
+        """Return the cost of this mode; None where it was not measured."""
         return next((cost for cost in self.modes if (cost.mode, cost.dtype) == (mode, dtype)), None)
 
 
 def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
-    """y at x through points sorted by x: straight lines in log-log, the first also before it; in proportion to x beyond the last."""
+    """Return y at x through points that are sorted by x.
+
+    Between points, and before the first, follow straight lines in logarithms. Beyond the last, y
+    grows in proportion to x.
+    """
     if x >= points[-1][0]:
         return points[-1][1] * x / points[-1][0]
     index = max(1, bisect_right([point[0] for point in points], x))
@@ -238,25 +275,36 @@ def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
 
 
 def profiles_dir() -> Path:
-    """$ZINFER_PROFILES, or profiles/ in zinfer's cache. Not created here."""
+    """Return $ZINFER_PROFILES, or profiles/ in zinfer's cache. Does not create it."""
     chosen = os.environ.get("ZINFER_PROFILES")
     return Path(chosen).expanduser().absolute() if chosen else cache_dir() / "profiles"
 
 
 def save_profile(profile: CalibrationProfile) -> Path:
-    """Write the profile whole; returns its path, which names the fingerprint, the threads and the time."""
+    """Write the profile whole, and return its path.
+
+    The file is named for the fingerprint, the threads and the time.
+    """
     folder = profiles_dir()
     folder.mkdir(parents=True, exist_ok=True)
     stamp = profile.created.replace(":", "").replace("-", "")
     path = folder / f"{profile.fingerprint}-t{profile.threads}-{stamp}.json"
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        json.dump(asdict(profile), file, indent=1)
+        json.dump(document_of(profile), file, indent=1)
     os.replace(file.name, path)
     return path
 
 
+def document_of(profile: CalibrationProfile) -> dict[str, Any]:
+    """Return the JSON-able mapping that `profile_from_document` reads back."""
+    document = asdict(profile)
+    for row, cost in zip(document["modes"], profile.modes, strict=True):
+        row["mode"] = str(cost.mode)
+    return document
+
+
 def read_profile(path: Path) -> CalibrationProfile:
-    """The profile in that file.
+    """Read the profile in that file.
 
     Raises:
         ValueError: it is no profile, or one of another version.
@@ -265,18 +313,19 @@ def read_profile(path: Path) -> CalibrationProfile:
         fields: dict[str, Any] = json.loads(path.expanduser().read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"hardware.profile={path} cannot be read: {error}. Type zinfer task=calibrate"
+            f"hardware.profile={path} cannot be read: {error}. Try zinfer task=calibrate"
         ) from error
     if fields.get("version") != PROFILE_VERSION:
         version = fields.get("version")
         raise ValueError(
-            f"hardware.profile={path} has version {version}, this zinfer reads {PROFILE_VERSION}. Type zinfer task=calibrate"
+            f"hardware.profile={path} has version {version}, this zinfer reads {PROFILE_VERSION}. "
+            "Try zinfer task=calibrate"
         )
     return profile_from_document(fields)
 
 
 def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
-    """From `asdict` read back from JSON."""
+    """Make the profile of what `document_of` made, also after JSON."""
     rates = (
         "host_read",
         "host_copy",
@@ -296,14 +345,17 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
         NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"]
     )
     values["families"] = tuple(FamilyCost(**row) for row in values["families"])
-    values["modes"] = tuple(ModeCost(**row) for row in values["modes"])
+    values["modes"] = tuple(
+        ModeCost(**{**row, "mode": Mode.read(row["mode"])}) for row in values["modes"]
+    )
+    values["left_out"] = tuple(values.get("left_out", ()))
     values["load"] = {mode: LoadCost(**cost) for mode, cost in values["load"].items()}
     values["stream"] = StreamCost(**values["stream"]) if values["stream"] else None
     return CalibrationProfile(**values)
 
 
 def newest_profile(fingerprint: str, threads: int) -> tuple[CalibrationProfile, Path] | None:
-    """The newest profile of this machine with that many threads; None without one."""
+    """Return the newest profile of this machine with that many threads, and its path."""
     for path in sorted(profiles_dir().glob(f"{fingerprint}-t{threads}-*.json"), reverse=True):
         try:
             return read_profile(path), path
@@ -313,5 +365,5 @@ def newest_profile(fingerprint: str, threads: int) -> tuple[CalibrationProfile, 
 
 
 def now_text() -> str:
-    """The time, UTC, to the second: 2026-03-01T12:00:00Z."""
+    """Return the time in UTC to the second: 2026-03-01T12:00:00Z."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -14,10 +14,10 @@ from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.machine.profile import (
-    BY_MODULE,
     NOTICED_SLOWDOWN,
     CalibrationProfile,
     FamilyCost,
+    Mode,
     ModeCost,
 )
 from zinfer.model.spec import ModelSpec
@@ -208,14 +208,14 @@ def layers_seconds(
     )
 
 
-def fixed_mode(config: RunConfig, *, leaf: bool) -> str:
+def fixed_mode(config: RunConfig, *, leaf: bool) -> Mode:
     """The name of the run's ModeCost."""
-    return mode_of(config) + ("" if leaf or not engine_of(config).zero3 else BY_MODULE)
+    return Mode(mode_of(config), by_module=not leaf and engine_of(config).zero3)
 
 
-def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: str) -> float:
+def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
     """What ModeCost.part_s is multiplied by: of a decoder layer its modules where ZeRO-3 fetches them one by one, else its parameters."""
-    if mode.endswith(BY_MODULE):
+    if mode.by_module:
         return spec.layer_modules or 0.0
     return layout.parameters_per_layer
 

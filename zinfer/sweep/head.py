@@ -162,7 +162,7 @@ def looked_up(sweep: Sweep, configs: Sequence[RunConfig | None]) -> Sweep:
         sweep.tracking_uri,
         sweep.experiment,
         retry=sweep.retry,
-        reuse_disturbed=False,
+        reuse_disturbed=first.sweep.reuse_disturbed,
     )
     if first.sweep.search != "none":  # a search's trials are looked up one by one
         return replace(sweep, reusable=reusable)

@@ -48,7 +48,7 @@ PREDICTED_METRICS = ("predicted_", "ceiling_")
 PLAN_FITS_METRIC = "plan_fits"
 TIER_METRICS = ("plan_{tier}_needed_bytes", "plan_{tier}_available_bytes")
 NOT_PARAMETERS = frozenset({
-    "format", "tracking", "sweep", "offload.nvme_path",
+    "format", "tracking", "sweep", "calibrate", "offload.nvme_path",
     "launcher.master_port", "launcher.timeout_s", "batch.prompt_text", "batch.prompt_file",
     "hardware.source", "hardware.profile", "hardware.device_flops_per_s",
     "model.overrides", "model.config_source", "model.tokenizer_id", "model.checkpoint_dtype",
