@@ -75,7 +75,9 @@ def profile(**changes: Any) -> CalibrationProfile:
         attention_flops={"float32": ten},
         families=(FamilyCost(model_type="*", dtype="float32", op_s=1e-6, value_s=0.0),),
         modes=tuple(
-            ModeCost(mode=Mode.read(mode), dtype="float32", step_s=0.002, layer_s=0.001, part_s=part_s)
+            ModeCost(
+                mode=Mode.read(mode), dtype="float32", step_s=0.002, layer_s=0.001, part_s=part_s
+            )
             for mode, part_s in modes
         ),
         stream=StreamCost(parameter_s=0.0005, bytes_per_s=1e9),

@@ -96,7 +96,7 @@ class Measurement:
     kernels: Json | None = None
     left_out: tuple[str, ...] = ()
     """Groups of jobs that the budget had no time for."""
-    _said_s: float = field(default_factory=time.monotonic)
+    _said_s: float = field(default_factory=lambda: time.monotonic())
 
     def everything(self, chosen: Sequence[Job]) -> None:
         """Run every job once, then the kernels, then again what does not agree yet."""

@@ -21,7 +21,7 @@ class Clock:
 
     budget_s: float | None
     """calibrate.budget_s; None has no limit."""
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=lambda: time.monotonic())
     _runs_s: list[float] = field(default_factory=list)
 
     @property

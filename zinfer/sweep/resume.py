@@ -139,7 +139,6 @@ def note_reused(earlier: EarlierRun, job_dir: Path) -> Json:
     """Write reused.json into the job's folder: the run that stands for it, and its numbers.
 
     What the store says of the run wins. Files are read only where they are that very run's.
-    A folder that holds that run already is left as it is; another one begins a new attempt.
     """
     found = _result_of(earlier)
     document: Json = {
