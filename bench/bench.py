@@ -188,7 +188,7 @@ def main() -> None:
         "--pairs", type=int, default=3, help="zinfer and bare script in turn, this many times"
     )
     arguments = parser.parse_args()
-    native_ops.build(native_ops.default_ops())
+    native_ops.build(native_ops.all_ops())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=HERE,

@@ -74,10 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def built_ops() -> list[str]:
     """Compile DeepSpeed's ops for every offload target: minutes, once for each machine."""
-    problems = native_ops.missing_requirements(native_ops.default_ops())
+    problems = native_ops.missing_requirements(native_ops.all_ops())
     if problems:
         pytest.skip(" ".join(problems))
-    ops = native_ops.default_ops()
+    ops = native_ops.all_ops()
     native_ops.build(ops)
     return ops
 

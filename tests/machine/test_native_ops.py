@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from zinfer.machine import build_lock, build_requirements, native_ops
+from zinfer.machine import native_ops
+from zinfer.machine.native_ops import __main__ as command_line
+from zinfer.machine.native_ops import building, missing, requirements
+from zinfer.machine.native_ops import lock as build_lock
 
 OPS_BY_OFFLOAD = [  # offload.device, accelerator, the ops that DeepSpeed 0.19.8 loads (torch.py: build_shm_op; async_io.py: load)
     ("none", "cpu", ["deepspeed_shm_comm"]),
@@ -52,7 +55,7 @@ def test_without_a_compiler_the_command_that_installs_one_is_said(
     empty_ops_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(build_requirements, "scripts_folder", lambda: "")
+    monkeypatch.setattr(requirements, "scripts_folder", lambda: "")
     problems = native_ops.missing_requirements(
         native_ops.ops_needed("cpu" if native_ops.accelerator_name() == "cpu" else "nvme")
     )
@@ -67,8 +70,8 @@ def test_without_a_compiler_the_command_that_installs_one_is_said(
 def test_without_libaio_only_nvme_is_refused(
     empty_ops_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_requirements, "_holds", lambda name, folders: False)
-    monkeypatch.setattr(build_requirements, "_compiler_links_libaio", lambda: False)
+    monkeypatch.setattr(requirements, "_holds", lambda name, folders: False)
+    monkeypatch.setattr(requirements, "_compiler_links_libaio", lambda: False)
     (problem,) = native_ops.missing_requirements(native_ops.ops_needed("nvme"))
     assert "libaio.h and libaio.so was not found" in problem
     assert "install -y libaio-dev" in problem and "export CFLAGS=-I" in problem
@@ -83,7 +86,7 @@ def test_libaio_unpacked_elsewhere_is_found_and_passed_on(
         (tmp_path / folder / name).touch()
     is_system = ("/usr", "/lib")
     monkeypatch.setattr(
-        build_requirements,
+        requirements,
         "_holds",
         lambda name, folders: any(
             os.path.exists(f"{folder}/{name}")
@@ -94,7 +97,7 @@ def test_libaio_unpacked_elsewhere_is_found_and_passed_on(
     monkeypatch.setenv("CFLAGS", f"-O2 -I{tmp_path}/include")
     monkeypatch.setenv("LDFLAGS", f"-L {tmp_path}/lib -Wl,--as-needed")
     monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
-    assert build_requirements.missing_of_libaio() == []
+    assert requirements.missing_of_libaio() == []
     passed_on = native_ops.worker_environment()
     assert passed_on["CPATH"].split(":")[0] == f"{tmp_path}/include"
     assert passed_on["LIBRARY_PATH"] == f"{tmp_path}/lib:/elsewhere"
@@ -104,10 +107,10 @@ def test_libaio_unpacked_elsewhere_is_found_and_passed_on(
 def test_ops_that_are_built_need_no_compiler(
     empty_ops_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for op in native_ops.default_ops():
+    for op in native_ops.all_ops():
         pretend_built(op)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("zinfer.machine.native_ops.has_libaio_runtime", lambda: True)
+    monkeypatch.setattr(missing, "has_libaio_runtime", lambda: True)
     assert native_ops.missing_requirements(native_ops.ops_needed("nvme")) == []
 
 
@@ -178,19 +181,19 @@ def test_a_second_builder_waits_says_for_whom_and_builds_nothing(
     first_is_building, may_finish = threading.Event(), threading.Event()
     builds: list[str] = []
 
-    def slow_build(op: str, echo: native_ops.Echo) -> float:
-        builds.append(op)
+    def slow_build(ops: list[str], echo: native_ops.Echo) -> dict[str, float]:
+        builds.extend(ops)
         first_is_building.set()
         may_finish.wait(30)
-        pretend_built(op)
-        return 1.0
+        pretend_built(*ops)
+        return dict.fromkeys(ops, 1.0)
 
     def said_by_second(line: str) -> None:
         said.append(line)
         may_finish.set()
 
     said: list[str] = []
-    monkeypatch.setattr(native_ops, "_build_one", slow_build)
+    monkeypatch.setattr(building, "_build_together", slow_build)
     first = threading.Thread(target=native_ops.build, args=(["async_io"],))
     first.start()
     assert first_is_building.wait(30)
@@ -203,6 +206,49 @@ def test_a_second_builder_waits_says_for_whom_and_builds_nothing(
 def test_what_is_built_is_not_built_again(empty_ops_folder: Path) -> None:
     pretend_built("async_io")
     assert native_ops.build(["async_io"], echo=pytest.fail) == {}
+
+
+SETUPS = [  # arguments, the groups that are compiled side by side on a CPU
+    ([], [["deepspeed_shm_comm"]]),
+    (["--offload", "none"], [["deepspeed_shm_comm"]]),
+    (["--offload", "nvme"], [["deepspeed_shm_comm", "pin_memory"], ["async_io"]]),
+    (["pin_memory"], [["pin_memory"]]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "groups"), SETUPS)
+def test_setup_compiles_only_what_the_offload_target_needs(
+    arguments: list[str],
+    groups: list[list[str]],
+    empty_ops_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[list[str]] = []
+
+    def note(ops: list[str], echo: native_ops.Echo) -> dict[str, float]:
+        compiled.append(ops)
+        return {}
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(building, "_build_together", note)
+    monkeypatch.setattr(command_line, "missing_requirements", lambda ops: [])
+    assert command_line.main(["build", *arguments]) == 0
+    assert compiled == groups
+
+
+def test_the_compiler_leaves_out_debug_information_and_asks_ccache_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ccache", "c++"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CXX", raising=False)
+    (tmp_path / "op").mkdir()
+    wrapper = building._fast_compiler(tmp_path / "op")
+    assert wrapper is not None
+    said = subprocess.run([wrapper, "-O3", "-g", "a b.cpp"], capture_output=True, text=True)
+    assert said.stdout == f"ccache {tmp_path}/c++ -O3 -g a b.cpp -g0\n"
 
 
 @pytest.mark.slow
@@ -248,12 +294,13 @@ def run_python(program: str) -> str:
     return done.stdout.strip()
 
 
-def pretend_built(op: str) -> None:
-    """What a finished build leaves."""
-    folder = native_ops.extensions_dir() / op
-    folder.mkdir(exist_ok=True)
-    (folder / f"{op}.so").write_bytes(b"\x7fELF")
-    (folder / "zinfer_built.json").write_text(json.dumps({"library_bytes": 4}))
+def pretend_built(*ops: str) -> None:
+    """Leave what a finished build leaves."""
+    for op in ops:
+        folder = native_ops.extensions_dir() / op
+        folder.mkdir(exist_ok=True)
+        (folder / f"{op}.so").write_bytes(b"\x7fELF")
+        (folder / "zinfer_built.json").write_text(json.dumps({"library_bytes": 4}))
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     found["attention"] = {dtype: attention_read(dtype, device) for dtype in dtypes}
     found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in dtypes}
     events.phase("NVMe")
-    native_ops.adopt(native_ops.default_ops())
+    native_ops.adopt(native_ops.all_ops())
     found |= nvme_rates(own_swap_folder(config.offload.nvme_path, job_dir), events)
     write_json(job_dir / KERNELS_FILE, found)
     events.write("result", status="ok", metrics={})

@@ -1,7 +1,7 @@
-"""Tells the lock file of a running op build from one that a killed build left behind.
+"""Tell the lock file of a running op build from one that a killed build left behind.
 
-torch takes `<op folder>/lock` around every build and every load of an op, and waits for it without end and without a word. The file is
-not removed when its holder is killed.
+torch takes `<op folder>/lock` around every build and every load of an op. It waits for the file
+without end and without a word, and the file stays when its holder is killed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 UNSEEN_HOLDER_S = 1800.0
-"""A lock whose holder may not be visible from here counts as left over once its folder has not changed for so long."""
+"""Seconds without a change in its folder after which a lock counts as left over.
+
+Only for locks whose holder may not be visible from here."""
 
 NETWORK_FILESYSTEMS = {
     "nfs",
@@ -27,10 +29,11 @@ NETWORK_FILESYSTEMS = {
 
 
 def is_left_over(lock: Path) -> bool:
-    """Whether the lock file is there and the build that took it is gone.
+    """Return whether the lock file is there and the build that took it is gone.
 
-    A builder keeps the file open, and its compilers work in its folder, so /proc shows whether one is alive. The holder of a lock that
-    belongs to another user or lies on a network file system may not be visible: such a lock needs UNSEEN_HOLDER_S of silence.
+    A builder keeps the file open, and its compilers work in its folder, so /proc shows whether one
+    is alive. The holder of another user's lock, or of one on a network file system, may not be
+    visible. Such a lock needs UNSEEN_HOLDER_S of silence.
     """
     try:
         owner = lock.stat().st_uid
@@ -44,7 +47,7 @@ def is_left_over(lock: Path) -> bool:
 
 
 def lock_holders(lock: Path) -> list[int]:
-    """Processes that have the lock file open or work in its folder. Those of other users cannot be looked into."""
+    """Find processes that have the lock file open or work in its folder; not other users'."""
     lock = lock.resolve()
     processes = [process for process in Path("/proc").iterdir() if process.name.isdigit()]
     return [
@@ -69,7 +72,7 @@ def _link(link: Path) -> Path | None:
 
 
 def filesystem_type(path: Path) -> str:
-    """Type of the file system that holds the path, as /proc/mounts has it; an empty string where that cannot be read."""
+    """Type of the file system that holds the path, from /proc/mounts; "" if it is unreadable."""
     try:
         rows = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
@@ -80,5 +83,5 @@ def filesystem_type(path: Path) -> str:
 
 
 def _last_change_s(folder: Path) -> float:
-    """Newest modification in the folder, seconds since the epoch."""
+    """Time of the newest change in the folder, in seconds since the epoch."""
     return max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()])

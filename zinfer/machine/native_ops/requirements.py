@@ -1,4 +1,4 @@
-"""Looks for what compiling DeepSpeed's ops needs: a C++ compiler, ninja, libaio, CUDA's headers. Imports nothing heavy."""
+"""Look for what compiling DeepSpeed's ops needs: C++ compiler, ninja, libaio, CUDA's headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def install_command(package: str) -> str:
-    """What to type for a Debian package, or for its namesake on Fedora and Arch."""
+    """Give the command that installs a Debian package, or its namesake on Fedora and Arch."""
     sudo = "" if os.geteuid() == 0 else "sudo "
     others = {
         "libaio-dev": ("libaio-devel", "libaio"),
@@ -32,27 +32,30 @@ def install_command(package: str) -> str:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that torch will call, or None."""
+    """Find the C++ compiler that torch will call, or None."""
     return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
 
 
 def ninja() -> str | None:
-    """On the PATH, or among the scripts of this Python environment, which a worker has on its PATH."""
+    """Find ninja on the PATH, or beside this Python: a worker has that folder on its PATH."""
     return shutil.which("ninja") or shutil.which("ninja", path=scripts_folder())
 
 
 def has_python_headers() -> bool:
-    """Whether Python.h of this interpreter is there; Debian keeps it in a package of its own."""
+    """Return whether Python.h is there; Debian keeps it in a package of its own."""
     return os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 
 
 def scripts_folder() -> str:
-    """bin of this Python environment. The interpreter's link is not followed: in a virtual environment it leads out of it."""
+    """Return bin/ of this Python environment.
+
+    The interpreter's link is not followed: in a virtual environment it leads out of it.
+    """
     return str(Path(sys.executable).parent)
 
 
 def cuda_home() -> str | None:
-    """Where the CUDA toolkit is, looked for as torch.utils.cpp_extension does; or None."""
+    """Find the CUDA toolkit as torch.utils.cpp_extension does, or None."""
     if chosen := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return chosen
     if nvcc := shutil.which("nvcc"):
@@ -61,7 +64,7 @@ def cuda_home() -> str | None:
 
 
 def missing_of_libaio() -> list[str]:
-    """Which of libaio.h and libaio.so a compiler will not find."""
+    """List which of libaio.h and libaio.so a compiler will not find."""
     headers = [
         *_named_folders("-I", "CFLAGS", "CPATH"),
         *_folders("CPLUS_INCLUDE_PATH"),
@@ -74,7 +77,7 @@ def missing_of_libaio() -> list[str]:
 
 
 def has_libaio_runtime() -> bool:
-    """Whether libaio.so.1, which a built op loads, is there."""
+    """Return whether libaio.so.1 is there: a built op loads it."""
     if _holds("libaio.so.1", _library_folders()):
         return True
     try:
@@ -85,7 +88,7 @@ def has_libaio_runtime() -> bool:
 
 
 def libaio_elsewhere(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that the compiler and the loader read, for a libaio that CFLAGS=-I... and LDFLAGS=-L... point to.
+    """Return variables that lead compiler and loader to the libaio of CFLAGS=-I and LDFLAGS=-L.
 
     DeepSpeed looks for libaio with CFLAGS and LDFLAGS, and then compiles without them.
     """
@@ -102,7 +105,7 @@ def libaio_elsewhere(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _compiler_links_libaio() -> bool:
-    """Ask the compiler itself, for layouts of which the list of folders knows nothing. About 0.1 s; only when the folders had nothing."""
+    """Ask the compiler itself, about 0.1 s; only when no known folder has libaio."""
     command = compiler()
     if command is None:
         return False
@@ -129,7 +132,7 @@ def _library_folders() -> list[str]:
 def _named_folders(
     flag: str, flags_variable: str, path_variable: str = "", environ: Mapping[str, str] = os.environ
 ) -> list[str]:
-    """The folders in `-I/a -I /b`, and those of a colon-separated variable."""
+    """List the folders in `-I/a -I /b`, and those of a colon-separated variable."""
     words = iter(shlex.split(environ.get(flags_variable, "")))
     folders = [(word[len(flag) :] or next(words, "")) for word in words if word.startswith(flag)]
     return [folder for folder in folders if folder] + _folders(path_variable, environ)
