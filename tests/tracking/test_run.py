@@ -31,7 +31,7 @@ from zinfer.tracking.uri import tracking_uri
 CONF = Path(__file__).parents[2] / "conf"
 ENVIRONMENT: dict[str, Any] = {
     "zinfer": {"version": "0.1.0", "commit": "0123abcd", "dirty": True},
-    "cpu": {"model": "AMD EPYC 7763", "usable_cores": 64},
+    "cpu": {"model": "AMD EPYC 7763", "usable_cores": 64, "instruction_sets": ["avx512_bf16"]},
     "host_total_bytes": 540 * 2**30,
     "gpus": [{"name": "NVIDIA H100 80GB HBM3"}, {"name": "NVIDIA H100 80GB HBM3"}],
     "disk": {"filesystem": "xfs"},

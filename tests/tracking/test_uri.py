@@ -21,7 +21,7 @@ NAMES = (
 )  # fmt: skip
 ENVIRONMENT = {
     "zinfer": {"version": "0.1.0", "commit": "0123abcd", "dirty": True},
-    "cpu": {"model": "AMD EPYC 7763", "usable_cores": 64},
+    "cpu": {"model": "AMD EPYC 7763", "usable_cores": 64, "instruction_sets": ["avx512_bf16"]},
     "host_total_bytes": 540 * 2**30,
     "gpus": [],
 }

@@ -132,6 +132,8 @@ class Terminal:
                 f"job folder {outcome.job_dir}"
                 + (f", MLflow run {outcome.run_id}" if outcome.run_id else "")
             )
+        if outcome.run_page:
+            self.note(f"to see it: {outcome.run_page}")
 
     def _print(self, table: Table, *, to_out: bool = True) -> None:
         from rich.console import Console

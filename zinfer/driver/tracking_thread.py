@@ -86,7 +86,7 @@ class TrackingThread:
         outcome = replace(outcome, environment=self._environment)
         run = self._run
         if run is not None:
-            outcome = replace(outcome, run_id=run.run_id)
+            outcome = replace(outcome, run_id=run.run_id, run_page=run.page)
             try:
                 self._bounded(lambda: run.finish(outcome))
             except TrackingUnavailable as error:

@@ -75,6 +75,8 @@ class Outcome:
     traceback: str | None = None
     """The worker's last traceback."""
     run_id: str | None = None
+    run_page: str | None = None
+    """How to see its run in MLflow, for people."""
     job_dir: str | None = None
 
     @property

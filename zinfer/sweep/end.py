@@ -126,9 +126,14 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
         for line in how_to_go_on(sweep, rows, interrupted=interrupted):
             terminal.note(line)
         terminal.note(f"sweep folder {sweep.folder}")
-    started.parent.end(
-        SWEEP_STATUS.get(code, "error"), [row.run for row in rows], record(sweep, rows)
+    page = started.parent.end(
+        SWEEP_STATUS.get(code, "error"),
+        [row.run for row in rows],
+        record(sweep, rows),
+        Interrupts.has_insisted,
     )
+    if page is not None:
+        terminal.note(f"to compare them: {page}")
     started.held.close()
     return code
 

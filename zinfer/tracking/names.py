@@ -16,6 +16,8 @@ RUN_STATUS: dict[Status, str] = {
 RUN_NAME_TAG = "mlflow.runName"
 PARENT_TAG = "mlflow.parentRunId"
 SOURCE_NAME_TAG, SOURCE_TYPE_TAG = "mlflow.source.name", "mlflow.source.type"
+SOURCE_COMMIT_TAG, USER_TAG = "mlflow.source.git.commit", "mlflow.user"
+NOTE_TAG = "mlflow.note.content"
 """MLflow's own tags, which its pages show."""
 
 ROLE_TAG = "zinfer.role"

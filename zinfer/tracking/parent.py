@@ -28,6 +28,7 @@ from zinfer.redact import redact
 from zinfer.tracking import names
 from zinfer.tracking.deadline import never, within
 from zinfer.tracking.names import run_status
+from zinfer.tracking.pages import comparison_page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,15 +106,19 @@ class ParentRunCallback(Callback):
             self.end("error")
 
     def end(
-        self, status: Status, runs: Sequence[SweptRun] = (), record: Json | None = None
-    ) -> None:
-        """Close the parent, once, with the runs of its jobs."""
+        self,
+        status: Status,
+        runs: Sequence[SweptRun] = (),
+        record: Json | None = None,
+        give_up: Callable[[], bool] = never,
+    ) -> str | None:
+        """Close the parent, once, with the runs of its jobs. Returns how to compare them."""
         if self._file is None:
-            return
+            return None
         file, self._file = self._file, None
         if os.environ.get(PARENT_VARIABLE) == str(file):
             del os.environ[PARENT_VARIABLE]
-        close_parent(file, self._uri, status, runs, record)
+        return close_parent(file, self._uri, status, runs, record, give_up)
 
 
 def announce_parent(sweep_dir: Path, overrides: list[str]) -> Path:
@@ -188,8 +193,10 @@ def close_parent(
     runs: Sequence[SweptRun] = (),
     record: Json | None = None,
     give_up: Callable[[], bool] = never,
-) -> None:
+) -> str | None:
     """End the parent run, if a job has created it, with the runs of its jobs.
+
+    Returns how to see them beside each other, where there are several.
 
     The jobs are complete without it, so a store that is gone, or does not answer, is only said.
 
@@ -204,11 +211,12 @@ def close_parent(
 
     announced = read_record(file, Announced)
     if announced is None or announced.run_id is None:
-        return
+        return None
     run_id = announced.run_id
+    compared = [run.run_id for run in runs if run.run_id is not None]
     absolute = tracking_uri(TrackingConfig(store="sqlite", uri=uri), Path.cwd())
 
-    def close() -> None:
+    def close() -> str:
         with store_errors(absolute):
             client = connect(absolute)
             client.set_tag(run_id, names.STATUS_TAG, status)
@@ -217,8 +225,11 @@ def close_parent(
             if record is not None:
                 client.log_dict(run_id, redact(record), SWEEP_FILE)
             client.set_terminated(run_id, run_status(status))
+            return str(client.get_run(run_id).info.experiment_id)
 
     try:
-        within(CLOSE_S, close, redact(absolute), give_up)
+        experiment_id = within(CLOSE_S, close, redact(absolute), give_up)
     except TrackingUnavailable as error:
         print(f"the sweep's run {run_id} was not closed: {error}", file=sys.stderr)
+        return None
+    return comparison_page(absolute, experiment_id, compared) if len(compared) > 1 else None

@@ -8,6 +8,7 @@ state, no output, no credentials.
 
 from __future__ import annotations
 
+import getpass
 import json
 import math
 import statistics
@@ -28,6 +29,7 @@ from zinfer.tracking import names
 from zinfer.tracking.client import connect, experiment, store_errors
 from zinfer.tracking.job_key import job_key
 from zinfer.tracking.names import run_status
+from zinfer.tracking.pages import run_page
 from zinfer.tracking.parent import parent_run_id
 from zinfer.tracking.store import TrackingUnavailable, ensure_store
 from zinfer.tracking.uri import artifact_location, tracking_uri
@@ -59,6 +61,8 @@ class TrackedRun:
     environment: Json
     uri: str | None = None
     client: MlflowClient | None = None
+    page: str | None = None
+    """How to see it."""
 
     def finish(self, outcome: Outcome) -> None:
         """Log everything that the job came to, and end the run with its truthful status.
@@ -73,6 +77,7 @@ class TrackedRun:
         with store_errors(self.uri):
             try:
                 log_outcome(self.client, self.run_id, outcome)
+                self.client.set_tag(self.run_id, names.NOTE_TAG, note(self.config, outcome))
                 self._name_dtype(outcome)
                 with tempfile.TemporaryDirectory(prefix="zinfer-artifacts-") as folder:
                     write_artifacts(
@@ -122,6 +127,7 @@ def open_run(
         environment=environment,
         uri=uri,
         client=client,
+        page=run_page(uri, experiment_id, run_id),
     )
 
 
@@ -160,6 +166,8 @@ def run_tags(
         names.RUN_NAME_TAG: config.tracking.run_name or run_name(config),
         names.SOURCE_NAME_TAG: "zinfer",
         names.SOURCE_TYPE_TAG: "LOCAL",
+        names.SOURCE_COMMIT_TAG: checkout["commit"],
+        names.USER_TAG: user_name(),
         names.ROLE_TAG: "job",
         names.STATUS_TAG: "running",
         names.METHOD_TAG: METHOD_VERSION,
@@ -178,6 +186,24 @@ def run_tags(
         for name, value in tags.items()
         if value is not None
     }
+
+
+def user_name() -> str | None:
+    """Return the name of this process's user, or None where the system has none for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None
+
+
+def note(config: RunConfig, outcome: Outcome) -> str:
+    """Describe the run in Markdown, for its page: how it ended, its speed, its warnings."""
+    speed = outcome.metrics.get(names.HEADLINE)
+    lines = [f"**{outcome.status}**: " + (f"{speed:.4g} tokens/s" if speed else run_name(config))]
+    if outcome.reason:
+        lines.append(outcome.reason)
+    lines += [f"- {warning}" for warning in outcome.warnings]
+    return redact("\n\n".join(lines))[:TAG_CHARACTERS]
 
 
 def parent_tag(given: str, client: MlflowClient, experiment_id: str) -> dict[str, str]:
