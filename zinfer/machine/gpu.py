@@ -111,7 +111,7 @@ def nvidia_gpus() -> list[Gpu]:
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"nvidia-smi did not answer within {NVIDIA_SMI_TIMEOUT_S:.0f} s: a GPU is there but does not work. "
-            "Type hardware.accelerator=cpu to run without it"
+            "Set hardware.accelerator=cpu to run without it"
         ) from None
     if done.returncode in NO_GPU_EXIT_CODES:
         return []
@@ -119,7 +119,7 @@ def nvidia_gpus() -> list[Gpu]:
         said = (done.stdout or done.stderr).strip().splitlines()
         raise ValueError(
             f"nvidia-smi failed with exit code {done.returncode}: {said[0] if said else 'no message'}. "
-            "Type hardware.accelerator=cpu to run without the GPU"
+            "Set hardware.accelerator=cpu to run without the GPU"
         )
     return parse_nvidia_smi(done.stdout)
 
