@@ -25,19 +25,45 @@ def format_rate(bytes_per_s: float | None) -> str:
 
 def format_times(ratio: float) -> str:
     """A ratio as people say it: '147 times', '5.6 times', '1.12 times'."""
-    digits = 0 if ratio >= 10 else 1 if ratio >= 2 else 2
+    digits = 0 if ratio >= 9.95 else 1 if ratio >= 1.995 else 2
     return f"{ratio:.{digits}f} times"
 
 
 def format_seconds(seconds: float | None) -> str:
-    """'1.23 s', '45.6 ms', '2 min 05 s'; unknown is '-'."""
+    """A duration with three digits: '1.23 s', '45.6 ms', '2 min 05 s', '1 h 20 min'; unknown '-'."""
     if seconds is None:
         return "-"
-    if seconds >= 100:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.1f} ms"
+    if round(seconds) >= 100:
+        return _long_duration(round(seconds))
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if abs(seconds) >= 0.9995 * unit:
+            return f"{_three_digits(seconds / unit)} {name}"
+    return f"{_three_digits(seconds * 1e6)} µs" if seconds else "0 s"
+
+
+def format_about(seconds: float) -> str:
+    """A duration as people say it: '8 s', '45 s', '1 min 30 s', '25 min', '2 h 10 min'."""
+    steps = ((10, 1), (60, 5), (300, 10), (3600, 60), (36_000, 600))
+    step = next((step for limit, step in steps if seconds < limit), 3600)
+    rounded = max(1, round(seconds / step)) * step
+    if rounded < 60:
+        return f"{rounded} s"
+    return _long_duration(rounded).removesuffix(" 00 s").removesuffix(" 00 min")
+
+
+def _long_duration(seconds: int) -> str:
+    """Minutes and seconds, from an hour on hours and minutes."""
+    if seconds >= 3600:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours} h {minutes:02d} min"
+    return f"{seconds // 60} min {seconds % 60:02d} s"
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits without an exponent, for values from 1 to 1000."""
+    rounded = float(f"{value:.3g}")
+    decimals = 2 if abs(rounded) < 10 else 1 if abs(rounded) < 100 else 0
+    return f"{rounded:.{decimals}f}"
 
 
 def format_roughly(seconds: float) -> str:

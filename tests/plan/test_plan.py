@@ -16,6 +16,7 @@ from tests.helpers.planning import planned, profile
 from zinfer.job.outcome import Outcome
 from zinfer.model.spec import model_spec
 from zinfer.plan.advice import advice_document, suggestions
+from zinfer.plan.binding import BINDING_WORDS, RESOURCES, binding_words
 from zinfer.plan.page import page, verdict_line
 from zinfer.plan.warnings import plan_warnings
 from zinfer.units import GIB
@@ -43,8 +44,9 @@ def test_the_page_of_a_published_run() -> None:
         "batch.batch_size=96",
     )
     assert "fits: " in text and "to spare on the tightest tier, device" in text
-    assert "decode step  at best 10.85 s, bound by NVMe" in text
+    assert "decode step  at best 10.9 s, bound by NVMe" in text
     assert "tokens/s     at best 8.844" in text
+    assert "a new token  moves" in text and "1.4 GiB (NVMe)" in text  # 141.1 GB for 96 rows
     assert "largest batch that fits: " in text
     assert "offload=cpu" in text
 
@@ -74,7 +76,8 @@ def test_an_unknown_box_is_unknown() -> None:
         device_flops_per_s={},
         **unknown,
     )
-    assert "fits, as far as is known" in text
+    assert "Cannot check the fit: this hardware's memory sizes are unknown." in text
+    assert "\nfits: " not in text and "largest batch that fits: unknown" in text
     assert "how fast: unknown" in text and "task=calibrate" in text
 
 
@@ -208,6 +211,24 @@ def test_every_published_box_plans_every_offload(box: str) -> None:
         assert run.hardware.rates_source and "data sheet" in run.hardware.rates_source
 
 
+@pytest.mark.parametrize("path", [None, "/local_nvme", "~/nvme"])
+def test_equal_inputs_give_byte_equal_plans(tmp_path: Path, path: str | None) -> None:
+    """The DeepSpeed JSON shows nvme_path as it was given, not the folder of one job."""
+    given = [f"offload.nvme_path='{path}'"] if path else []
+    shown = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        command = [sys.executable, "-m", "zinfer", "task=plan", "model=opt-13b", "offload=nvme"]
+        done = subprocess.run(
+            [*command, "hardware=a6000", "tracking=none", "format=json", *given],
+            cwd=tmp_path / folder, capture_output=True, text=True, timeout=200, check=True,
+        )  # fmt: skip
+        result = json.loads(done.stdout)
+        shown.append(json.dumps([result["model"], result["plan"], result["deepspeed"]]))
+    assert shown[0] == shown[1]
+    assert (path or "${hydra:runtime.output_dir}/swap") in shown[0]
+
+
 def plan_grid(tmp_path: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
     """Rows of the CSV, and what was printed. How fast: bench/bench_plan.py."""
     command = [
@@ -250,3 +271,8 @@ def test_a_grid_is_planned_in_one_process_and_tracked(tmp_path: Path) -> None:
     assert opt["none", "1"]["fits"] == "True"
     assert "12 plans" in shown
     assert (tmp_path / "mlflow.db").exists()
+
+
+def test_every_resource_and_the_fixed_cost_have_words() -> None:
+    assert set(BINDING_WORDS) == {*RESOURCES, "fixed_cost"}
+    assert binding_words(None) == "-"

@@ -185,7 +185,9 @@ def plan_table(outcome: Outcome) -> Table:
     for name, tier in outcome.plan["tiers"].items():
         if not tier["items"] and not tier["needed_bytes"]:
             continue
-        largest = sorted(tier["items"], key=lambda item: -item["bytes"])[:3]
+        parts = [outcome.plan["tiers"][part] for part in (name, *tier.get("includes", ()))]
+        items = [item for part in parts for item in part["items"]]
+        largest = sorted(items, key=lambda item: -item["bytes"])[:3]
         made_of = ", ".join(f"{item['name']} {format_bytes(item['bytes'])}" for item in largest)
         over = "" if tier["fits"] else " (too little)"
         row = (

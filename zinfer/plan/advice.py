@@ -39,7 +39,7 @@ class Suggestion:
 
 def advice_document(run: Planned) -> Json:
     """Work out what only task=plan shows: the largest batch, and the overrides that help."""
-    largest = largest_fitting_batch(run)
+    largest = largest_fitting_batch(run) if run.plan.is_checked else None
     return {
         "largest_batch_size": largest,
         "suggestions": [

@@ -9,22 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec, Parameter
+from zinfer.plan.binding import RESOURCES, Resource
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
-
-Resource = Literal["device_compute", "device_memory", "host_device_link", "nvme", "host_memory"]
-RESOURCES: tuple[Resource, ...] = (
-    "device_compute",
-    "device_memory",
-    "host_device_link",
-    "nvme",
-    "host_memory",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +67,11 @@ class Ceiling:
     decode_step: PhaseCeiling
     """With the cache as long as it is on average."""
     generated_tokens_per_s: float | None
+    decode_bytes_per_token: Mapping[Resource, float]
+    """Bytes that one new token of one row moves over each resource that a decode step uses.
+
+    A pass serves all rows, so this falls as the batch grows.
+    """
     streamed_bytes: int
     """Weights that one forward pass fetches from host memory or NVMe, all ranks; 0 when they stay on the device."""
 
@@ -285,8 +282,20 @@ def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
         prefill=prefill,
         decode_step=step,
         generated_tokens_per_s=tokens_per_s,
+        decode_bytes_per_token=_bytes_per_token(step.demand, batch.batch_size // ranks),
         streamed_bytes=streamed_bytes(config, layout, device_is_host=hardware.device_is_host),
     )
+
+
+def _bytes_per_token(demand: Demand, rows: int) -> dict[Resource, float]:
+    """One rank's bytes of a decode step, shared among the rows that it serves."""
+    moved: dict[Resource, float] = {
+        "device_memory": demand.device_memory_bytes,
+        "host_device_link": demand.host_device_link_bytes,
+        "nvme": demand.nvme_bytes,
+        "host_memory": demand.host_memory_bytes,
+    }
+    return {name: count / rows for name, count in moved.items() if count}
 
 
 def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: bool) -> int:

@@ -1,4 +1,7 @@
-"""One page for people who ask before they run: does it fit, how fast will it be, what binds, and what would help."""
+"""Answer on one page what people ask before a run: does it fit, how fast, what binds, what helps.
+
+The lines are made from the JSON document of a plan, so that the driver needs no model.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zinfer.job.outcome import Outcome
+from zinfer.plan.binding import binding_words
 from zinfer.plan.fit import LARGEST_BATCH_TRIED
 from zinfer.units import format_bytes, format_seconds, format_times
 
-BINDING = {
-    "device_compute": "arithmetic of the device",
-    "device_memory": "device memory",
-    "host_device_link": "the link between host and device",
-    "nvme": "NVMe",
-    "host_memory": "host memory",
-    "fixed_cost": "the fixed cost of each layer",
-}
 SUGGESTIONS_SHOWN = 5
 
 
@@ -27,22 +23,46 @@ def page(outcome: Outcome) -> Iterator[str]:
     yield from fit_lines(plan)
     prediction, advice = plan.get("prediction") or {}, plan.get("advice") or {}
     yield from time_lines(prediction, advice)
+    yield from byte_lines(prediction)
     if "largest_batch_size" in advice:
-        largest = advice["largest_batch_size"]
-        more = f"{LARGEST_BATCH_TRIED} and more"
-        said = "none" if largest is None else more if largest >= LARGEST_BATCH_TRIED else largest
-        yield f"largest batch that fits: {said}"
+        yield f"largest batch that fits: {_largest_batch(plan, advice['largest_batch_size'])}"
     helpful = advice.get("suggestions") or []
     if helpful:
         yield "what would help most (tokens/s, each alone):"
         for entry in helpful[:SUGGESTIONS_SHOWN]:
-            saved = (
-                f", {format_bytes(entry['saved_bytes'])} less where it is tightest"
-                if entry["saved_bytes"] > 0
-                else ""
-            )
-            gain = format_times(entry["gain"]) if entry["gain"] is not None else "fits"
-            yield f"  {entry['override']:<28} {gain}{saved}"
+            yield f"  {entry['override']:<28} {_gain(entry)}"
+
+
+def _gain(entry: Mapping[str, Any]) -> str:
+    """The times that an override would make it faster, and the bytes that it would save."""
+    gain = format_times(entry["gain"]) if entry["gain"] is not None else "fits"
+    if entry["saved_bytes"] <= 0:
+        return gain
+    return f"{gain}, {format_bytes(entry['saved_bytes'])} less where it is tightest"
+
+
+def _largest_batch(plan: Mapping[str, Any], largest: int | None) -> str:
+    """The number, or why there is none."""
+    if largest is None:
+        return "none" if _checked(plan) else "unknown"
+    return f"{LARGEST_BATCH_TRIED} and more" if largest >= LARGEST_BATCH_TRIED else str(largest)
+
+
+def _checked(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Tiers that are needed and whose size is known."""
+    tiers = plan["tiers"].values()
+    return [tier for tier in tiers if tier["available_bytes"] and tier["needed_bytes"]]
+
+
+def _unchecked(plan: Mapping[str, Any]) -> list[str]:
+    """Names of tiers that are needed, whose size is unknown, and that no other tier includes."""
+    tiers = plan["tiers"]
+    elsewhere = {name for tier in tiers.values() for name in tier.get("includes", ())}
+    return [
+        name
+        for name, tier in tiers.items()
+        if tier["needed_bytes"] and tier["available_bytes"] is None and name not in elsewhere
+    ]
 
 
 def fit_lines(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -51,61 +71,69 @@ def fit_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     for problem in plan["problems"]:
         yield f"does not run: {problem}"
     for tier in short:
-        lacking = tier["needed_bytes"] - tier["available_bytes"]
+        needed, has = tier["needed_bytes"], tier["available_bytes"]
         yield (
-            f"does not fit: {tier['name']} needs {format_bytes(tier['needed_bytes'])}, has {format_bytes(tier['available_bytes'])}: "
-            f"{format_bytes(lacking)} too little"
+            f"does not fit: {tier['name']} needs {format_bytes(needed)}, "
+            f"has {format_bytes(has)}: {format_bytes(needed - has)} too little"
         )
-    known = [
-        tier for tier in plan["tiers"].values() if tier["available_bytes"] and tier["needed_bytes"]
-    ]
-    if not short and not plan["problems"]:
-        if not known:
-            yield "fits, as far as is known: no capacity of this hardware is"
-            return
-        tightest = max(known, key=lambda tier: tier["needed_bytes"] / tier["available_bytes"])
-        spare = tightest["available_bytes"] - tightest["needed_bytes"]
-        yield f"fits: {format_bytes(spare)} to spare on the tightest tier, {tightest['name']} ({format_bytes(tightest['available_bytes'])})"
+    if short or plan["problems"]:
+        return
+    checked = _checked(plan)
+    if not checked:
+        yield "Cannot check the fit: this hardware's memory sizes are unknown."
+        return
+    tightest = max(checked, key=lambda tier: tier["needed_bytes"] / tier["available_bytes"])
+    spare = tightest["available_bytes"] - tightest["needed_bytes"]
+    yield (
+        f"fits: {format_bytes(spare)} to spare on the tightest tier, "
+        f"{tightest['name']} ({format_bytes(tightest['available_bytes'])})"
+    )
+    if unchecked := _unchecked(plan):
+        yield f"not checked: {', '.join(unchecked)} (size unknown)"
 
 
 def time_lines(prediction: Mapping[str, Any], advice: Mapping[str, Any]) -> Iterator[str]:
     """Predicted times where the machine is calibrated, else the ceiling, and what binds."""
-    ceilings = prediction.get("ceilings") or {}
-    if prediction.get("ceiling_generated_tokens_per_s") is None:
-        yield "how fast: unknown, no rate of this hardware is. Type zinfer task=calibrate once on this machine, or hardware=h100_2nvme"
-        return
-    calibrated = "predicted_generated_tokens_per_s" in prediction
-    for name, phase in (("prefill", "prefill"), ("decode step", "decode_step")):
-        bound = ceilings[phase]
-        at_best = format_seconds(bound["ceiling_s"])
-        predicted = (
-            f"{format_seconds(prediction[f'predicted_{phase}_s'])}, at best {at_best}"
-            if calibrated
-            else f"at best {at_best}"
+    best = prediction.get("ceiling_generated_tokens_per_s")
+    if best is None:
+        yield (
+            "how fast: unknown, because no rate of this hardware is known. "
+            "Run zinfer task=calibrate once on this machine, or set hardware=h100_2nvme"
         )
-        yield f"{name:<12} {predicted}, bound by {BINDING.get(str(bound['binding']), '-')}"
-    best = prediction["ceiling_generated_tokens_per_s"]
-    rate = (
-        f"{prediction['predicted_generated_tokens_per_s']:.4g}, at best {best:.4g}"
-        if calibrated
-        else f"at best {best:.4g}"
-    )
-    yield f"{'tokens/s':<12} {rate}, decode bound by {BINDING.get(str(prediction.get('binding_resource')), '-')}"
-    if not calibrated:
-        source = advice.get("rates_source")
-        yield f"at best: from the rates of {source}" if source else "at best: from published rates"
+        return
+    predicted = prediction.get("predicted_generated_tokens_per_s")
+    for name, phase in (("prefill", "prefill"), ("decode step", "decode_step")):
+        bound = prediction["ceilings"][phase]
+        seconds = f"at best {format_seconds(bound['ceiling_s'])}"
+        if predicted is not None:
+            seconds = f"{format_seconds(prediction[f'predicted_{phase}_s'])}, {seconds}"
+        yield f"{name:<12} {seconds}, bound by {binding_words(bound['binding'])}"
+    rate = f"at best {best:.4g}" if predicted is None else f"{predicted:.4g}, at best {best:.4g}"
+    binding = binding_words(prediction.get("binding_resource"))
+    yield f"{'tokens/s':<12} {rate}, decode bound by {binding}"
+    if predicted is None:
+        yield f"at best: from the rates of {advice.get('rates_source') or 'published boxes'}"
+
+
+def byte_lines(prediction: Mapping[str, Any]) -> Iterator[str]:
+    """Bytes that one new token moves over each resource, of those that it uses."""
+    moved = prediction.get("decode_bytes_per_token") or {}
+    if moved:
+        parts = [f"{format_bytes(count)} ({binding_words(name)})" for name, count in moved.items()]
+        yield f"{'a new token':<12} moves {', '.join(parts)}"
 
 
 def verdict_line(outcome: Outcome) -> str | None:
-    """After a run: what was predicted beside what was measured; None where nothing was predicted."""
+    """Put what was predicted beside what was measured. None where nothing was predicted."""
     metrics = outcome.metrics
-    measured, best = (
-        metrics.get("generated_tokens_per_s"),
-        metrics.get("ceiling_generated_tokens_per_s"),
-    )
+    measured = metrics.get("generated_tokens_per_s")
+    best = metrics.get("ceiling_generated_tokens_per_s")
     if measured is None or best is None:
         return None
     predicted = metrics.get("predicted_generated_tokens_per_s")
     said = f"predicted {predicted:.4g} tokens/s, " if predicted is not None else ""
     binding = ((outcome.plan or {}).get("prediction") or {}).get("binding_resource")
-    return f"{said}measured {measured:.4g}: {measured / best:.0%} of the ceiling of {best:.4g}; bound by {BINDING.get(str(binding), '-')}"
+    return (
+        f"{said}measured {measured:.4g}: {measured / best:.0%} of the ceiling of {best:.4g}; "
+        f"bound by {binding_words(binding)}"
+    )

@@ -21,6 +21,7 @@ from zinfer.machine.profile import (
     ModeCost,
 )
 from zinfer.model.spec import ModelSpec
+from zinfer.plan.binding import Binding
 from zinfer.plan.ceiling import Ceiling, ceiling, kv_read_bytes, matrix_products, touched_experts
 from zinfer.plan.deepspeed_json import leaf_layers, staging_limit_bytes
 from zinfer.plan.process_memory import mode_of
@@ -51,8 +52,12 @@ class Prediction:
     """What the predicted decode step is made of, in seconds."""
 
     @property
-    def binding_resource(self) -> str | None:
-        """What takes longest in a decode step: fixed cost where that is more than any resource needs, else the resource of the ceiling."""
+    def binding_resource(self) -> Binding | None:
+        """What a decode step waits for.
+
+        Fixed cost (Python, launches) where it is predicted to take more than half of the step,
+        else the resource that sets the ceiling. None: no rate of this hardware is known.
+        """
         fixed = self.parts.get("loop", 0.0) + self.parts.get("layers", 0.0)
         if self.decode_step_s and fixed > self.decode_step_s / 2:
             return "fixed_cost"
@@ -85,6 +90,7 @@ class Prediction:
                 "prefill": self.ceiling.prefill.document(),
                 "decode_step": self.ceiling.decode_step.document(),
             },
+            "decode_bytes_per_token": dict(self.ceiling.decode_bytes_per_token),
             "streamed_bytes": self.ceiling.streamed_bytes,
         }
 

@@ -20,6 +20,7 @@ from zinfer.driver.terminal import Terminal, new_table
 from zinfer.job.files import PLANS_FILE
 from zinfer.machine.hardware import Hardware, detect_hardware
 from zinfer.model.spec import is_counted
+from zinfer.plan.binding import binding_words
 from zinfer.plan.fit import largest_fitting_batch, shortfall
 from zinfer.plan.planned import plan_run
 from zinfer.sweep.compose import is_basic_sweeper, sweep_folder, typed_overrides
@@ -187,7 +188,7 @@ def show(rows: list[Row], swept: list[str], terminal: Terminal) -> None:
             format_seconds(row.get(f"{start}_prefill_s")),
             format_seconds(row.get(f"{start}_decode_step_s")),
             "-" if rate is None else f"{'' if predicted else '<= '}{rate:.4g}",
-            str(row["binding_resource"] or "-"),
+            binding_words(row["binding_resource"]),
             str(row["largest_batch_size"] or "none"),
         )
     terminal.table(table)
