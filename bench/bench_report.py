@@ -1,4 +1,7 @@
-"""What a report over 1,000 runs costs: seconds, memory, size of its page. `make bench-report`. The runs are invented, the store is real."""
+"""Measure a report over 1,000 runs: seconds, memory, size of its page. `make bench-report`.
+
+The runs are invented, the store is real.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zinfer-report`: compares runs and writes one folder with a report, its tables and its figures."""
+"""`zinfer-report`: compares runs and writes one folder with a report, its tables and figures."""
 
 from __future__ import annotations
 
@@ -9,135 +9,117 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multirun_analysis.read import ReportError, Selection, read_folder, read_mlflow
+from multirun_analysis.command import parser
+from multirun_analysis.runs import ReportError, Selection
+from multirun_analysis.terminal import show, show_against, shown_progress
 from zinfer.tracking.store import TrackingUnavailable
 
 if TYPE_CHECKING:
     from multirun_analysis.report import Report
 
-TERMINAL_ROWS = 40
-TERMINAL_MEASURES = (
-    "decode_step_s",
-    "ceiling_fraction",
-    "peak_device_reserved_bytes",
-    "peak_host_rss_bytes",
-    "commit",
-)
-"""Shown beside status, choices and tokens/s; the rest is in the report."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Exit codes: 0 written; 2 there is nothing to report, or it cannot be read."""
+    """Run the console script. Exit codes: 0 written; 1 slower than before; 2 nothing to report."""
     options = parser().parse_args(arguments)
     try:
-        written = report(options)
+        code = report(options)
     except (TrackingUnavailable, OSError) as error:  # a ReportError too
         print(f"zinfer-report: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{written / 'report.html'}")
+    if code:
+        sys.exit(code)
 
 
-def parser() -> argparse.ArgumentParser:
-    """What can be typed."""
-    result = argparse.ArgumentParser(
-        prog="zinfer-report",
-        description="Compares runs and writes one folder: report.html, report.md, tables (CSV, Markdown, LaTeX) and figures (SVG, PNG). "
-        "Without arguments: the newest sweep in ./mlflow.db.",
-    )
-    which = result.add_mutually_exclusive_group()
-    which.add_argument("--experiment", metavar="NAME", help="all runs of this experiment")
-    which.add_argument(
-        "--run", metavar="ID", help="a sweep, by the id of its parent run; or a single run"
-    )
-    which.add_argument(
-        "--from-dir",
-        metavar="DIR",
-        type=Path,
-        help="job folders (outputs, multirun) instead of a run store",
-    )
-    result.add_argument(
-        "--filter",
-        metavar="FILTER",
-        help="only runs that match, in MLflow's words: \"params.`offload.device` = 'nvme'\"",
-    )
-    result.add_argument(
-        "--uri",
-        metavar="URI",
-        help="the run store: sqlite:////path/to/mlflow.db or http://host:5000 (default: ./mlflow.db)",
-    )
-    result.add_argument(
-        "--baseline",
-        metavar="CHOICE",
-        help="what speed-ups are over: offload.device=none (default: the first that varies)",
-    )
-    result.add_argument(
-        "--out", metavar="DIR", type=Path, help="where to write (default: reports/DATE-TIME)"
-    )
-    return result
-
-
-def report(options: argparse.Namespace) -> Path:
-    """Read, compare, write, and show the table of the runs."""
+def report(options: argparse.Namespace) -> int:
+    """Read, compare, write and show; return the exit code."""
     from multirun_analysis.ratios import parse_baseline
 
     try:
         baseline = parse_baseline(options.baseline) if options.baseline else None
     except ValueError as error:
         raise ReportError(str(error)) from None
-    selection = select(options)
-    from multirun_analysis.report import write_report
-
+    if options.fail_if_slower is not None and options.against is None:
+        raise ReportError("--fail-if-slower needs what to compare with. Set --against EARLIER")
     out: Path = options.out or Path("reports") / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    show(write_report(selection, out, baseline))
-    return out
+    with shown_progress() as progress:
+        progress("reading runs")
+        selection = select(options)
+        from multirun_analysis.report import write_report
+
+        written = write_report(selection, out, baseline, progress)
+        if selection.parent is not None and options.upload:
+            progress("putting the report beside the sweep's run")
+            _upload(options, selection, out, written)
+    show(written)
+    code = compare_with_earlier(options, selection, out) if options.against else 0
+    print(out / "report.html")
+    return code
 
 
 def select(options: argparse.Namespace) -> Selection:
-    """The runs that were asked for."""
+    """Read the runs that were asked for."""
     if options.from_dir is not None:
-        if options.filter or options.uri:
+        if options.filter or options.uri or options.against:
             raise ReportError(
-                "--from-dir reads job folders: --filter and --uri are for a run store. Drop them, or --from-dir"
+                "--from-dir reads job folders: --filter, --uri and --against are for a run store. "
+                "Drop them, or --from-dir"
             )
+        from multirun_analysis.folders import read_folder
+
         return read_folder(options.from_dir)
-    uri = options.uri or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    elif "://" not in uri:
+    from multirun_analysis.store import read_mlflow
+
+    return read_mlflow(
+        store_uri(options), experiment=options.experiment, run_id=options.run, where=options.filter
+    )
+
+
+def store_uri(options: argparse.Namespace) -> str:
+    """The store's URI, absolute.
+
+    Raises:
+        ReportError: a path without a scheme.
+    """
+    from multirun_analysis.frame import DEFAULT_URI, absolute
+
+    uri = options.uri or DEFAULT_URI
+    if "://" not in uri and not uri.startswith("sqlite:"):
         raise ReportError(
-            f"--uri {uri} is no URI of a run store. Type --uri sqlite:///{uri} or --uri http://127.0.0.1:5000"
+            f"--uri {uri} is no URI of a run store. Set --uri sqlite:///{uri} or --uri "
+            "http://127.0.0.1:5000"
         )
-    return read_mlflow(uri, experiment=options.experiment, run_id=options.run, where=options.filter)
+    return absolute(uri)
 
 
-def show(written: Report) -> None:
-    """The runs as a table on the terminal, and what a reader should know of them."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _upload(options: argparse.Namespace, selection: Selection, out: Path, written: Report) -> None:
+    """Put the report beside the sweep's run; a store that refuses is said, the report is there."""
+    from multirun_analysis.upload import upload_report
 
-    from multirun_analysis.compare import RATE
+    assert selection.parent is not None
+    try:
+        upload_report(store_uri(options), selection.parent, written, out)
+    except ReportError as error:
+        print(f"zinfer-report: the sweep's run does not have this report: {error}", file=sys.stderr)
 
-    runs = written.runs
-    rate = next(index for index, column in enumerate(runs.columns) if column.key == RATE)
-    indices = [
-        index
-        for index in runs.shown
-        if index <= rate or runs.columns[index].key in TERMINAL_MEASURES
-    ]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index in indices:
-        column = runs.columns[index]
-        table.add_column(column.head, justify="right" if column.number else "left", no_wrap=True)
-    for row in runs.rows[:TERMINAL_ROWS]:
-        table.add_row(*(Text(row[index].text) for index in indices))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(Text(written.title, style="bold"))
-    console.print(table)
-    if len(runs.rows) > TERMINAL_ROWS:
-        console.print(f"... and {len(runs.rows) - TERMINAL_ROWS} more in the report")
-    for note in written.notes:
-        console.print(Text(f"- {note}"))
+
+def compare_with_earlier(options: argparse.Namespace, selection: Selection, out: Path) -> int:
+    """Pair the runs with earlier ones; return 1 where one is slower than allowed."""
+    from multirun_analysis.against import against_table, compare_against, earlier_selection
+    from multirun_analysis.formats import write_tables
+    from multirun_analysis.store import opened_store
+
+    with opened_store(store_uri(options)) as store:
+        found = compare_against(selection, earlier_selection(store, options.against))
+    if not found.pairs:
+        raise ReportError(
+            f"nothing in {found.before} is paired with {found.now}: no configuration with the same "
+            "choices, machine, weights and method is in both"
+        )
+    table = against_table(found)
+    write_tables([table], out / "tables")
+    allowed = options.fail_if_slower or 0.0
+    show_against(found, table, allowed)
+    return 1 if found.failed(allowed) else 0
 
 
 if __name__ == "__main__":

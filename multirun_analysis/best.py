@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from multirun_analysis.compare import (
-    LATENCY,
-    Configuration,
-    column_order,
-    same_circumstances,
-    varied,
-)
-from multirun_analysis.spread import (
-    Spread,
-    format_bytes_per_s,
-    format_seconds,
-    format_spread,
-    speedup,
-)
+from multirun_analysis.compare import same_circumstances, varied
+from multirun_analysis.configuration import LATENCY, Configuration
+from multirun_analysis.labels import column_order
+from multirun_analysis.spread import Spread, format_bytes_per_s, format_spread, speedup
+from zinfer.units import format_seconds
 
 END_OF_BATCH = {
     "does_not_fit": "does not fit",
@@ -29,7 +20,7 @@ END_OF_BATCH = {
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """The fastest measured configuration of a model under one set of circumstances and one workload."""
+    """The fastest measured configuration of a model, under one context and workload."""
 
     configuration: Configuration
     label: str
@@ -41,7 +32,7 @@ class Best:
 
 
 def best_per_model(found: Sequence[Configuration]) -> tuple[Best, ...]:
-    """One for each model, workload and context, with why it is the best and what holds it back."""
+    """Find the fastest of each model, workload and context, and say what holds it back."""
     names = [
         name
         for name in varied(found)
@@ -97,21 +88,24 @@ def _reason(
         rival = next((item for item in measured if item.chosen(name) != winner.chosen(name)), None)
         if rival is not None and (theirs := rival.rate_spread) is not None:
             ratio = speedup(rate, theirs)
-            same = ratio.stddev is not None and ratio.median - ratio.stddev <= 1
-            verdict = ", which is within the spread" if same else ""
-            return f"{counted}{others}; {format_spread(ratio)} times the best with {rival.label(names)}{verdict}"
+            verdict = ", which is within the spread" if ratio.around_one else ""
+            best_other = f"the best with {rival.label(names)}{verdict}"
+            return f"{counted}{others}; {format_spread(ratio)} times {best_other}"
     return counted + others
 
 
 def limits(item: Configuration, group: Sequence[Configuration]) -> Iterator[str]:
-    """Sentences on what holds a configuration back: the resource that binds, and the memory that ends the batch."""
+    """Yield what holds a configuration back: what binds it, and what ends a larger batch."""
     resource, fraction = item.binding_resource, item.value("ceiling_fraction")
     streamed = implied_bytes_per_s(item)
     if resource is not None:
         reached = f"; {fraction:.0%} of the ceiling is reached" if fraction is not None else ""
         yield f"{resource}{reached}."
     elif streamed is not None:
-        yield f"Moves {format_bytes_per_s(streamed)} of weights; no ceiling was logged, so what binds is not known."
+        yield (
+            f"Moves {format_bytes_per_s(streamed)} of weights; no ceiling was logged, so what "
+            "binds is not known."
+        )
     else:
         yield "Not known: no ceiling was logged."
     bigger = [
@@ -132,11 +126,12 @@ def _differs_only_in_batch(item: Configuration, other: Configuration) -> bool:
 
 
 def implied_bytes_per_s(item: Configuration) -> float | None:
-    """Weight bytes over the time of a decode step: each step reads every weight once. None where weights stay on the device.
+    """Weight bytes over the time of a decode step, since each step reads every weight once.
 
-    The worker's own count of streamed bytes wins where it logged one (mixtures of experts touch only some weights).
+    The worker's own count of streamed bytes wins where it logged one: mixtures of experts touch
+    only some weights. None where weights stay on the device.
     """
-    if item.offload == "none":
+    if not item.streams:
         return None
     logged, size, step_s = (
         item.value("streamed_bytes_per_s"),
@@ -149,9 +144,13 @@ def implied_bytes_per_s(item: Configuration) -> float | None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (latency, rate): those that no other beats in both; sorted by latency."""
+    """Keep the points (cost, gain) that no other beats in both; sorted by cost.
+
+    Args:
+        points: less of the first is better (seconds, bytes), more of the second (tokens/s).
+    """
     front: list[tuple[float, float]] = []
-    for latency, rate in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or rate > front[-1][1]:
-            front.append((latency, rate))
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
     return front

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from multirun_analysis.compare import LABELS, Configuration
+from multirun_analysis.configuration import Configuration
+from multirun_analysis.labels import LABELS
 from multirun_analysis.spread import Spread, speedup
 
 BASELINES = (
@@ -17,7 +18,9 @@ BASELINES = (
     ("offload.use_gds", ("false", "true")),
     ("batch.batch_size", ()),
 )
-"""What a speed-up is usually asked against, first what varies first; () means the smallest value."""
+"""Choices that a speed-up is usually asked against, the first that varies first.
+
+Each with the values to prefer as its baseline; () means the smallest value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Ratio:
 
 
 def parse_baseline(text: str) -> Baseline:
-    """`offload.device=none`, `dtype.weights=bfloat16`; the group's name alone (`offload=none`) will do.
+    """Parse `offload.device=none`; the group's name alone (`offload=none`) will do.
 
     Raises:
         ValueError: not of that form.
@@ -53,12 +56,15 @@ def parse_baseline(text: str) -> Baseline:
         "batch": "batch.batch_size"
     }
     if not equals or not name or not value:
-        raise ValueError(f"--baseline {text} is no choice. Type --baseline offload.device=none")
+        raise ValueError(f"--baseline {text} is no choice. Set --baseline offload.device=none")
     return Baseline(name=full.get(name, name), value=value)
 
 
 def default_baseline(found: Sequence[Configuration]) -> Baseline | None:
-    """What people ask a speed-up against: the first of BASELINES that varies, at the value that most others can be divided by."""
+    """Choose what a speed-up is asked against: the first of BASELINES that varies.
+
+    Of its values the one that most others can be divided by; None where nothing varies.
+    """
     measured = [item for item in found if item.measured]
     for name, preferred in BASELINES:
         values = sorted(
@@ -75,7 +81,7 @@ def default_baseline(found: Sequence[Configuration]) -> Baseline | None:
 
 
 def _preference(value: str, preferred: Sequence[str]) -> tuple[int, float]:
-    """First those that are preferred, in their order, then numbers from the smallest."""
+    """Sort the preferred ones first, in their order, then numbers from the smallest."""
     number = float(value) if value.replace(".", "", 1).isdecimal() else float("inf")
     return (preferred.index(value) if value in preferred else len(preferred), number)
 
@@ -85,7 +91,7 @@ def _compares(item: Ratio) -> bool:
 
 
 def ratios(found: Sequence[Configuration], baseline: Baseline) -> tuple[Ratio, ...]:
-    """Each measured configuration over the baseline that equals it in every other group of choices and in its circumstances."""
+    """Divide each measured configuration by the baseline that equals it in everything else."""
     references: dict[tuple[object, ...], Configuration] = {}
     for item in found:
         if item.chosen(baseline.name) == baseline.value:
@@ -117,7 +123,10 @@ def _ratio(candidate: Configuration, reference: Configuration | None, baseline: 
 
 
 def _others(item: Configuration, baseline: Baseline) -> tuple[object, ...]:
-    """Everything but the baseline's own group: offload.pin_memory goes with offload.device. A batch's lengths do not go with its size."""
+    """Everything but the baseline's own group: offload.pin_memory goes with offload.device.
+
+    A batch's lengths do not go with its size.
+    """
     group = baseline.name.split(".")[0] + "."
     own = (
         {baseline.name}

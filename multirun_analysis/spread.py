@@ -1,4 +1,4 @@
-"""A number with how far it moved: merged over reruns, divided with its error, shown with as many digits as it has."""
+"""A number with how far it moved: merged over reruns, divided with its error, shown rightly."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ class Spread:
         """Standard deviation over median."""
         return None if self.stddev is None or self.median == 0 else self.stddev / abs(self.median)
 
+    @property
+    def around_one(self) -> bool:
+        """True for a ratio that its own error does not tell from 1: no difference was shown."""
+        return self.stddev is not None and abs(self.median - 1) <= self.stddev
+
 
 def merge(spreads: Sequence[Spread]) -> Spread | None:
-    """Reruns as one number: the median of the medians; variance within runs and between them add up (law of total variance)."""
+    """Make reruns one number: the median of the medians, with both variances.
+
+    Variance within runs and variance between them add up (law of total variance).
+    """
     if not spreads:
         return None
     medians = [spread.median for spread in spreads]
@@ -46,7 +54,7 @@ def merge(spreads: Sequence[Spread]) -> Spread | None:
 
 
 def scaled(spread: Spread, factor: float) -> Spread:
-    """In another unit."""
+    """The same in another unit: everything times `factor`."""
     stddev = None if spread.stddev is None else spread.stddev * factor
     return Spread(
         median=spread.median * factor,
@@ -58,10 +66,10 @@ def scaled(spread: Spread, factor: float) -> Spread:
 
 
 def speedup(candidate: Spread, reference: Spread) -> Spread:
-    """Ratio of two rates, with the first-order error of a quotient of independents.
+    """Divide two rates, with the first-order error of a quotient of independents.
 
-    Source: Taylor, An Introduction to Error Analysis, 2nd edition 1997, section 3.4: relative errors add in quadrature.
-    Unknown when either error is.
+    Relative errors add in quadrature (Taylor, An Introduction to Error Analysis, 2nd edition 1997,
+    section 3.4). The error is unknown when either one is.
     """
     ratio = candidate.median / reference.median
     relative = (
@@ -93,15 +101,22 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_spread(spread: Spread | None) -> str:
-    """'4.21 ± 0.05': the error with two digits, the number with as many decimals."""
+    """'4.213 ± 0.052': the error with two digits, the number rounded where its error is.
+
+    Of an error below the fourth digit of the number only that is said: '25.10 ± <0.01'.
+    """
     if spread is None:
         return "-"
     if not spread.stddev:
         return format_number(spread.median)
-    decimals = max(0, 1 - _magnitude(spread.stddev))
-    if decimals > max(0, 4 - _magnitude(spread.median)):  # an error far below the fourth digit
-        return f"{format_number(spread.median, 4)} ± {format_number(spread.stddev, 1)}"
-    return f"{spread.median:,.{decimals}f} ± {spread.stddev:,.{decimals}f}"
+    error = float(f"{spread.stddev:.2g}")  # first, so that 0.0996 is 0.10 and not 0.100
+    decimals = 1 - _magnitude(error)
+    most = 3 - _magnitude(spread.median)
+    if spread.median and decimals > most + 1:
+        shown = max(0, most)
+        return f"{spread.median:,.{shown}f} ± <{10.0**-shown:.{shown}f}"
+    shown = max(0, decimals)
+    return f"{round(spread.median, decimals):,.{shown}f} ± {error:,.{shown}f}"
 
 
 def _magnitude(value: float) -> int:
@@ -114,10 +129,3 @@ def format_bytes_per_s(rate: float) -> str:
     return (
         f"{format_number(rate / 1e9)} GB/s" if rate >= 1e8 else f"{format_number(rate / 1e6)} MB/s"
     )
-
-
-def format_seconds(seconds: float | None) -> str:
-    """'76.9 ms', '4.26 s'; unknown is '-'."""
-    if seconds is None:
-        return "-"
-    return f"{format_number(seconds * 1e3)} ms" if seconds < 1 else f"{format_number(seconds)} s"

@@ -1,14 +1,15 @@
-"""What a table is, and how it becomes CSV, Markdown and LaTeX. A cell has its text for people and its value for machines."""
+"""A table: columns and cells, each with its text for people and its value for machines."""
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 from multirun_analysis.spread import Spread, format_number, format_spread, scaled
+
+WHOLE_PART = re.compile(r"[-<]?[\d,]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,8 @@ class Column:
     head: str
     number: bool = False
     csv_only: bool = False
+    screen_only: bool = False
+    """In the report and in CSV, and not in a paper's table: ids, commits, details."""
     help: str | None = None
     """What the number is, shown when the head is pointed at."""
 
@@ -31,10 +34,21 @@ class Cell:
     value: float | str | None = None
     url: str | None = None
     kind: str | None = None
-    """For the report's style: a status or a standing."""
+    """For the report's style: a status, a standing, a verdict."""
+
+    @property
+    def whole(self) -> str:
+        """Text before the decimal point of its first number; all of it where there is none."""
+        found = WHOLE_PART.match(self.text)
+        return found.group() if found else self.text
+
+    @property
+    def fraction(self) -> str:
+        """The rest: decimal point, decimals, and what follows them."""
+        return self.text[len(self.whole) :]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
     """A table with its caption."""
 
@@ -50,6 +64,24 @@ class Table:
         """Indices of the columns that people see."""
         return tuple(index for index, column in enumerate(self.columns) if not column.csv_only)
 
+    @property
+    def printed(self) -> tuple[int, ...]:
+        """Indices of the columns of a paper's table."""
+        return tuple(index for index in self.shown if not self.columns[index].screen_only)
+
+    @cached_property
+    def fraction_widths(self) -> tuple[int, ...]:
+        """Of each column of numbers, the most characters that a cell has behind the whole part."""
+        return tuple(
+            max((len(row[index].fraction) for row in self.rows), default=0) if column.number else 0
+            for index, column in enumerate(self.columns)
+        )
+
+    def aligned(self, row: Sequence[Cell], index: int) -> str:
+        """The cell's text, filled up so that right-aligned numbers meet at the decimal point."""
+        missing = self.fraction_widths[index] - len(row[index].fraction)
+        return row[index].text + " " * missing * self.columns[index].number
+
 
 def text_cell(text: object, kind: str | None = None, url: str | None = None) -> Cell:
     """Text that sorts as itself; '-' for None."""
@@ -62,7 +94,7 @@ def text_cell(text: object, kind: str | None = None, url: str | None = None) -> 
 
 
 def number_cell(value: float | None, scale: float = 1.0, digits: int = 3) -> Cell:
-    """A number in the column's unit: `scale` divides what people see, CSV keeps the metric's own unit."""
+    """A number; `scale` divides what people see, and CSV keeps the metric's own unit."""
     return Cell(text=format_number(None if value is None else value / scale, digits), value=value)
 
 
@@ -83,6 +115,7 @@ def spread_cells(spread: Spread | None, scale: float = 1.0) -> tuple[Cell, Cell,
 
 
 def spread_columns(key: str, head: str, help_: str) -> tuple[Column, Column, Column]:
+    """The columns of `spread_cells`."""
     return (
         Column(key=key, head=head, number=True, help=help_),
         Column(key=f"{key}_stddev", head="", number=True, csv_only=True),
@@ -90,125 +123,7 @@ def spread_columns(key: str, head: str, help_: str) -> tuple[Column, Column, Col
             key=f"{key}_values",
             head="n",
             number=True,
+            screen_only=True,
             help="Timed generations behind the number, over all reruns",
         ),
-    )
-
-
-# Formats
-
-
-def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Each as .csv, .md and .tex."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for table in tables:
-        for suffix, text in (
-            (".csv", to_csv(table)),
-            (".md", to_markdown(table)),
-            (".tex", to_latex(table)),
-        ):
-            path = folder / f"{table.name}{suffix}"
-            path.write_text(text)
-            written.append(path)
-    return written
-
-
-def to_csv(table: Table) -> str:
-    """Plain values in the metrics' own units; unknown is empty."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(column.key for column in table.columns)
-    for row in table.rows:
-        writer.writerow(cell.value if cell.value is not None else "" for cell in row)
-    return out.getvalue()
-
-
-def to_markdown(table: Table) -> str:
-    """A GitHub table, numbers to the right."""
-    heads = [table.columns[index] for index in table.shown]
-    lines = [
-        "| " + " | ".join(_markdown(column.head) for column in heads) + " |",
-        "| " + " | ".join("---:" if column.number else "---" for column in heads) + " |",
-    ]
-    for row in table.rows:
-        cells = (row[index] for index in table.shown)
-        lines.append(
-            "| "
-            + " | ".join(
-                f"[{_markdown(cell.text)}]({cell.url})" if cell.url else _markdown(cell.text)
-                for cell in cells
-            )
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _markdown(text: str) -> str:
-    return (
-        text.replace("\\", "\\\\")
-        .replace("|", "\\|")
-        .replace("\n", " ")
-        .replace("<", "&lt;")
-        .replace("*", "\\*")
-    )
-
-
-LATEX_ESCAPES = str.maketrans({
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$", "<": r"\textless{}", ">": r"\textgreater{}",
-    "\n": " ",
-})  # fmt: skip
-
-
-def to_latex(table: Table) -> str:
-    """A table that needs only \\usepackage{booktabs}; more rows than a page holds use longtable."""
-    heads = [table.columns[index] for index in table.shown]
-    layout = "".join("r" if column.number else "l" for column in heads)
-    head = " & ".join(column.head.translate(LATEX_ESCAPES) for column in heads) + r" \\"
-    body = [
-        " & ".join(row[index].text.translate(LATEX_ESCAPES) for index in table.shown) + r" \\"
-        for row in table.rows
-    ]
-    caption = rf"\caption{{{table.title.translate(LATEX_ESCAPES)}. {table.note.translate(LATEX_ESCAPES)}}}"
-    label = rf"\label{{tab:zinfer-{table.name}}}"
-    if len(body) > 50:
-        start = [
-            r"% \usepackage{booktabs,longtable}",
-            rf"\begin{{longtable}}{{{layout}}}",
-            caption + label + r"\\",
-        ]
-        return "\n".join(
-            [
-                *start,
-                r"\toprule",
-                head,
-                r"\midrule",
-                r"\endhead",
-                *body,
-                r"\bottomrule",
-                r"\end{longtable}",
-                "",
-            ]
-        )
-    start = [
-        r"% \usepackage{booktabs}",
-        r"\begin{table}",
-        r"\centering",
-        caption,
-        label,
-        rf"\begin{{tabular}}{{{layout}}}",
-    ]
-    return "\n".join(
-        [
-            *start,
-            r"\toprule",
-            head,
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
     )

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from multirun_analysis.read import Selection, read_mlflow
+from multirun_analysis.runs import Selection
+from multirun_analysis.store import read_mlflow
 from zinfer.driver.workers import free_port
 
 WINDOW = (1560, 720)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from multirun_analysis.published import SPEED_METRICS, Published, read_published
+from multirun_analysis.published.rows import SPEED_METRICS, Published, read_published
 from tests.helpers.composing import CONF, composed
 from zinfer.config import RunConfig
 from zinfer.machine.hardware import detect_hardware

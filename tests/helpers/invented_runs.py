@@ -1,8 +1,8 @@
-"""Invent single runs, as multirun_analysis reads them, for tests of comparisons and tables."""
+"""Runs as a store returns them, made by hand for tests of comparisons."""
 
 from __future__ import annotations
 
-from multirun_analysis.read import Run
+from multirun_analysis.runs import Run
 
 
 def run(
@@ -13,7 +13,7 @@ def run(
     tags: dict[str, str] | None = None,
     **choices: str,
 ) -> Run:
-    """Invent a run of opt-30b from host memory; change it by choices (offload_device="nvme")."""
+    """A run of opt-30b from host memory unless the choices (offload_device=...) say otherwise."""
     params = {
         "model.name": "opt-30b",
         "weights": "dummy",

@@ -1,7 +1,8 @@
-"""An MLflow store full of invented runs, for tests of the report and for `python tests/helpers/synthetic_store.py DIR [RUNS]`.
+"""Make an MLflow store full of invented runs: `python tests/helpers/synthetic_store.py DIR [RUNS]`.
 
-The numbers follow a crude model of one box (a 48 GB GPU behind a 25 GB/s link, a 5.6 GB/s disk): nothing here was measured. Rows are
-written straight into the tables, because logging 1,000 runs through MLflow's client takes minutes; everything reads them through it.
+The numbers follow a crude model of one box (a 48 GB GPU behind a 25 GB/s link, a 5.6 GB/s disk):
+nothing here was measured. Rows are written straight into the tables, because logging 1,000 runs
+through MLflow's client takes minutes; everything reads them through it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from multirun_analysis.published import PUBLISHED_PARAMETERS
+from multirun_analysis.published.rows import PUBLISHED_PARAMETERS
 from zinfer.config import METHOD_VERSION
 from zinfer.tracking.store import ensure_store
 
 MODELS = ("opt-30b", "opt-66b", "llama-3-70b", "mixtral-8x22b", "bloom-176b")
 KV_BYTES_PER_TOKEN = {
-    "opt-30b": 1_376_256, "opt-66b": 2_359_296, "llama-3-70b": 327_680, "mixtral-8x22b": 229_376, "bloom-176b": 4_014_080,
-}  # fmt: skip
+    "opt-30b": 1_376_256,
+    "opt-66b": 2_359_296,
+    "llama-3-70b": 327_680,
+    "mixtral-8x22b": 229_376,
+    "bloom-176b": 4_014_080,
+}
 """KV bytes per token in 16 bits, from each model's published layers and heads."""
 OFFLOADS = ("none", "cpu", "nvme")
 DTYPES = {"bfloat16": 2.0, "int8": 1 + 4 / 64, "int4": 0.5 + 4 / 64}
@@ -96,27 +101,52 @@ def job(
         name=f"{model} {offload} {dtype} b{batch}",
         status="ok",
         params={
-            "task": "run", "weights": "dummy", "model.name": model, "model.hub_id": f"example/{model}", "offload.device": offload,
-            "offload.pin_memory": "false", "dtype.weights": dtype, "dtype.compute": "bfloat16", "batch.batch_size": str(batch),
-            "batch.prompt_tokens": str(PROMPT), "batch.new_tokens": str(NEW), "batch.warmup": "1",
-            "batch.repeats": "3", "batch.prompt": "synthetic", "batch.seed": "0", "kv_cache.placement": "device",
-            "zero.derivation": "tuned", "engine.name": "zero", "hardware.name": "detect",
-            "launcher.ranks": "1", "plan.enforce": "true", "plan.headroom": "0.05",
+            "task": "run",
+            "weights": "dummy",
+            "model.name": model,
+            "model.hub_id": f"example/{model}",
+            "offload.device": offload,
+            "offload.pin_memory": "false",
+            "dtype.weights": dtype,
+            "dtype.compute": "bfloat16",
+            "batch.batch_size": str(batch),
+            "batch.prompt_tokens": str(PROMPT),
+            "batch.new_tokens": str(NEW),
+            "batch.warmup": "1",
+            "batch.repeats": "3",
+            "batch.prompt": "synthetic",
+            "batch.seed": "0",
+            "kv_cache.placement": "device",
+            "zero.derivation": "tuned",
+            "engine.name": "zero",
+            "hardware.name": "detect",
+            "launcher.ranks": "1",
+            "plan.enforce": "true",
+            "plan.headroom": "0.05",
         },
         tags={
-            "zinfer.role": "job", "zinfer.method_version": str(METHOD_VERSION), "zinfer.hardware": "0123456789ab",
+            "zinfer.role": "job",
+            "zinfer.method_version": str(METHOD_VERSION),
+            "zinfer.hardware": "0123456789ab",
             "zinfer.device": "NVIDIA RTX A6000",
-            "zinfer.commit": "a1b2c3d4e5f60718293a4b5c6d7e8f9012345678", "zinfer.dirty": "false", "zinfer.dtype": "bfloat16", **tags,
+            "zinfer.commit": "a1b2c3d4e5f60718293a4b5c6d7e8f9012345678",
+            "zinfer.dirty": "false",
+            "zinfer.dtype": "bfloat16",
+            **tags,
         },
-    )  # fmt: skip
+    )
     run.metrics = {
-        "model_parameters": parameters, "weight_bytes": weight_bytes, "kv_cache_bytes": kv_bytes,
-        "plan_device_needed_bytes": device_bytes, "plan_device_available_bytes": GPU_BYTES,
-        "plan_host_needed_bytes": host_bytes, "plan_host_available_bytes": HOST_BYTES,
+        "model_parameters": parameters,
+        "weight_bytes": weight_bytes,
+        "kv_cache_bytes": kv_bytes,
+        "plan_device_needed_bytes": device_bytes,
+        "plan_device_available_bytes": GPU_BYTES,
+        "plan_host_needed_bytes": host_bytes,
+        "plan_host_available_bytes": HOST_BYTES,
         "plan_pinned_needed_bytes": 10e9 if offload == "nvme" else 0.0,
         "plan_disk_needed_bytes": weight_bytes if offload == "nvme" else 0.0,
         "plan_disk_available_bytes": 1.9e12 if offload == "nvme" else 0.0,
-    }  # fmt: skip
+    }
     for tier, needed, available in (
         ("device", device_bytes, GPU_BYTES),
         ("host", host_bytes, HOST_BYTES),
@@ -124,7 +154,8 @@ def job(
         if needed > available:
             run.status = "does_not_fit"
             run.tags["zinfer.reason"] = (
-                f"{tier}: needs {needed / 2**30:.1f} GiB, has {available / 2**30:.1f} GiB. Try batch.batch_size=1 or dtype=int4"
+                f"{tier}: needs {needed / 2**30:.1f} GiB, has {available / 2**30:.1f} GiB. "
+                "Try batch.batch_size=1 or dtype=int4"
             )
             return run
     if rng.random() < 0.02:
@@ -166,19 +197,36 @@ def _measured(
     rate = batch * NEW / total_s
     run.tags["zinfer.binding_resource"] = binding
     return {
-        "prefill_s": prefill_s, "decode_step_s": step_s, "decode_step_s_stddev": step_s * 0.012, "decode_step_s_min": min(run.steps),
-        "decode_step_s_max": max(run.steps), "total_s": total_s, "total_s_stddev": total_s * 0.01, "time_to_first_token_s": prefill_s,
-        "time_per_output_token_s": sum(run.steps) / (NEW - 1), "generated_tokens_per_s": rate, "generated_tokens_per_s_stddev": rate * 0.01,
-        "generated_tokens_per_s_min": rate * 0.985, "generated_tokens_per_s_max": rate * 1.012,
+        "prefill_s": prefill_s,
+        "decode_step_s": step_s,
+        "decode_step_s_stddev": step_s * 0.012,
+        "decode_step_s_min": min(run.steps),
+        "decode_step_s_max": max(run.steps),
+        "total_s": total_s,
+        "total_s_stddev": total_s * 0.01,
+        "time_to_first_token_s": prefill_s,
+        "time_per_output_token_s": sum(run.steps) / (NEW - 1),
+        "generated_tokens_per_s": rate,
+        "generated_tokens_per_s_stddev": rate * 0.01,
+        "generated_tokens_per_s_min": rate * 0.985,
+        "generated_tokens_per_s_max": rate * 1.012,
         "decode_tokens_per_s": batch * (NEW - 1) / sum(run.steps),
-        "load_s": weight_bytes / 2e9, "timed_runs": 3, "peak_host_rss_bytes": host * rng.uniform(0.97, 1.03),
-        "peak_device_allocated_bytes": device * rng.uniform(0.93, 1.0), "peak_device_reserved_bytes": device * rng.uniform(0.97, 1.05),
+        "load_s": weight_bytes / 2e9,
+        "timed_runs": 3,
+        "peak_host_rss_bytes": host * rng.uniform(0.97, 1.03),
+        "peak_device_allocated_bytes": device * rng.uniform(0.93, 1.0),
+        "peak_device_reserved_bytes": device * rng.uniform(0.97, 1.05),
         "mlocked_bytes": run.metrics["plan_pinned_needed_bytes"],
-        "ceiling_decode_step_s": ceiling_s, "predicted_decode_step_s": predicted_s,
-        "ceiling_prefill_s": prefill_ceiling_s, "predicted_prefill_s": prefill_ceiling_s * 1.1, "ceiling_fraction": ceiling_s / step_s,
-        "predicted_generated_tokens_per_s": batch * NEW / (prefill_ceiling_s * 1.1 + (NEW - 1) * predicted_s),
+        "ceiling_decode_step_s": ceiling_s,
+        "predicted_decode_step_s": predicted_s,
+        "ceiling_prefill_s": prefill_ceiling_s,
+        "predicted_prefill_s": prefill_ceiling_s * 1.1,
+        "ceiling_fraction": ceiling_s / step_s,
+        "predicted_generated_tokens_per_s": batch
+        * NEW
+        / (prefill_ceiling_s * 1.1 + (NEW - 1) * predicted_s),
         **({"streamed_bytes_per_s": weight_bytes / step_s} if offload != "none" else {}),
-    }  # fmt: skip
+    }
 
 
 def _oddities(rng: random.Random) -> list[FakeRun]:
@@ -218,11 +266,15 @@ def write_runs(
     rng: random.Random,
     children_of_first: bool = False,
 ) -> None:
-    """Append runs to an experiment, a second apart; with `children_of_first` the first one is the parent of the others."""
+    """Append runs to an experiment, a second apart.
+
+    Args:
+        children_of_first: the first run is the parent of the others.
+    """
     with sqlite3.connect(database) as connection:
         connection.execute(
-            "INSERT OR IGNORE INTO experiments (name, artifact_location, lifecycle_stage, creation_time, last_update_time)"
-            " VALUES (?, ?, 'active', 0, 0)",
+            "INSERT OR IGNORE INTO experiments (name, artifact_location, lifecycle_stage,"
+            " creation_time, last_update_time) VALUES (?, ?, 'active', 0, 0)",
             (experiment, str(database.parent / "mlartifacts")),
         )
         (experiment_id,) = connection.execute(
@@ -246,8 +298,8 @@ def _write_run(
     connection: sqlite3.Connection, experiment_id: int, run: FakeRun, start_ms: int, folder: str
 ) -> None:
     connection.execute(
-        "INSERT INTO runs (run_uuid, name, source_type, source_name, user_id, status, start_time, end_time, lifecycle_stage, artifact_uri,"
-        " experiment_id) VALUES (?, ?, 'LOCAL', 'zinfer', '', ?, ?, ?, 'active', ?, ?)",
+        "INSERT INTO runs (run_uuid, name, source_type, source_name, user_id, status, start_time,"
+        " end_time, lifecycle_stage, artifact_uri, experiment_id) VALUES (?, ?, 'LOCAL', 'zinfer', '', ?, ?, ?, 'active', ?, ?)",
         (
             run.run_id,
             run.name,
@@ -269,12 +321,14 @@ def _write_run(
     ]
     logged = [(key, value, start_ms, run.run_id, step) for key, value, step in points]
     connection.executemany(
-        "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES (?, ?, ?, ?, ?, 0)",
+        "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan)"
+        " VALUES (?, ?, ?, ?, ?, 0)",
         logged,
     )
     latest = {key: (key, value, start_ms, step, run.run_id) for key, value, _, _, step in logged}
     connection.executemany(
-        "INSERT INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid) VALUES (?, ?, ?, ?, 0, ?)",
+        "INSERT INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid)"
+        " VALUES (?, ?, ?, ?, 0, ?)",
         list(latest.values()),
     )
 

@@ -1,4 +1,4 @@
-"""Medians, spreads, ratios with their error, and what must never be mixed; against arithmetic by hand."""
+"""Medians, spreads, ratios and what must never be mixed, against arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 
 from multirun_analysis.best import best_per_model, pareto_front
 from multirun_analysis.compare import (
-    Configuration,
     configurations,
     constants,
-    mixtures,
     same_circumstances,
     shown_choices,
     varied,
 )
+from multirun_analysis.configuration import Configuration
+from multirun_analysis.notes import mixtures
 from multirun_analysis.ratios import Baseline, default_baseline, parse_baseline, ratios
-from multirun_analysis.read import Run
+from multirun_analysis.runs import Run
 from multirun_analysis.spread import Spread, format_number, format_spread, merge, speedup
 from tests.helpers.invented_runs import run
 
@@ -56,7 +56,13 @@ def test_a_speedup_carries_the_first_order_error_of_a_quotient() -> None:
         (105.23, 5.8, "105.2 ± 5.8"),
         (1234.6, 25.1, "1,235 ± 25"),
         (0.0123, 0.0011, "0.0123 ± 0.0011"),
-        (25.1, 0.00001, "25.10 ± 0.00001"),
+        (25.1, 0.00001, "25.10 ± <0.01"),
+        (0.5, 0.0996, "0.50 ± 0.10"),
+        (9.97, 0.997, "10.0 ± 1.0"),
+        (1234.6, 254.0, "1,230 ± 250"),
+        (1234.6, 0.2, "1,235 ± <1"),
+        (100.0, 99.6, "100 ± 100"),
+        (0.0, 0.5, "0.00 ± 0.50"),
     ],
 )
 def test_a_number_is_shown_with_the_digits_that_its_error_leaves(
@@ -152,7 +158,8 @@ def test_a_machine_that_changed_its_pace_between_runs_is_said(
         for size, count in enumerate(threads, start=1)
     ]
     for one, pace_s in zip(runs, paces_s, strict=True):
-        one.metrics.update({} if pace_s is None else {"yardstick_s": pace_s})  # type: ignore[attr-defined]
+        if pace_s is not None:
+            one.metrics["yardstick_s"] = pace_s  # type: ignore[index]
     assert ("up to 1.6 times slower" in " ".join(mixtures(configurations(runs)))) == said
 
 
@@ -178,7 +185,8 @@ def test_what_varies_is_a_column_and_what_follows_from_a_choice_is_not() -> None
         )
     )
     assert "offload.buffer_count" in shown_choices(configurations(runs))
-    assert constants(configurations(runs)) == {
+    found = configurations(runs)
+    assert constants(found, shown_choices(found)) == {
         "weights": "dummy",
         "batch.prompt_tokens": "512",
         "batch.new_tokens": "32",
@@ -206,7 +214,8 @@ def test_groups_are_named_by_what_tells_them_apart() -> None:
 
 def test_a_baseline_is_equal_in_everything_but_its_own_group() -> None:
     found = configurations([
-        run(40.0, offload_device="none"), run(20.0), run(5.0, offload_device="nvme", offload_buffer_count="5"),
+        run(40.0, offload_device="none"), run(20.0),
+        run(5.0, offload_device="nvme", offload_buffer_count="5"),
         run(30.0, batch_batch_size="16"),
     ])  # fmt: skip
     by_choice = {
@@ -242,7 +251,7 @@ def test_the_default_baseline_is_the_one_that_most_can_be_divided_by() -> None:
 
 @pytest.mark.parametrize("text", ["offload", "=none", "offload="])
 def test_a_baseline_that_is_no_choice_says_what_to_type(text: str) -> None:
-    with pytest.raises(ValueError, match=r"Type --baseline offload\.device=none"):
+    with pytest.raises(ValueError, match=r"Set --baseline offload\.device=none"):
         parse_baseline(text)
 
 
@@ -261,7 +270,8 @@ def test_the_best_says_why_and_what_limits_it() -> None:
     (best,) = best_per_model(configurations(runs))
     assert best.label == "weights in host memory, bfloat16, batch 16"
     assert best.reason.startswith(
-        "fastest of 3 measured (1 more failed or was only planned); 5.000 ± 0.071 times the best with weights on NVMe"
+        "fastest of 3 measured (1 more failed or was only planned); 5.000 ± 0.071 times the best "
+        "with weights on NVMe"
     )
     assert best.limit == "host-device link. Batch 32 ran out of device memory."
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 
 from multirun_analysis.compare import configurations
-from multirun_analysis.published import (
-    PUBLISHED_PARAMETERS,
-    Published,
+from multirun_analysis.published.beside import compare_published
+from multirun_analysis.published.boxes import (
     ceiling_bytes_per_s,
-    compare_published,
     explanation,
     published_nvme_bytes_per_s,
-    read_published,
     rounding,
+)
+from multirun_analysis.published.rows import (
+    PUBLISHED_PARAMETERS,
+    Published,
+    read_published,
     streamed_shares,
 )
-from multirun_analysis.tables import published_comparison_table
+from multirun_analysis.tables.published import published_table
 from tests.helpers.invented_runs import run
 
 
@@ -139,7 +141,7 @@ def test_a_number_faster_than_its_disk_is_explained_and_a_rounded_one_is_not_acc
 
 
 def test_parameter_counts_are_those_of_the_catalogue() -> None:
-    """Counted by zinfer itself from conf/model, so that published and measured weights are the same bytes."""
+    """Published and measured weights are the same bytes: both are counted from conf/model."""
     from hydra import compose, initialize_config_dir
 
     from zinfer.config import parse_config
@@ -197,7 +199,7 @@ def test_a_preset_brings_its_published_table_even_for_other_models() -> None:
 
 
 def test_the_table_normalises_both_sides() -> None:
-    table = published_comparison_table(
+    table = published_table(
         compare_published(configurations([run(9.0, dtype_weights="int4", batch_batch_size="24")]))
     )
     keys = [column.key for column in table.columns]

@@ -1,4 +1,6 @@
-"""report.html and MLflow's compare page in a real browser: no request leaves the page, no console error, the table sorts and filters.
+"""report.html and MLflow's compare page in a real browser.
+
+No request leaves the page, no console error, the table sorts and filters.
 
 Screenshots are kept in the folder that BROWSER_SCREENSHOTS names, else in the test's own.
 """
@@ -21,8 +23,9 @@ from urllib.parse import quote
 
 import pytest
 
-from multirun_analysis.read import Selection, read_mlflow
 from multirun_analysis.report import write_report
+from multirun_analysis.runs import Selection
+from multirun_analysis.store import read_mlflow
 from tests.helpers.synthetic_store import make_store
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -107,8 +110,10 @@ def visible_column(browser: Any, head: str) -> list[str]:
     """Texts of one column of the runs table, top to bottom, hidden rows left out."""
     return browser.execute_script(  # type: ignore[no-any-return]
         """const table = document.getElementById('runs');
-        const column = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent.trim() === arguments[0]);
-        return [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[column].textContent);""",
+        const heads = [...table.tHead.rows[0].cells].map(cell => cell.textContent.trim());
+        const column = heads.indexOf(arguments[0]);
+        return [...table.tBodies[0].rows].filter(row => !row.hidden)
+            .map(row => row.cells[column].textContent);""",
         head,
     )
 
@@ -146,7 +151,8 @@ def test_figures_are_visible(
     browser = open_browser(size)
     browser.get(page.as_uri())
     boxes = browser.execute_script(
-        "return [...document.querySelectorAll('.panels svg')].map(svg => { const box = svg.getBoundingClientRect(); "
+        "return [...document.querySelectorAll('.panels svg')].map(svg => { "
+        "const box = svg.getBoundingClientRect(); "
         "return [box.width, box.height, box.right, svg.querySelectorAll('path').length]; })"
     )
     assert len(boxes) >= 10
@@ -223,7 +229,8 @@ def test_dark_and_light_are_both_readable(
     browser.get(page.as_uri())
 
     def colours() -> list[list[int]]:
-        script = """const style = getComputedStyle(document.body), text = document.querySelector('.panels svg text');
+        script = """const style = getComputedStyle(document.body);
+        const text = document.querySelector('.panels svg text');
         const rgb = colour => colour.match(/\\d+/g).slice(0, 3).map(Number);
         return [style.backgroundColor, style.color, getComputedStyle(text).fill].map(rgb);"""
         return browser.execute_script(script)  # type: ignore[no-any-return]

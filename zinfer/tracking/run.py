@@ -134,7 +134,7 @@ def open_run(
 def run_params(config: RunConfig) -> dict[str, str]:
     """Return the choices, flattened: model.name, offload.device. What was left open is absent."""
     tree = config_to_shown(config)
-    flat = dict(_flatten(tree, ""))
+    flat = dict(flatten(tree))
     if config.batch.prompt == "text":
         flat["batch.prompt_text"] = tree["batch"]["prompt_text"]
     if config.dtype.bits is None:
@@ -142,15 +142,24 @@ def run_params(config: RunConfig) -> dict[str, str]:
     return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flat.items()}
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the choices of a configuration's tree by their full names: ('batch.batch_size', 8).
+
+    What is None or in NOT_PARAMETERS is left out.
+    """
     for key, value in tree.items():
         name = prefix + key
         if name in names.NOT_PARAMETERS or value is None:
             continue
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{name}.")
+            yield from flatten(value, f"{name}.")
         else:
             yield name, value
+
+
+def flat_params(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The choices of a tree that nobody has checked, as MLflow's params have them."""
+    return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flatten(tree)}
 
 
 def run_tags(

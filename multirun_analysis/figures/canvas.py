@@ -1,23 +1,29 @@
-"""How figures look and how they are stored: an SVG and a PNG for each panel, and the SVG once more for the report, in its colours."""
+"""How figures look and are stored: an SVG and a PNG of each panel, and the SVG for the report."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zinfer.escape import for_html, printable
+
 INK = "#1b1f24"
-"""Text and axes. In the report this very colour becomes the page's own, so that it can be dark or light."""
+"""Text and axes. In the report this very colour becomes the page's own, dark or light."""
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-"""Told apart with any kind of colour vision. Source: Okabe and Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/"""
+"""Told apart with any kind of colour vision.
+
+Source: Okabe and Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/
+"""
 OFFLOAD_COLOURS = {"none": COLOURS[0], "cpu": COLOURS[1], "nvme": COLOURS[2]}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 PANEL_INCHES = (5.6, 3.7)
 PNG_DPI = 150
+LABEL_CHARACTERS = 46
+TITLE_CHARACTERS = 60
 
 STYLE = {
     "font.family": "sans-serif",
@@ -59,7 +65,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What one question looks like: a panel for each model, or the sentence why there is none."""
+    """The answer to one question: a panel for each model, or the sentence why there is none."""
 
     name: str
     title: str
@@ -75,6 +81,7 @@ class Canvas:
         import matplotlib
 
         self._folder = folder
+        self._names: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
         self._style = matplotlib.rc_context(
             {**matplotlib.rcParamsDefault, **STYLE, "backend": "agg"}
@@ -97,16 +104,16 @@ class Canvas:
         ).add_subplot(facecolor="none")
 
     def panel(self, name: str, axes: Any, title: str) -> Panel:
-        """Store a drawing as NAME.svg and NAME.png. Each is drawn once: savefig would draw everything twice."""
+        """Store a drawing as NAME.svg and NAME.png, each drawn once: savefig draws twice."""
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
+        title = short(title, TITLE_CHARACTERS)
         axes.set_title(title)
-        name, drawing, text = file_name(name), axes.figure, io.StringIO()
-        with matplotlib.rc_context(
-            {"svg.hashsalt": name}
-        ):  # ids that are the same in every report and differ between its panels
+        name, drawing, text = self._free_name(file_name(name)), axes.figure, io.StringIO()
+        # ids that are the same in every report and differ between its panels
+        with matplotlib.rc_context({"svg.hashsalt": name}):
             FigureCanvasSVG(drawing).print_svg(text, metadata={"Date": None, "Creator": None})
         svg = text.getvalue()
         svg = svg[svg.index("<svg") :]
@@ -117,10 +124,22 @@ class Canvas:
         FigureCanvasAgg(drawing).print_png(self._folder / f"{name}.png")
         return Panel(name=name, title=title, svg=in_page(svg, title))
 
+    def _free_name(self, name: str) -> str:
+        """Two names that differ in forbidden characters only must not become one file."""
+        taken = sum(known == name for known in self._names)
+        self._names.append(name)
+        return f"{name}-{taken + 1}" if taken else name
+
 
 def file_name(text: str) -> str:
-    """Letters, digits, dots, dashes and underscores only."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "figure"
+    """Keep letters, digits, dots, dashes and underscores only, and a length that any disk takes."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII).strip("-.")[:100] or "figure"
+
+
+def short(text: str, characters: int = LABEL_CHARACTERS) -> str:
+    """Text for a drawing: without control characters, cut off where it would not fit."""
+    text = printable(text)
+    return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def on_paper(svg: str) -> str:
@@ -135,57 +154,12 @@ def on_paper(svg: str) -> str:
 
 
 def in_page(svg: str, title: str) -> str:
-    """For the report: scales with its column, takes the page's ink, and names itself to screen readers."""
+    """Make it scale with its column, take the page's ink, and name itself to screen readers."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg [^>]*?) (?:height|width)="[^"]*pt"', r"\1", svg)
     svg = re.sub(r'(<svg [^>]*?) (?:height|width)="[^"]*pt"', r"\1", svg)
-    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    label = for_html(title)
     svg = re.sub(r"font: ([\w. ]*?px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
     return svg.replace(INK, "currentColor").replace(
         "<svg ", f'<svg role="img" aria-label="{label}" ', 1
     )
-
-
-def legend_below(axes: Any, columns: int) -> None:
-    """Outside of the data, so that it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def plain_ticks(axis: Any) -> None:
-    """1, 10, 1,000 instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}")
-    )
-    axis.set_minor_formatter(NullFormatter())
-
-
-def powers_of_two(axes: Any, values: Sequence[float]) -> None:
-    """A batch axis: logarithmic, a tick at each batch that was run."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    axes.set_xscale("log", base=2)
-    ticks = sorted(set(values))
-    while len(ticks) > 10:
-        ticks = ticks[::2]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    plain_ticks(axes.xaxis)
-
-
-def log_if_wide(axes: Any, values: Sequence[float], axis: str = "y") -> None:
-    """Logarithmic where the values span more than a factor of 20, from zero otherwise."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    known = [value for value in values if value > 0]
-    which = axes.yaxis if axis == "y" else axes.xaxis
-    if known and max(known) / min(known) > 20:
-        getattr(axes, f"set_{axis}scale")("log")
-        subs = (1.0,) if max(known) / min(known) > 300 else (1.0, 2.0, 5.0)
-        which.set_major_locator(LogLocator(subs=subs))
-        which.set_minor_locator(NullLocator())
-    else:
-        getattr(axes, f"set_{axis}lim")(**{"bottom" if axis == "y" else "left": 0})
-    plain_ticks(which)

@@ -1,0 +1,156 @@
+"""Runs out of job folders, where there is no store."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from multirun_analysis.notes import run_notes
+from multirun_analysis.runs import History, Json, ReportError, Run, Selection, counted, started_s
+from zinfer.job.files import (
+    EARLIER_FOLDER,
+    ENVIRONMENT_FILE,
+    EVENTS_FILE,
+    JOB_FILE,
+    RESULT_FILE,
+)
+from zinfer.tracking.run import flat_params
+
+STEP_HISTORY = "decode_step_s_by_step"
+
+
+def read_folder(folder: Path) -> Selection:
+    """Read result.json, and job.json or .hydra/config.yaml beside it, at any depth.
+
+    Raises:
+        ReportError: no such folder, or no job in it.
+    """
+    if not folder.is_dir():
+        raise ReportError(
+            f"{folder} is not a folder. Set --from-dir outputs, or --uri for an MLflow store"
+        )
+    runs = tuple(sorted(folder_runs(folder), key=started_s))
+    if not runs:
+        raise ReportError(
+            f"no job folder (with a {RESULT_FILE}) is in {folder}. Set --from-dir outputs or "
+            "--from-dir multirun"
+        )
+    unread = [str(path.parent) for path in folder.rglob(RESULT_FILE) if json_file(path) is None]
+    notes = []
+    if unread:
+        named = ", ".join(unread[:5])
+        notes.append(
+            f"{counted(len(unread), 'job folder')} left out, {RESULT_FILE} cannot be read: {named}."
+        )
+    folders = {run.run_id: Path(run.tags["zinfer.job_dir"]) for run in runs}
+    return Selection(
+        title=f"jobs in {folder}",
+        where=str(folder),
+        runs=runs,
+        notes=(*notes, *run_notes(runs)),
+        history=lambda run, metric: _history(folders[run.run_id], metric),
+        environment=lambda run: json_file(folders[run.run_id] / ENVIRONMENT_FILE),
+    )
+
+
+def folder_runs(folder: Path) -> Iterator[Run]:
+    """Yield the run of every readable result.json below `folder`, earlier attempts left out."""
+    for path in sorted(folder.rglob(RESULT_FILE)):
+        if EARLIER_FOLDER in path.relative_to(folder).parts:
+            continue
+        result = json_file(path)
+        if result is not None and "status" in result:
+            yield _run(path.parent, result)
+
+
+def _run(job_dir: Path, result: Json) -> Run:
+    config = (json_file(job_dir / JOB_FILE) or {}).get("config") or _hydra_config(job_dir)
+    tags = _tags(job_dir, result)
+    metrics = _metrics(result)
+    return Run(
+        run_id=result.get("run_id") or str(job_dir),
+        name=job_dir.name,
+        experiment=str((config.get("tracking") or {}).get("experiment", "")),
+        started=datetime.fromtimestamp((job_dir / RESULT_FILE).stat().st_mtime, UTC),
+        status=result["status"],
+        reason=result.get("reason") or "; ".join(result.get("problems") or []) or None,
+        params=flat_params(config),
+        metrics={name: float(value) for name, value in metrics.items() if value is not None},
+        tags={name: str(value) for name, value in tags.items() if value},
+    )
+
+
+def _metrics(result: Json) -> dict[str, Any]:
+    model, plan = result.get("model") or {}, result.get("plan") or {}
+    metrics = {
+        "model_parameters": model.get("parameters"),
+        "weight_bytes": model.get("weight_bytes"),
+    }
+    for tier, needs in (plan.get("tiers") or {}).items():
+        metrics |= {
+            f"plan_{tier}_needed_bytes": needs.get("needed_bytes"),
+            f"plan_{tier}_available_bytes": needs.get("available_bytes"),
+        }
+    metrics |= {
+        name: value
+        for name, value in (plan.get("prediction") or {}).items()
+        if name.startswith(("predicted_", "ceiling_")) and isinstance(value, int | float)
+    }
+    return metrics | (result.get("metrics") or {})
+
+
+def _tags(job_dir: Path, result: Json) -> dict[str, Any]:
+    environment = json_file(job_dir / ENVIRONMENT_FILE) or {}
+    stability = result.get("stability") or {}
+    return {
+        "zinfer.status": result["status"],
+        "zinfer.dtype": (result.get("model") or {}).get("dtype"),
+        "zinfer.commit": (environment.get("zinfer") or {}).get("commit"),
+        "zinfer.method_version": result.get("method_version"),
+        "zinfer.binding_resource": ((result.get("plan") or {}).get("prediction") or {}).get(
+            "binding_resource"
+        ),
+        "zinfer.warnings": "\n".join(result.get("warnings") or []),
+        "zinfer.stability": stability.get("verdict"),
+        "zinfer.stability_reason": "; ".join(stability.get("reasons") or []),
+        "zinfer.job_dir": str(job_dir),
+        "zinfer.tracked": "true" if result.get("run_id") else None,
+    }
+
+
+def _hydra_config(job_dir: Path) -> Json:
+    """Read what Hydra composed, for a job that was refused before its configuration was checked."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load((job_dir / ".hydra" / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _history(job_dir: Path, metric: str) -> History:
+    """Medians of the decode steps over the timed generations, from the worker's events."""
+    if metric != STEP_HISTORY or not (job_dir / EVENTS_FILE).is_file():
+        return ()
+    lines = (job_dir / EVENTS_FILE).read_text(errors="replace").splitlines()
+    samples = [
+        json.loads(line) for line in lines if '"event": "sample"' in line and line.endswith("}")
+    ]
+    repeats = [sample["decode_step_s"] for sample in samples if sample.get("kind") == "timed"]
+    return tuple(
+        (step, statistics.median(values)) for step, values in enumerate(zip(*repeats, strict=False))
+    )
+
+
+def json_file(path: Path) -> Json | None:
+    """Content of a JSON file; None where it is missing, broken, or no object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

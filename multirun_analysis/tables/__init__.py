@@ -1,0 +1,1 @@
+"""Comparisons -> tables, one module for each question that a table answers."""
