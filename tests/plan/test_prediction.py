@@ -159,7 +159,7 @@ def test_a_run_is_scored_against_its_prediction() -> None:
     ("yardstick_s", "slowdown", "words"),
     [
         (0.011, 1.1, None),
-        (0.015, 1.5, "1.5 times slower while this ran"),
+        (0.015, 1.5, None),  # the verdict on its stability says that
         (0.005, 0.5, "2.0 times faster while this ran"),
     ],
 )

@@ -82,6 +82,12 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
             f"Set batch.batch_size={fitting}",
             ("batch.batch_size", "launcher.ranks", "launcher.nodes"),
         )
+    if batch.max_repeats is not None and batch.max_repeats < batch.repeats:
+        yield Problem(
+            f"batch.max_repeats={batch.max_repeats} is less than batch.repeats={batch.repeats}. "
+            f"Set batch.max_repeats={10 * batch.repeats}",
+            ("batch.max_repeats", "batch.repeats"),
+        )
     about = ("batch.prompt", "batch.prompt_file")
     example = "Set batch.prompt_file=/path/to/text.txt"
     if batch.prompt == "file" and batch.prompt_file is None:

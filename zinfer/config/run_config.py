@@ -174,6 +174,10 @@ class BatchConfig:
     warmup: Annotated[int, Limits(0, 1 << 16)]
     """Generations before timing starts: logged apart, never in the medians."""
     repeats: Annotated[int, Limits(1, 1 << 16)]
+    max_repeats: Annotated[int, Limits(1, 1 << 16)] | None = None
+    """Go on after `repeats` until the median is known to target_relative_error; None: do not."""
+    target_relative_error: Annotated[float, Limits(0.0001, 0.9999)] = 0.05
+    """Half of the median's 95 % interval over the median."""
     prompt: Literal["synthetic", "text", "file"] = "synthetic"
     prompt_text: str = "Paris is the capital city of"
     prompt_file: str | None = None

@@ -411,11 +411,6 @@ def scored(
 def speed_warnings(scores: Mapping[str, float]) -> Iterator[str]:
     """Whether the machine itself was another one than the calibrated while a run was timed."""
     slowdown = scores.get("slowdown", 1.0)
-    if slowdown > NOTICED_SLOWDOWN:
-        yield (
-            f"the processor was {slowdown:.1f} times slower while this ran than when it was calibrated (neighbours, heat, power saving?): "
-            "repeat the run before comparing it with others"
-        )
     if slowdown < 1 / NOTICED_SLOWDOWN:
         yield (
             f"the processor was {1 / slowdown:.1f} times faster while this ran than when it was calibrated, so predictions are too slow. "

@@ -18,6 +18,8 @@ from zinfer.job.events import EventLog
 from zinfer.worker.cache_bytes import remembered_bytes
 from zinfer.worker.engines import Engine
 from zinfer.worker.samples import Generation, Sample
+from zinfer.worker.stability import relative_error
+from zinfer.worker.surroundings import between, look
 from zinfer.worker.yardstick import Yardstick
 
 PROGRESS_S = 1.0
@@ -59,6 +61,8 @@ def generate_timed(
 ) -> Generation:
     """Warm up, then time `batch.repeats` generations of this rank's rows.
 
+    With `batch.max_repeats` the timing goes on until the median is known well enough.
+
     Args:
         prompts: token ids [batch_size, prompt_tokens] of all ranks' rows.
     """
@@ -72,18 +76,37 @@ def generate_timed(
         samples.append(_noted(sample, events))
     events.phase("generate", generations=batch.repeats)
     yardstick = Yardstick()
+    before = look()
     yardstick_s = [yardstick.seconds()]
-    for index in range(batch.repeats):
+    totals_s: list[float] = []
+    while _goes_on(totals_s, batch, engine.ranks):
+        index = len(totals_s)
         sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index, events)
         samples.append(_noted(sample, events))
+        totals_s.append(sample.total_s)
         yardstick_s.append(yardstick.seconds())
-        events.progress(index + 1, batch.repeats, "generations")
+        events.progress(index + 1, max(batch.repeats, index + 1), "generations")
     return Generation(
+        surroundings=between(before, look(), engine.ranks),
         samples=tuple(samples),
         token_ids=tuple(tuple(row) for row in ids.tolist()),
         yardstick_s=tuple(yardstick_s),
         kv_cache_bytes=kv_bytes,
     )
+
+
+def _goes_on(totals_s: list[float], batch: BatchConfig, ranks: int) -> bool:
+    """Tell whether one more generation is timed. Rank 0 decides for all: times differ a little."""
+    if len(totals_s) < batch.repeats:
+        return True
+    if batch.max_repeats is None or len(totals_s) >= batch.max_repeats:
+        return False
+    unknown = relative_error(totals_s) > batch.target_relative_error
+    if ranks == 1:
+        return unknown
+    decision = [unknown]
+    torch.distributed.broadcast_object_list(decision, src=0)
+    return decision[0]
 
 
 def _noted(sample: Sample, events: EventLog) -> Sample:

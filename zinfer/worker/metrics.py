@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from zinfer.config import BatchConfig
 from zinfer.worker.ranks import RankResult
 from zinfer.worker.samples import Sample
+from zinfer.worker.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from zinfer.model.weights.verified import VerifiedWeights
@@ -28,7 +29,15 @@ class Measured:
     load_s: float
     import_s: float
     ranks: tuple[RankResult, ...]
+    threads: int = 1
+    """Threads that compute, of all ranks on this host; on a GPU the one of each rank that launches."""
+    surroundings: Surroundings | None = None
     verified: VerifiedWeights | None = None
+
+    @property
+    def totals_s(self) -> list[float]:
+        """Time of each timed generation."""
+        return [sample.total_s for sample in self.samples if sample.kind == "timed"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ from zinfer.plan.prediction import scored, speed_warnings
 from zinfer.plan.resolved import describe, resolved_spec
 from zinfer.plan.warnings import plan_warnings
 from zinfer.worker.failure import failed_event
+from zinfer.worker.stability import Evidence, judge
+from zinfer.worker.stability import warning as warning_of
 
 if TYPE_CHECKING:
     from zinfer.worker.engines import Engine
@@ -137,6 +139,8 @@ def measure(
         load_s=loaded.load_s,
         import_s=loaded.import_s,
         ranks=ranks,
+        threads=planned.config.launcher.ranks * engine.threads,
+        surroundings=generation.surroundings,
         verified=engine.verified,
     )
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
@@ -156,9 +160,29 @@ def report(planned: Planned, measured: Measured, said: dict[str, Any], events: E
         scores = scored(known, planned.prediction, planned.plan)
         for warning in speed_warnings(scores):
             events.warning(warning)
-        weights = measured.verified.document() if measured.verified else None
-        events.write("result", status="ok", metrics={**known, **scores}, weights=weights)
+        stability = judge(evidence_of(planned, measured))
+        if (unstable := warning_of(stability)) is not None:
+            events.warning(unstable)
+        events.write(
+            "result",
+            status="ok",
+            metrics={**known, **scores},
+            stability=stability.document(),
+            weights=measured.verified.document() if measured.verified else None,
+        )
     return metrics
+
+
+def evidence_of(planned: Planned, measured: Measured) -> Evidence:
+    """Collect what the run knows of its own circumstances."""
+    return Evidence(
+        totals_s=measured.totals_s,
+        yardstick_s=measured.yardstick_s,
+        calibrated_yardstick_s=planned.prediction.yardstick_s,
+        threads=measured.threads,
+        surroundings=measured.surroundings,
+        target_relative_error=planned.config.batch.target_relative_error,
+    )
 
 
 def _in_own_swap_folder(config: RunConfig, job_dir: Path) -> RunConfig:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from zinfer.worker.surroundings import Surroundings
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -32,5 +34,7 @@ class Generation:
     """New tokens of this rank's rows, from the last timed generation."""
     yardstick_s: tuple[float, ...]
     """Time of the same fixed work, before each timed generation and after the last."""
+    surroundings: Surroundings | None = None
+    """What else the machine did during the timed generations."""
     kv_cache_bytes: int | None
     """Bytes of this rank's cache at the end; None where the cache shows no tensors."""

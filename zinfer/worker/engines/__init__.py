@@ -31,6 +31,15 @@ class Engine:
     verified: VerifiedWeights | None = None
     """The proof that all weights came from the checkpoint; None for dummy weights."""
 
+    @property
+    def threads(self) -> int:
+        """Threads of this rank that compute, or that keep its GPU busy."""
+        if self.device.type != "cpu":
+            return 1
+        import torch
+
+        return int(torch.get_num_threads())
+
 
 def tokenizer_for(config: RunConfig, events: EventLog) -> Any | None:
     """The model's tokenizer, or None: where nothing is read or shown as text, or where there is none (said in a warning)."""
