@@ -9,6 +9,9 @@ from multirun_analysis.configuration import Configuration, Context
 from multirun_analysis.labels import ALWAYS_SHOWN, LABELS, NOT_CHOICES, column_order
 from multirun_analysis.runs import Run
 
+THIS_MACHINE = ("hardware.name", "detect")
+"""Not worth a word: the machine that the run was on."""
+
 
 def configurations(runs: Iterable[Run]) -> tuple[Configuration, ...]:
     """Group runs of the same choices under the same circumstances, in the order they first ran."""
@@ -107,7 +110,8 @@ def constants(found: Sequence[Configuration], shown: Sequence[str]) -> dict[str,
         for name in LABELS
         if name not in shown and any(name in item.choices for item in found)
     }
-    return {name: value for name, (value, *others) in values.items() if not others}
+    same = {name: value for name, (value, *others) in values.items() if not others}
+    return {name: value for name, value in same.items() if (name, value) != THIS_MACHINE}
 
 
 def same_circumstances(found: Sequence[Configuration]) -> list[tuple[str, list[Configuration]]]:

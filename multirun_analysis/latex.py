@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,15 @@ from zinfer.escape import for_latex
 
 PAGE_PT = 345.0
 """Text width of the article class at 10 pt."""
-SIZES = (("small", 4.9), ("footnotesize", 4.5), ("scriptsize", 4.1), ("tiny", 3.4))
+SIZES = (("small", 4.9), ("footnotesize", 4.5), ("scriptsize", 4.1))
+SMALLEST = ("tiny", 3.4)
 """Command, and points of an average character: digits of Computer Modern are half an em wide."""
 SEPARATION_PT = 3.0
 WRAPPED_CHARACTERS = 16
 """A column of longer text is broken into lines."""
 NARROWEST_CHARACTERS = 9
 PAGE_ROWS = 45
+HEAD_PARTS = re.compile(r"[^ ._]*[ ._]|[^ ._]+$")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Layout:
     """How one table is set."""
 
     size: str
+    indices: tuple[int, ...]
+    """Of the table's columns, those that are set."""
     columns: tuple[str, ...]
     """The argument of tabular, one part for each column."""
 
@@ -36,12 +41,13 @@ def to_latex(table: Table) -> str:
     """
     long = len(table.rows) > PAGE_ROWS
     layout = fitting_layout(table)
-    head = " & ".join(_head(table, index) for index in table.printed) + r" \\"
+    head = " & ".join(_head(table, index) for index in layout.indices) + r" \\"
     body = [
-        " & ".join(_cell(table, row, index) for index in table.printed) + r" \\"
+        " & ".join(_cell(table, row, index) for index in layout.indices) + r" \\"
         for row in table.rows
     ]
-    caption = rf"\caption{{{for_latex(table.title)}. {for_latex(table.note)}}}"
+    more = "" if layout.indices == table.printed else f" More columns are in {table.name}.csv."
+    caption = rf"\caption{{{for_latex(table.title)}. {for_latex(table.note + more)}}}"
     label = rf"\label{{tab:zinfer-{table.name}}}"
     separation = rf"\setlength{{\tabcolsep}}{{{SEPARATION_PT:g}pt}}"
     settings = [rf"\{layout.size}\sloppy", separation]
@@ -75,57 +81,92 @@ def to_latex(table: Table) -> str:
 
 
 def fitting_layout(table: Table) -> Layout:
-    """Choose the largest type at which the table is as wide as the page; break long text."""
-    natural = [_characters(table, index) for index in table.printed]
-    for size, point in SIZES:
-        room = PAGE_PT - 2 * SEPARATION_PT * len(natural)
-        widths = _widths(table, natural, room / point)
-        if sum(widths) * point <= room or size == SIZES[-1][0]:
-            columns = tuple(
-                _column(table, index, width, full, point)
-                for index, width, full in zip(table.printed, widths, natural, strict=True)
-            )
-            return Layout(size, columns)
-    raise AssertionError("the last size is always taken")
+    """Choose the largest type at which the table is as wide as the page; break long text.
+
+    Where not even scriptsize is narrow enough, optional columns are left out, from the right; where
+    there is none left, the type is tiny.
+    """
+    indices = table.printed
+    while True:
+        for size, point in SIZES:
+            room = PAGE_PT - 2 * SEPARATION_PT * len(indices)
+            widths = _widths(table, indices, room / point)
+            if sum(widths) * point <= room:
+                return _layout(table, indices, widths, size, point)
+        optional = [index for index in indices if table.columns[index].optional]
+        if not optional:
+            room = PAGE_PT - 2 * SEPARATION_PT * len(indices)
+            size, point = SMALLEST
+            return _layout(table, indices, _widths(table, indices, room / point), size, point)
+        indices = tuple(index for index in indices if index != optional[-1])
 
 
-def _widths(table: Table, natural: Sequence[int], room: float) -> list[float]:
+def _layout(
+    table: Table, indices: tuple[int, ...], widths: Sequence[float], size: str, point: float
+) -> Layout:
+    columns = tuple(
+        _column(table, index, width, point) for index, width in zip(indices, widths, strict=True)
+    )
+    return Layout(size, indices, columns)
+
+
+def _widths(table: Table, indices: Sequence[int], room: float) -> list[float]:
     """Characters of each column: broken ones share what the others leave."""
+    natural = [_characters(table, index) for index in indices]
     breakable = [
         width > WRAPPED_CHARACTERS and not table.columns[index].number
-        for index, width in zip(table.printed, natural, strict=True)
+        for index, width in zip(indices, natural, strict=True)
     ]
     fixed = sum(width for width, broken in zip(natural, breakable, strict=True) if not broken)
     wanted = sum(width for width, broken in zip(natural, breakable, strict=True) if broken)
-    if not wanted:
-        return list(map(float, natural))
-    share = min(1.0, max(0.0, room - fixed) / wanted)
+    share = min(1.0, max(0.0, room - fixed) / wanted) if wanted else 1.0
     return [
         max(NARROWEST_CHARACTERS, width * share) if broken else float(width)
         for width, broken in zip(natural, breakable, strict=True)
     ]
 
 
-def _column(table: Table, index: int, width: float, full: int, point: float) -> str:
+def _column(table: Table, index: int, width: float, point: float) -> str:
     if table.columns[index].number:
         return "r@{}l" if table.fraction_widths[index] else "r"
-    if width < full:
+    if width < _characters(table, index):
         return rf"p{{{width * point:.0f}pt}}"
     return "l"
 
 
 def _characters(table: Table, index: int) -> int:
-    """Widest line of a column: its head, or the whole part and the fraction of its numbers."""
+    """Widest line of a column: of its head, or of its cells."""
+    head = max(map(len, head_lines(table, index)))
+    return max(head, _content_characters(table, index))
+
+
+def _content_characters(table: Table, index: int) -> int:
     cells = [row[index] for row in table.rows]
-    head = len(table.columns[index].head)
     if table.columns[index].number:
         whole = max((len(cell.whole) for cell in cells), default=0)
-        return max(head, whole + table.fraction_widths[index])
-    return max([head, *(len(cell.text) for cell in cells)])
+        return whole + table.fraction_widths[index]
+    return max((len(cell.text) for cell in cells), default=0)
+
+
+def head_lines(table: Table, index: int) -> list[str]:
+    """Break a head at spaces, dots and underscores into lines as narrow as the column."""
+    parts = HEAD_PARTS.findall(table.columns[index].head) or [""]
+    width = max(_content_characters(table, index), *(len(part.strip()) for part in parts))
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len((lines[-1] + part).strip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.strip() for line in lines]
 
 
 def _head(table: Table, index: int) -> str:
-    text = for_latex(table.columns[index].head)
+    lines = [for_latex(line) for line in head_lines(table, index)]
+    text = lines[0]
+    if len(lines) > 1:
+        side = "r" if table.columns[index].number else "l"
+        stacked = r"\\".join(lines)
+        text = rf"\begin{{tabular}}[b]{{@{{}}{side}@{{}}}}{stacked}\end{{tabular}}"
     return rf"\multicolumn{{2}}{{c}}{{{text}}}" if table.fraction_widths[index] else text
 
 

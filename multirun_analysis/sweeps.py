@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from multirun_analysis.runs import Run
 from zinfer.job.files import REUSED_FILE
 
 SWEEP_ROLE = "sweep"
-JOBS_TAG = "zinfer.jobs"
-"""On a sweep's run: JSON, a list of {num, run_id, state} of all its jobs."""
+JOBS_TAGS = re.compile(r"zinfer\.jobs(\.\d+)?")
+"""On a sweep's run: JSON, lists of {num, run_id, state} of all its jobs."""
 
 
 def reused_ids(tags: Mapping[str, str]) -> set[str]:
@@ -22,7 +23,8 @@ def reused_ids(tags: Mapping[str, str]) -> set[str]:
         tags: of the sweep's run. Without a readable zinfer.jobs, the sweep's folder is asked,
             where it is on this machine.
     """
-    ids = {str(job["run_id"]) for job in _listed(tags.get(JOBS_TAG, "[]")) if job.get("run_id")}
+    lists = [text for name, text in tags.items() if JOBS_TAGS.fullmatch(name)]
+    ids = {str(job["run_id"]) for text in lists for job in _listed(text) if job.get("run_id")}
     folder = sweep_folder(tags)
     if folder is not None:
         for path in sorted(folder.glob(f"*/{REUSED_FILE}")):

@@ -22,6 +22,8 @@ class Column:
     csv_only: bool = False
     screen_only: bool = False
     """In the report and in CSV, and not in a paper's table: ids, commits, details."""
+    optional: bool = False
+    """Left out of a paper's table that would be wider than the page, the last one first."""
     help: str | None = None
     """What the number is, shown when the head is pointed at."""
 

@@ -21,6 +21,8 @@ OFFLOAD_COLOURS = {"none": COLOURS[0], "cpu": COLOURS[1], "nvme": COLOURS[2]}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 PANEL_INCHES = (5.6, 3.7)
+EDGE_INCHES = 0.11
+"""Kept free around a drawing: a browser's font may be wider than the one it was laid out with."""
 PNG_DPI = 150
 LABEL_CHARACTERS = 46
 TITLE_CHARACTERS = 60
@@ -99,9 +101,9 @@ class Canvas:
         from matplotlib.figure import Figure as Drawing
 
         width, tall = PANEL_INCHES
-        return Drawing(
-            figsize=(width, tall * height), layout="constrained", facecolor="none"
-        ).add_subplot(facecolor="none")
+        drawing = Drawing(figsize=(width, tall * height), layout="constrained", facecolor="none")
+        drawing.get_layout_engine().set(w_pad=EDGE_INCHES, h_pad=EDGE_INCHES / 2)
+        return drawing.add_subplot(facecolor="none")
 
     def panel(self, name: str, axes: Any, title: str) -> Panel:
         """Store a drawing as NAME.svg and NAME.png, each drawn once: savefig draws twice."""

@@ -27,6 +27,9 @@ def ceiling(canvas: Canvas, found: Group) -> Figure:
         and item.value(LATENCY)
         and item.batch_size
     ]
+    if len(known) == 1:
+        missing = "One configuration has a ceiling; its share of it is in the table."
+        return Figure(name="ceiling", title=title, caption="", missing=missing)
     if not known:
         missing = (
             "No run logged ceiling_decode_step_s, so how far these numbers are from what the "

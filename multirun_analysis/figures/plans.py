@@ -16,7 +16,7 @@ CEILING, PREDICTED = "ceiling_generated_tokens_per_s", "predicted_generated_toke
 
 
 def plans(canvas: Canvas, found: Group, comparisons: Sequence[Comparison]) -> Figure:
-    """Draw a bar for each plan that fits; first those that a published number stands beside."""
+    """Draw a row for each plan that fits, first those that a published number stands beside."""
     title = "What the plans allow"
     published = {
         id(item.planned): item.published.tokens_per_s
@@ -33,7 +33,7 @@ def plans(canvas: Canvas, found: Group, comparisons: Sequence[Comparison]) -> Fi
         known, key=lambda item: (id(item) not in published, -(item.value(CEILING) or 0))
     )
     rows = [(item, published.get(id(item))) for item in ordered[:MAX_BARS]]
-    beside = " The mark is what was published of the same configuration." if published else ""
+    beside = " The diamond is what was published of the same configuration." if published else ""
     caption = (
         f"Generated tokens/s that the slowest resource allows.{beside}"
         f"{left_out(ordered, MAX_BARS, 'plans')} {circumstances(item for item, _ in rows)}"
@@ -47,19 +47,27 @@ def _panel(canvas: Canvas, rows: Sequence[tuple[Configuration, float | None]]) -
     for index, (item, published) in enumerate(rows):
         limit, predicted = item.value(CEILING) or 0.0, item.value(PREDICTED)
         values += [limit, *filter(None, (predicted, published))]
-        first = index == 0
-        label = "at most" if first else None
-        axes.barh(index, limit, height=0.6, color=COLOURS[4], label=label)
-        if predicted:
-            label = "predicted" if first else None
-            axes.barh(index, predicted, height=0.3, color=COLOURS[0], label=label)
-        if published:
-            known = axes.get_legend_handles_labels()[1]
-            label = None if "published" in known else "published"
-            axes.plot(published, index, "D", color=COLOURS[5], label=label)
+        lowest = min(filter(None, (limit, predicted, published)))
+        axes.plot([lowest, limit], [index, index], color=COLOURS[4], linewidth=1.2, zorder=0)
+        for value, marker, colour, label in (
+            (limit, "|", COLOURS[0], "at most"),
+            (predicted, "o", COLOURS[0], "predicted"),
+            (published, "D", COLOURS[5], "published"),
+        ):
+            if value:
+                known = axes.get_legend_handles_labels()[1]
+                size = 12 if marker == "|" else 6
+                axes.plot(
+                    value,
+                    index,
+                    marker,
+                    color=colour,
+                    markersize=size,
+                    markeredgewidth=2 if marker == "|" else 0,
+                    label=None if label in known else label,
+                    linestyle="none",
+                )
     scale(axes, values, "x")
-    if axes.get_xscale() == "linear":
-        axes.set_xlim(0, max(values) * 1.1)
     axes.set_yticks(range(len(rows)), [short(_name(item)) for item, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("generated tokens/s")

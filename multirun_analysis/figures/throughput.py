@@ -8,7 +8,7 @@ from typing import Any
 from multirun_analysis.compare import varied
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.figures.axes import legend_below, powers_of_two, scale
-from multirun_analysis.figures.canvas import LINES, MARKERS, Canvas, Figure, Panel, short
+from multirun_analysis.figures.canvas import INK, LINES, MARKERS, Canvas, Figure, Panel, short
 from multirun_analysis.figures.groups import (
     MAX_BARS,
     MAX_PANELS,
@@ -71,7 +71,7 @@ def _bars(canvas: Canvas, label: str, group: Group) -> Panel:
             xerr=spread.stddev or None,
             height=0.62,
             color=colour_of(item.offload),
-            error_kw={"elinewidth": 1.2, "capsize": 3},
+            error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": INK},
         )
         axes.annotate(
             f" {format_spread(spread)}",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.published.boxes import box_of
 from multirun_analysis.published.rows import DECODE_ONLY, SPEED_METRICS, Published, read_published
 from multirun_analysis.spread import Spread, scaled
+
+PLANNED = "planned"
+"""Said of a row that was planned and not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,17 @@ class Comparison:
             return None
         per_device = _ranks(self.measured) if self.published.metric == DECODE_ONLY else 1
         return size * self.rate.median / (batch / per_device)
+
+
+def planned_rate(item: Comparison, kind: Literal["ceiling", "predicted"]) -> float | None:
+    """Tokens/s that the plan allows or predicts, in the published row's own terms."""
+    planned, row = item.planned, item.published
+    if planned is None:
+        return None
+    if row.metric != DECODE_ONLY:
+        return planned.value(f"{kind}_generated_tokens_per_s")
+    step_s, batch = planned.value(f"{kind}_decode_step_s"), planned.batch_size
+    return None if not step_s or not batch else batch / step_s / _ranks(planned)
 
 
 def _ranks(item: Configuration) -> int:
@@ -99,7 +114,7 @@ def _compare(row: Published, found: Sequence[Configuration]) -> Comparison:
     planned = planned_equal(row, found)
     measured = [item for item in same if item.measured]
     if not measured:
-        missing = row.why_not_comparable or _attempt(same) or ("planned" if planned else None)
+        missing = row.why_not_comparable or _attempt(same) or (PLANNED if planned else None)
         return Comparison(
             published=row,
             measured=None,

@@ -34,9 +34,12 @@ def metric(
     scale: float = 1.0,
     digits: int = 3,
     screen_only: bool = False,
+    optional: bool = False,
 ) -> Measure:
     """A metric in the unit that `scale` makes of it."""
-    column = Column(key=key, head=head, number=True, help=help_, screen_only=screen_only)
+    column = Column(
+        key=key, head=head, number=True, help=help_, screen_only=screen_only, optional=optional
+    )
     return column, lambda item: number_cell(item.value(key), scale, digits)
 
 

@@ -18,11 +18,11 @@ TIERS = (
 """Name, planned and measured metric of a tier."""
 MEASURES = (
     *(
-        metric(name, f"{tier} {word}", "GiB", scale=GIB)
+        metric(name, f"{tier} {word}", "GiB", scale=GIB, optional=tier == "pinned")
         for tier, plan, peak in TIERS
         for name, word in ((plan, "planned"), (peak, "measured"))
     ),
-    metric("plan_disk_needed_bytes", "disk planned", "GiB", scale=GIB),
+    metric("plan_disk_needed_bytes", "disk planned", "GiB", scale=GIB, optional=True),
 )
 
 

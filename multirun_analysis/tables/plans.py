@@ -29,14 +29,22 @@ MEASURES: tuple[Measure, ...] = (
         "at most tokens/s",
         "What the slowest resource allows",
     ),
-    metric("ceiling_decode_step_s", "step, at least ms", "The slowest resource's time", scale=1e-3),
-    metric("ceiling_prefill_s", "prefill, at least s", "The slowest resource's time"),
+    metric(
+        "ceiling_decode_step_s",
+        "step, at least ms",
+        "The slowest resource's time",
+        scale=1e-3,
+        optional=True,
+    ),
+    metric(
+        "ceiling_prefill_s", "prefill, at least s", "The slowest resource's time", optional=True
+    ),
     (
-        Column(key="binding_resource", head="bound by"),
+        Column(key="binding_resource", head="bound by", optional=True),
         lambda item: text_cell(item.binding_resource),
     ),
     *(
-        metric(f"plan_{tier}_needed_bytes", f"{tier} GiB", "Needed", scale=GIB)
+        metric(f"plan_{tier}_needed_bytes", f"{tier} GiB", "Needed", scale=GIB, optional=True)
         for tier in ("device", "host", "pinned", "disk")
     ),
     metric("largest_batch_size", "largest batch", "That fits", digits=6),

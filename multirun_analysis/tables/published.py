@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from multirun_analysis.published.beside import Comparison
+from multirun_analysis.published.beside import PLANNED, Comparison, planned_rate
 from multirun_analysis.published.boxes import ceiling_bytes_per_s, explanation
 from multirun_analysis.published.rows import Published
 from multirun_analysis.table import (
@@ -22,15 +22,16 @@ COLUMNS = (
     Column(key="model", head="model"),
     Column(key="weights_bits", head="bits", number=True),
     Column(key="weights_on", head="weights on"),
-    Column(key="kv_on", head="KV on"),
+    Column(key="kv_on", optional=True, head="KV on"),
     Column(key="batch_size", head="batch", number=True),
-    Column(key="lengths", head="tokens", help="Prompt + new"),
+    Column(key="lengths", optional=True, head="tokens", help="Prompt + new"),
     Column(key="published", head="published", number=True),
-    Column(key="published_unit", head="unit"),
+    Column(key="published_unit", optional=True, head="unit"),
     Column(
         key="published_bytes_per_s",
         head="GB/s",
         number=True,
+        optional=True,
         help="What the published number implies that its box streamed",
     ),
     Column(
@@ -53,8 +54,14 @@ COLUMNS = (
     ),
     Column(key="measured", head="here", number=True, help="Measured here"),
     Column(key="measured_stddev", head="", number=True, csv_only=True),
-    Column(key="measured_bytes_per_s", head="GB/s here", number=True),
-    Column(key="measured_ceiling_fraction", head="% here", number=True, help="Of the ceiling"),
+    Column(key="measured_bytes_per_s", head="GB/s here", number=True, optional=True),
+    Column(
+        key="measured_ceiling_fraction",
+        head="% here",
+        number=True,
+        optional=True,
+        help="Of the ceiling",
+    ),
     Column(key="measured_hardware", head="here on", screen_only=True),
     Column(
         key="standing",
@@ -63,7 +70,7 @@ COLUMNS = (
         "target",
         screen_only=True,
     ),
-    Column(key="remark", head="remark"),
+    Column(key="remark", head="remark", screen_only=True),
     Column(key="framework", head="framework", screen_only=True),
     Column(key="published_hardware", head="published on", screen_only=True),
     Column(key="source", head="source", screen_only=True),
@@ -73,6 +80,7 @@ COLUMNS = (
 OPTIONAL = (
     "planned_ceiling_per_s",
     "planned_per_s",
+    "measured",
     "measured_bytes_per_s",
     "measured_ceiling_fraction",
     "measured_hardware",
@@ -87,7 +95,7 @@ NOTE = (
 
 def published_table(comparisons: Sequence[Comparison]) -> Table:
     """Build one row for each published row, with what was measured and planned of it."""
-    rows = tuple(_row(item) for item in comparisons)
+    rows = tuple(_row(item) for item in sorted(comparisons, key=_least_to_compare))
     columns = tuple(
         replace(column, csv_only=True)
         if column.key in OPTIONAL and all(row[index].value is None for row in rows)
@@ -99,11 +107,17 @@ def published_table(comparisons: Sequence[Comparison]) -> Table:
     )
 
 
+def _least_to_compare(item: Comparison) -> tuple[bool, bool]:
+    """Sort what stands beside a measured or planned number before what stands alone."""
+    return item.measured is None, item.planned is None
+
+
 def _row(item: Comparison) -> tuple[Cell, ...]:
-    row, measured, planned = item.published, item.measured, item.planned
+    row, measured = item.published, item.measured
     implied, limit = row.implied_bytes_per_s, ceiling_bytes_per_s(row)
     share = None if implied is None or limit is None else implied / limit
-    remark = "; ".join(filter(None, (item.differs, explanation(row)))) or None
+    missing = None if item.missing == PLANNED else item.missing
+    remark = "; ".join(filter(None, (missing, item.differs, explanation(row)))) or None
     return (
         text_cell(row.model or None),
         whole_cell(row.weights_bits),
@@ -115,9 +129,9 @@ def _row(item: Comparison) -> tuple[Cell, ...]:
         text_cell(row.unit),
         number_cell(implied, 1e9),
         number_cell(share, 0.01, 2),
-        number_cell(planned.value("ceiling_generated_tokens_per_s") if planned else None),
-        number_cell(planned.value("predicted_generated_tokens_per_s") if planned else None),
-        Cell(text=item.missing, kind="missing") if item.missing else spread_cells(item.rate)[0],
+        number_cell(planned_rate(item, "ceiling")),
+        number_cell(planned_rate(item, "predicted")),
+        spread_cells(item.rate)[0],
         Cell(text="", value=item.rate.stddev if item.rate else None),
         number_cell(item.measured_bytes_per_s, 1e9),
         number_cell(measured.value("ceiling_fraction") if measured else None, 0.01, 2),

@@ -35,17 +35,20 @@ MEASURES: tuple[Measure, ...] = (
         "step ms",
         "Median time of one decode step of the whole batch",
         scale=1e-3,
+        optional=True,
     ),
     metric(
         "time_to_first_token_s",
         "TTFT s",
         "Time to the first new token of every row: the prefill",
+        optional=True,
     ),
     (
         Column(
             key="implied_bytes_per_s",
             head="GB/s",
             number=True,
+            optional=True,
             help="Weight bytes over the time of a decode step, for weights off the device",
         ),
         lambda item: number_cell(implied_bytes_per_s(item), 1e9),
@@ -56,8 +59,9 @@ MEASURES: tuple[Measure, ...] = (
         "Generated tokens/s over what the slowest resource allows",
         scale=0.01,
         digits=2,
+        optional=True,
     ),
-    metric("joules_per_token", "J/token", "Energy over generated tokens"),
+    metric("joules_per_token", "J/token", "Energy over generated tokens", optional=True),
     (
         Column(key="binding_resource", head="bound by", screen_only=True),
         lambda item: text_cell(item.binding_resource),
