@@ -67,37 +67,24 @@ def select(options: argparse.Namespace) -> Selection:
         from multirun_analysis.folders import read_folder
 
         return read_folder(options.from_dir)
-    from multirun_analysis.store import read_mlflow
+    from multirun_analysis.store import read_mlflow, store_uri
 
     return read_mlflow(
-        store_uri(options), experiment=options.experiment, run_id=options.run, where=options.filter
+        store_uri(options.uri),
+        experiment=options.experiment,
+        run_id=options.run,
+        where=options.filter,
     )
-
-
-def store_uri(options: argparse.Namespace) -> str:
-    """The store's URI, absolute.
-
-    Raises:
-        ReportError: a path without a scheme.
-    """
-    from multirun_analysis.frame import DEFAULT_URI, absolute
-
-    uri = options.uri or DEFAULT_URI
-    if "://" not in uri and not uri.startswith("sqlite:"):
-        raise ReportError(
-            f"--uri {uri} is no URI of a run store. Set --uri sqlite:///{uri} or --uri "
-            "http://127.0.0.1:5000"
-        )
-    return absolute(uri)
 
 
 def _upload(options: argparse.Namespace, selection: Selection, out: Path, written: Report) -> None:
     """Put the report beside the sweep's run; a store that refuses is said, the report is there."""
+    from multirun_analysis.store import store_uri
     from multirun_analysis.upload import upload_report
 
     assert selection.parent is not None
     try:
-        upload_report(store_uri(options), selection.parent, written, out)
+        upload_report(store_uri(options.uri), selection.parent, written, out)
     except ReportError as error:
         print(f"zinfer-report: the sweep's run does not have this report: {error}", file=sys.stderr)
 
@@ -106,9 +93,9 @@ def compare_with_earlier(options: argparse.Namespace, selection: Selection, out:
     """Pair the runs with earlier ones; return 1 where one is slower than allowed."""
     from multirun_analysis.against import against_table, compare_against, earlier_selection
     from multirun_analysis.formats import write_tables
-    from multirun_analysis.store import opened_store
+    from multirun_analysis.store import opened_store, store_uri
 
-    with opened_store(store_uri(options)) as store:
+    with opened_store(store_uri(options.uri)) as store:
         found = compare_against(selection, earlier_selection(store, options.against))
     if not found.pairs:
         raise ReportError(

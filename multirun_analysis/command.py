@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "--uri",
         metavar="URI",
         help="the run store: sqlite:////path/to/mlflow.db or http://host:5000 (default: "
-        "./mlflow.db)",
+        "MLFLOW_TRACKING_URI, else ./mlflow.db)",
     )
     result.add_argument(
         "--baseline",

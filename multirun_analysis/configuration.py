@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from multirun_analysis.labels import LABELS, NO_STREAM, RESOURCE_WORDS, WEIGHTS_IN
+from multirun_analysis.labels import LABELS, NO_STREAM, WEIGHTS_IN
 from multirun_analysis.runs import Run
 from multirun_analysis.spread import Spread, merge
+from zinfer.plan.binding import binding_words
 
 RATE = "generated_tokens_per_s"
 """The metric that configurations are ranked by."""
@@ -176,7 +177,7 @@ class Configuration:
     def binding_resource(self) -> str | None:
         """What a decode step waits for, in words; None where no ceiling was logged."""
         resource = self.tag("zinfer.binding_resource")
-        return None if resource is None else RESOURCE_WORDS.get(resource, resource)
+        return None if resource is None else binding_words(resource)
 
     def spread(self, metric: str) -> Spread | None:
         """Median and spread over repeats and reruns; None if no run that ended well has it."""

@@ -13,7 +13,6 @@ from multirun_analysis.runs import Run, Selection
 if TYPE_CHECKING:
     import pandas
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 FIRST = ("run_id", "name", "experiment", "started", "status", "reason", "reused")
 TAGS = {
     "zinfer.device": "device",
@@ -36,7 +35,7 @@ Row = dict[str, Any]
 
 
 def runs_frame(
-    uri: str = DEFAULT_URI,
+    uri: str | None = None,
     *,
     experiment: str | None = None,
     parent: str | None = None,
@@ -45,7 +44,7 @@ def runs_frame(
     """Read runs into a DataFrame: one row a run, units in the names, unknown numbers NaN.
 
     Args:
-        uri: the MLflow store; a relative sqlite path is relative to the working directory.
+        uri: the MLflow store; without one, MLFLOW_TRACKING_URI, else ./mlflow.db.
         experiment: all runs of this experiment.
         parent: id of a sweep's run: its jobs, reused ones included. A single run's id will do.
         where: an MLflow filter. With none of the three, the newest sweep.
@@ -53,17 +52,10 @@ def runs_frame(
     Raises:
         ReportError: no store, nothing in it, or a filter that MLflow does not take.
     """
-    from multirun_analysis.store import read_mlflow
+    from multirun_analysis.store import read_mlflow, store_uri
 
-    selection = read_mlflow(absolute(uri), experiment=experiment, run_id=parent, where=where)
+    selection = read_mlflow(store_uri(uri), experiment=experiment, run_id=parent, where=where)
     return frame_of(selection.runs)
-
-
-def absolute(uri: str) -> str:
-    """The same store, named from any working directory."""
-    if not uri.startswith("sqlite:///"):
-        return uri
-    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
 
 
 def frame_of(runs: Iterable[Run]) -> pandas.DataFrame:

@@ -32,14 +32,6 @@ WEIGHTS_IN = {"none": "all on device", "cpu": "weights in host memory", "nvme": 
 """Value of offload.device -> part of a sentence."""
 NO_STREAM = "(small enough to stay on the device)"
 """Said where offload was asked for and no weight was streamed."""
-RESOURCE_WORDS = {
-    "device_compute": "device compute",
-    "device_memory": "device memory",
-    "host_device_link": "host-device link",
-    "nvme": "NVMe",
-    "host_memory": "host memory",
-    "fixed_cost": "fixed cost of each layer",
-}
 
 
 def offload_order(offload: str) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from multirun_analysis.runs import (
     started_s,
 )
 from multirun_analysis.sweeps import SWEEP_ROLE, reused_ids, untracked_jobs
+from zinfer.config import TrackingConfig
 from zinfer.job.files import ENVIRONMENT_FILE
 from zinfer.redact import redact
 from zinfer.tracking.client import connect, store_errors
@@ -34,7 +35,7 @@ from zinfer.tracking.store import (
     database_revision,
     ensure_store,
 )
-from zinfer.tracking.uri import sqlite_path
+from zinfer.tracking.uri import sqlite_path, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,6 +64,20 @@ def read_mlflow(
     """
     with opened_store(uri) as store:
         return store.select(experiment=experiment, run_id=run_id, where=where)
+
+
+def store_uri(given: str | None) -> str:
+    """Name the store absolutely: the one given, MLFLOW_TRACKING_URI's, else ./mlflow.db.
+
+    Raises:
+        ReportError: a path without a scheme.
+    """
+    if given is not None and "://" not in given and not given.startswith("sqlite:"):
+        raise ReportError(
+            f"--uri {given} is no URI of a run store. Set --uri sqlite:///{given} or --uri "
+            "http://127.0.0.1:5000"
+        )
+    return tracking_uri(TrackingConfig(store="auto", uri=given), Path.cwd())
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from multirun_analysis.__main__ import main
 from multirun_analysis.against import changed_predictions, compare_against
 from multirun_analysis.command import share
 from multirun_analysis.runs import Run, Selection
-from tests.helpers.runs import run
+from tests.helpers.invented_runs import run
 from tests.helpers.synthetic_store import FakeRun, job, write_runs
 from zinfer.tracking.store import ensure_store
 
