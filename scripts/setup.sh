@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Make zinfer's virtual environment: bash scripts/setup.sh [FOLDER]     (default .venv; `make setup` calls this)
 #
-# System packages are installed where this runs as root and apt-get is there; else the command to type is printed, and set-up goes on:
-# only what needs the package is refused later. PYTHON=... chooses the interpreter.
+# As root with apt-get, install the system packages that lack. Else print the command that does, and
+# go on: only what needs the package is refused later. PYTHON=... chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -32,9 +32,9 @@ if [ ${#packages[@]} -gt 0 ]; then
     install="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "installing ${packages[*]}"
-        DEBIAN_FRONTEND=noninteractive bash -c "$install" >/dev/null || echo "could not install ${packages[*]}; later, type: $install"
+        DEBIAN_FRONTEND=noninteractive bash -c "$install" >/dev/null || echo "could not install ${packages[*]}; later, run: $install"
     else
-        echo "missing: ${packages[*]}. Type: sudo bash -c '$install'"
+        echo "missing: ${packages[*]}. Run: sudo bash -c '$install'"
     fi
 fi
 
