@@ -41,14 +41,19 @@ def format_seconds(seconds: float | None) -> str:
     return f"{_three_digits(seconds * 1e6)} µs" if seconds else "0 s"
 
 
-def format_about(seconds: float) -> str:
-    """A duration as people say it: '8 s', '45 s', '1 min 30 s', '25 min', '2 h 10 min'."""
-    steps = ((10, 1), (60, 5), (300, 10), (3600, 60), (36_000, 600))
-    step = next((step for limit, step in steps if seconds < limit), 3600)
-    rounded = max(1, round(seconds / step)) * step
-    if rounded < 60:
-        return f"{rounded} s"
-    return _long_duration(rounded).removesuffix(" 00 s").removesuffix(" 00 min")
+def format_roughly(seconds: float) -> str:
+    """Round a time that is still to come as people say it: '5 s', '40 s', '3 min', '1 h 20 min'."""
+    if seconds < 10:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90:
+        return f"{round(seconds, -1):.0f} s"
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        minutes = 10 * round(minutes / 10) if minutes < 600 else 60 * round(minutes / 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] if hours else []
+    parts += [f"{minutes} min"] if minutes else []
+    return " ".join(parts)
 
 
 def _long_duration(seconds: int) -> str:
@@ -64,18 +69,3 @@ def _three_digits(value: float) -> str:
     rounded = float(f"{value:.3g}")
     decimals = 2 if abs(rounded) < 10 else 1 if abs(rounded) < 100 else 0
     return f"{rounded:.{decimals}f}"
-
-
-def format_roughly(seconds: float) -> str:
-    """Round a time that is still to come as people say it: '5 s', '40 s', '3 min', '1 h 20 min'."""
-    if seconds < 10:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90:
-        return f"{round(seconds, -1):.0f} s"
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        minutes = 10 * round(minutes / 10) if minutes < 600 else 60 * round(minutes / 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] if hours else []
-    parts += [f"{minutes} min"] if minutes else []
-    return " ".join(parts)

@@ -9,7 +9,7 @@ from zinfer.driver.terminal import Terminal, new_table
 from zinfer.job.outcome import Json, Outcome
 from zinfer.sweep.earlier_runs import EarlierRun
 from zinfer.sweep.record import Sweep, SweepJob
-from zinfer.units import format_about, format_bytes, format_seconds
+from zinfer.units import format_bytes, format_roughly, format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -174,5 +174,5 @@ class SweepTerminal(Terminal):
             ran = max(1, done - reused)
             left = total - done
             if left > 0:
-                parts.append(f"{left} left, about {format_about(elapsed_s / ran * left)}")
+                parts.append(f"{left} left, about {format_roughly(elapsed_s / ran * left)}")
         return f"  ({', '.join(parts)})"
