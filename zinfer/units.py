@@ -30,7 +30,7 @@ def format_times(ratio: float) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """A duration with three digits: '1.23 s', '45.6 ms', '2 min 05 s', '1 h 20 min'; unknown '-'."""
+    """Show a duration with three digits: '1.23 s', '45.6 ms', '2 min 05 s'; unknown is '-'."""
     if seconds is None:
         return "-"
     if round(seconds) >= 100:

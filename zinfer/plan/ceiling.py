@@ -1,7 +1,8 @@
-"""The fastest that a run can be: for each phase the time that each resource needs for the bytes and operations it must move.
+"""Bound the speed of a run from above: the time that each resource needs for what it must move.
 
-The ceiling of a phase is the largest of these times, as if all of them overlapped perfectly (a roofline; Williams et al. 2009,
-doi:10.1145/1498765.1498785). Nothing here is calibrated: bytes and operations are counted from ModelSpec and the ZeRO layout.
+The ceiling of a phase is the largest of these times, as if all of them overlapped perfectly (a
+roofline; Williams et al. 2009, doi:10.1145/1498765.1498785). Nothing here is calibrated: bytes and
+operations are counted from the model's architecture and the ZeRO layout.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What one phase takes of one device and its host: operations and bytes, of one rank."""
+    """Operations and bytes that one phase asks of one device and its host, for one rank."""
 
     device_flops: float
     device_memory_bytes: float
@@ -36,7 +37,7 @@ class PhaseCeiling:
 
     demand: Demand
     seconds: Mapping[Resource, float]
-    """Of each resource that the phase uses and whose rate is known."""
+    """Time of each resource that the phase uses and whose rate is known."""
 
     @property
     def ceiling_s(self) -> float | None:
@@ -60,7 +61,7 @@ class PhaseCeiling:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceiling:
-    """Of a whole generation: one prefill and new_tokens - 1 decode steps."""
+    """Bounds of a whole generation: one prefill and new_tokens - 1 decode steps."""
 
     load: PhaseCeiling
     prefill: PhaseCeiling
@@ -73,7 +74,10 @@ class Ceiling:
     A pass serves all rows, so this falls as the batch grows.
     """
     streamed_bytes: int
-    """Weights that one forward pass fetches from host memory or NVMe, all ranks; 0 when they stay on the device."""
+    """Weights that one forward pass fetches from host memory or NVMe, all ranks.
+
+    0 when they stay on the device.
+    """
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,15 @@ class MatrixProducts:
     head: int
     """Elements of the output head, met by one token of each row."""
     experts: Mapping[int, int]
-    """Elements of one expert's matrix -> in how many places (layer and role) there is one for each expert."""
+    """Elements of one expert's matrix -> number of places (layer and role) that have it."""
 
 
 _COUNTED: dict[int, tuple[ModelSpec, MatrixProducts]] = {}
-"""id of a model's parameters -> (whose they are, counted): plans ask many times of one model."""
+"""id of a model's parameters -> (model, products). Plans ask many times about one model."""
 
 
 def matrix_products(spec: ModelSpec) -> MatrixProducts:
-    """Each of them counted once for a model."""
+    """Count the weight matrices of a model, once for each model."""
     held = _COUNTED.get(id(spec.parameters))
     if held is None or held[0].parameters is not spec.parameters:
         held = _COUNTED[id(spec.parameters)] = (spec, _count_products(spec))
@@ -101,7 +105,10 @@ def matrix_products(spec: ModelSpec) -> MatrixProducts:
 
 
 def _count_products(spec: ModelSpec) -> MatrixProducts:
-    """Every matrix of two dimensions is a product, embeddings apart (a lookup); fused experts are [experts, out, in]."""
+    """Take every two-dimensional weight as a product, embeddings apart: they are lookups.
+
+    Fused experts have the shape [experts, out, in].
+    """
     dense: Counter[int] = Counter()
     experts: Counter[int] = Counter()
     head = 0
@@ -136,7 +143,10 @@ def _is_position_table(parameter: Parameter) -> bool:
 
 
 def touched_experts(spec: ModelSpec, tokens: int) -> float:
-    """Distinct experts of a layer that `tokens` tokens use, if each token chooses evenly and independently: E * (1 - (1 - k/E)^tokens)."""
+    """Number of distinct experts of a layer that `tokens` tokens use, on average.
+
+    Each token chooses k of E experts evenly and independently: E * (1 - (1 - k/E)^tokens).
+    """
     if not spec.num_experts or not spec.experts_per_token:
         return 0.0
     share = spec.experts_per_token / spec.num_experts
@@ -144,9 +154,10 @@ def touched_experts(spec: ModelSpec, tokens: int) -> float:
 
 
 def pass_flops(spec: ModelSpec, rows: int, new: int, context: float) -> float:
-    """Operations of one forward pass of `new` tokens for each of `rows` sequences that attend to `context` tokens each.
+    """Operations of one forward pass: `new` tokens of each of `rows` sequences.
 
-    Two for each weight and token, and 4 * heads * head_dim for each pair of tokens and layer (queries by keys, weights by values).
+    Each token attends to `context` tokens. Two operations for each weight and token, and
+    4 * heads * head_dim for each pair of tokens and layer (queries by keys, weights by values).
     Source: Kaplan et al. 2020 (arXiv:2001.08361) section 2.1.
     """
     products = matrix_products(spec)
@@ -161,7 +172,10 @@ def pass_flops(spec: ModelSpec, rows: int, new: int, context: float) -> float:
 
 
 def touched_weight_bytes(spec: ModelSpec, tokens: int, itemsize_bytes: float) -> float:
-    """Weights that a pass of that many tokens reads from device memory: of routed experts only those that it touches."""
+    """Bytes of weights that a pass of so many tokens reads from device memory.
+
+    Of routed experts only those that it touches.
+    """
     products = matrix_products(spec)
     dense = sum(numel * count for numel, count in products.dense.items()) + products.head
     expert = sum(numel * count for numel, count in products.experts.items()) * touched_experts(
@@ -171,7 +185,10 @@ def touched_weight_bytes(spec: ModelSpec, tokens: int, itemsize_bytes: float) ->
 
 
 def kv_read_bytes(spec: ModelSpec, rows: int, context: float) -> float:
-    """Keys and values of `context` tokens of each row; 0 where the cache is unknown (a lower bound stays one)."""
+    """Bytes of keys and values of `context` tokens of each row.
+
+    0 where the cache is unknown: a lower bound stays one.
+    """
     layers = spec.kv_layers or ()
     return (
         rows
@@ -189,7 +206,7 @@ def _pass_demand(
     new: int,
     context: float,
 ) -> Demand:
-    """Of one forward pass on one rank."""
+    """Count one forward pass on one rank."""
     rows, size = config.batch.batch_size // config.launcher.ranks, layout.itemsize_bytes
     resident = not engine_of(config).zero3 or config.offload.device == "none"
     stored = layout.stored_numel * size
@@ -228,7 +245,10 @@ def _bounded(demand: Demand, rates: Mapping[Resource, float | None]) -> PhaseCei
 
 
 def resource_rates(spec: ModelSpec, hardware: Hardware) -> dict[Resource, float | None]:
-    """Operations or bytes per second of each resource. On a machine without an accelerator device memory is host memory."""
+    """Operations or bytes per second of each resource. None: unknown.
+
+    On a machine without an accelerator device memory is host memory.
+    """
     on_cpu = hardware.device_is_host
     return {
         "device_compute": hardware.device_flops_per_s.get(spec.dtype),
@@ -242,7 +262,10 @@ def resource_rates(spec: ModelSpec, hardware: Hardware) -> dict[Resource, float 
 
 
 def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
-    """The fastest that this run can be on this hardware. Several ranks share NVMe and host memory, each has a device and a link."""
+    """Find the fastest that this run can be on this hardware.
+
+    Ranks share NVMe and host memory; each has a device and a link of its own.
+    """
     layout, ranks, batch = zero_layout(config, spec), config.launcher.ranks, config.batch
     rates = resource_rates(spec, hardware)
     shared: set[Resource] = {"nvme", "host_memory"}
@@ -299,7 +322,10 @@ def _bytes_per_token(demand: Demand, rows: int) -> dict[Resource, float]:
 
 
 def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: bool) -> int:
-    """Weights that one forward pass fetches, all ranks: all that is stored below the device, whole experts too (they are one parameter)."""
+    """Bytes of weights that one forward pass fetches from below the device, all ranks.
+
+    Experts are fetched whole, used or not: a layer's experts are one parameter.
+    """
     if (
         not engine_of(config).zero3
         or config.offload.device == "none"
@@ -314,5 +340,8 @@ def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: boo
 def implied_bandwidth_bytes_per_s(
     weight_bytes: float, tokens_per_s: float, batch_size: int
 ) -> float:
-    """Bandwidth at which weights must have been streamed for this throughput: every pass of the batch reads them once and adds a token."""
+    """Bandwidth at which weights must have been streamed for this throughput.
+
+    Every pass of the batch reads them once and adds a token to each row.
+    """
     return weight_bytes * tokens_per_s / batch_size

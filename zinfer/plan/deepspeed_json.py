@@ -39,7 +39,8 @@ def deepspeed_json(
     """The DeepSpeed configuration of this run.
 
     Args:
-        staging_limit_bytes: tuned NVMe buffers use at most this much page-locked memory per rank, but never fewer buffers than work.
+        staging_limit_bytes: page-locked memory per rank that tuned NVMe buffers may use. They are
+            never fewer than work.
     """
     if config.zero.derivation == "paper":
         return _paper(config, spec)
@@ -49,9 +50,11 @@ def deepspeed_json(
 def _paper(config: RunConfig, spec: ModelSpec) -> Json:
     """The published derivation, key for key.
 
-    Source: DeepSpeedExamples, inference/huggingface/zero_inference/run_model.py, get_ds_model and utils.get_quant_config.
-    There `GB` is 1 << 30 and buffer_size counts elements. Quantisation is emitted for 4 bits only; 8 bits are emitted the same way here,
-    because a run that asks for them must not silently run unquantised.
+    Source: DeepSpeedExamples, inference/huggingface/zero_inference/run_model.py, get_ds_model and
+    utils.get_quant_config.
+    There `GB` is 1 << 30 and buffer_size counts elements. Quantisation is emitted for 4 bits only;
+    8 bits are emitted the same way here, because a run that asks for them must not silently run
+    unquantised.
     """
     h = spec.hidden_size
     zero: Json = {
@@ -101,7 +104,10 @@ def _paper_buffers(model_type: str, use_gds: bool) -> tuple[int, int]:
 
 
 def _tuned(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None) -> Json:
-    """Derived from the largest layer and the largest parameter; no key that is ignored, no value that corrupts tokens."""
+    """Derive every value from the largest layer and the largest parameter.
+
+    No key that DeepSpeed ignores, no value that corrupts tokens.
+    """
     layout = zero_layout(config, spec)
     zero: Json = {
         "stage": 3,
@@ -155,17 +161,18 @@ def _given(override: int | None, derived: int) -> int:
 def _persistence_threshold(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
     """Elements; smaller parameters stay gathered.
 
-    Under NVMe it must stay below every swapped partition, else DeepSpeed returns wrong tokens on one rank and crashes on two.
+    Under NVMe it must stay below every swapped partition: else DeepSpeed returns wrong tokens on
+    one rank and crashes on two.
     """
     wanted = _given(config.zero.persistence_threshold_numel, spec.hidden_size)
     return min(wanted, layout.swap_min_numel - 1) if config.offload.device == "nvme" else wanted
 
 
 def leaf_layers(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None = None) -> bool:
-    """Whether a decoder layer is one leaf of ZeRO-3: fetched and released at once, without hooks on the modules inside.
+    """True where a decoder layer is one leaf of ZeRO-3: fetched and released as a whole.
 
-    Not where experts are modules of their own (all of them would be fetched, whether used or not), not for quantised weights, and not where
-    the NVMe buffers hold less than a layer.
+    Not where experts are modules of their own (all of them would be fetched, used or not), not for
+    quantised weights, and not where the NVMe buffers hold less than a layer.
     """
     if not _leaf_is_wanted(config, spec):
         return False
@@ -186,7 +193,10 @@ def _leaf_is_wanted(config: RunConfig, spec: ModelSpec) -> bool:
 
 
 def min_buffer_count(layout: ZeroLayout, spec: ModelSpec, *, leaf: bool) -> int:
-    """Fewest staging buffers that work: those of one module or leaf, one more where a tied embedding may hold its own throughout."""
+    """Count the fewest staging buffers that work: those of one module or leaf.
+
+    One more where a tied embedding may hold its own throughout.
+    """
     together = max(layout.swapped_per_module, layout.swapped_per_layer if leaf else 0)
     return max(2, together + int(spec.tied_embeddings))
 
@@ -200,7 +210,7 @@ def _buffer_numel(config: RunConfig, layout: ZeroLayout) -> int:
 def _buffer_count(
     config: RunConfig, layout: ZeroLayout, spec: ModelSpec, staging_limit_bytes: int | None
 ) -> int:
-    """As typed; else two layers' worth, as far as the limit allows and never fewer than work."""
+    """The number given, else two layers' worth within the limit, never fewer than work."""
     if config.offload.buffer_count is not None:
         return config.offload.buffer_count
     least = min_buffer_count(
@@ -234,19 +244,21 @@ def _quantisation(config: RunConfig) -> Json:
 
 
 def derivation_warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
-    """What the emitted configuration does not do although it says so, or does although it should not."""
+    """Warn of values that DeepSpeed ignores, of waste, and of values that had to be changed."""
     layout = zero_layout(config, spec)
     warnings = []
     if config.zero.derivation == "paper" and config.offload.device == "nvme":
         count, numel = _paper_buffers(spec.model_type, config.offload.use_gds)
         staging = count * numel * layout.itemsize_bytes
         warnings.append(
-            "zero=paper: DeepSpeed ignores aio.thread_count (it reads intra_op_parallelism), so reads use one thread"
+            "zero=paper: DeepSpeed ignores aio.thread_count (it reads intra_op_parallelism), so "
+            "reads use one thread"
         )
         if layout.largest_swapped_numel:
             warnings.append(
-                f"zero=paper: {count} NVMe buffers of {numel:,} elements page-lock {format_bytes(staging)} of host memory; the largest "
-                f"parameter needs {layout.largest_swapped_numel:,}. zero=tuned sizes them from the model"
+                f"zero=paper: {count} NVMe buffers of {numel:,} elements page-lock "
+                f"{format_bytes(staging)} of host memory; the largest parameter needs "
+                f"{layout.largest_swapped_numel:,}. zero=tuned sizes them from the model"
             )
     threshold = config.zero.persistence_threshold_numel
     if (
@@ -255,7 +267,8 @@ def derivation_warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
         and threshold >= layout.swap_min_numel
     ):
         warnings.append(
-            f"zero.persistence_threshold_numel={threshold} was lowered to {layout.swap_min_numel - 1}: from {layout.swap_min_numel} on, "
-            "parameters would be both swapped to NVMe and kept, and DeepSpeed returns wrong tokens"
+            f"zero.persistence_threshold_numel={threshold} was lowered to "
+            f"{layout.swap_min_numel - 1}: from {layout.swap_min_numel} on, parameters would be "
+            "both swapped to NVMe and kept, and DeepSpeed returns wrong tokens"
         )
     return warnings

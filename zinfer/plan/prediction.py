@@ -1,6 +1,7 @@
-"""How long a run will take: its ceiling, and where this machine is calibrated, what the kernels, the loop and the streaming really cost.
+"""Predict how long a run takes, from what task=calibrate measured on this machine.
 
-Without a calibration profile and for several ranks the predictions are None: nobody measured what they depend on.
+A pass is the sum of its kernels, the loop around them, and the streaming of weights. Without a
+calibration profile, and for several ranks, the predictions are None: nobody measured them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.units import MIB
 
 CACHES_BYTES = 32 * MIB
-"""Weights of a model beyond which the caches of a processor's cores are taken to hold nothing from one layer to the next."""
+"""Models with more bytes of weights find each layer cold: no processor cache holds them."""
 FEW_TOKENS = 64
 """Tokens of a pass up to which it matters how they are spread over the experts."""
 THIN_ROWS = 64
@@ -47,9 +48,9 @@ class Prediction:
     decode_step_s: float | None
     generated_tokens_per_s: float | None
     yardstick_s: float | None = None
-    """What the yardstick took when this machine was calibrated: the speed that all these times are for."""
+    """Time of the yardstick at calibration: the machine's speed for which these times hold."""
     parts: Mapping[str, float]
-    """What the predicted decode step is made of, in seconds."""
+    """Seconds of a decode step by cause."""
 
     @property
     def binding_resource(self) -> Binding | None:
@@ -96,7 +97,7 @@ class Prediction:
 
 
 def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Prediction:
-    """What this run will take on this hardware."""
+    """Predict the times of this run on this hardware."""
     bound = ceiling(spec, config, hardware)
     profile = hardware.profile
     batch = config.batch
@@ -144,7 +145,11 @@ def predict(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Predictio
 def _together(
     parts: Mapping[str, float] | None, ceiling_s: float | None, *, on_cpu: bool
 ) -> float | None:
-    """One processor does one thing after the other; a GPU works while the host launches and the link copies. Never under the ceiling."""
+    """Add up the parts of a pass, never below its ceiling.
+
+    A processor does one thing after the other. A GPU works while the host launches kernels and the
+    link copies: the longest of the three counts.
+    """
     if parts is None:
         return None
     if on_cpu:
@@ -166,7 +171,9 @@ def pass_parts(
     new: int,
     context: float,
 ) -> dict[str, float] | None:
-    """Seconds of one forward pass by cause; None where this dtype or mode was not calibrated, or the layers were not seen running.
+    """Seconds of one forward pass by cause.
+
+    None where this dtype or mode was not calibrated, or the layers were not seen running.
 
     Args:
         leaf: decoder layers are leaves of ZeRO-3.
@@ -206,7 +213,7 @@ def pass_parts(
 def layers_seconds(
     spec: ModelSpec, layout: ZeroLayout, family: FamilyCost, mode: ModeCost
 ) -> float:
-    """What all decoder layers cost in a pass whatever the number of tokens, with warm caches."""
+    """Fixed cost of all decoder layers in a pass, whatever its tokens, with warm caches."""
     return spec.num_layers * (
         (spec.layer_ops or 0.0) * family.op_s
         + mode.layer_s
@@ -220,7 +227,7 @@ def fixed_mode(config: RunConfig, *, leaf: bool) -> Mode:
 
 
 def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
-    """What ModeCost.part_s is multiplied by: of a decoder layer its modules where ZeRO-3 fetches them one by one, else its parameters."""
+    """Number of fetches per layer: its modules, or its parameters if the layer is a leaf."""
     if mode.by_module:
         return spec.layer_modules or 0.0
     return layout.parameters_per_layer
@@ -229,7 +236,7 @@ def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
 def products_seconds(
     spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int
 ) -> float | None:
-    """All multiplications by weights."""
+    """Seconds of all multiplications by weights. None: this dtype was not calibrated."""
     products, tokens = matrix_products(spec), rows * new
     total = 0.0
     for numel, count in products.dense.items():
@@ -251,10 +258,10 @@ def products_seconds(
 
 
 def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, float]]:
-    """(tokens of an expert, how many of a layer's experts get so many), those without any left out.
+    """Spread tokens over the experts of a layer: (tokens of an expert, number of such experts).
 
-    A product of three rows can take longer than one of four, so a few tokens are spread out: binomially, as in touched_experts. Many are
-    spread evenly over the experts that they touch.
+    A product of three rows can take longer than one of four, so a few tokens are spread
+    binomially, as in touched_experts. Many are spread evenly over the experts that they touch.
     """
     if not spec.num_experts or not spec.experts_per_token:
         return
@@ -273,7 +280,10 @@ def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, flo
 def dequantise_seconds(
     spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, tokens: int
 ) -> float | None:
-    """Unpacking every quantised matrix once for each use in a pass, embeddings whole; None where it was not calibrated."""
+    """Seconds to unpack every quantised matrix at each use in a pass, embeddings whole.
+
+    None where that was not calibrated.
+    """
     if config.dtype.bits is None:
         return 0.0
     used = touched_experts(spec, tokens) / spec.num_experts if spec.num_experts else 1.0
@@ -287,7 +297,10 @@ def dequantise_seconds(
 
 
 def quantised_matrices(spec: ModelSpec) -> dict[int, tuple[int, int]]:
-    """Elements -> uses in a pass of matrices of that size that DeepSpeed quantises: (of all tokens, of routed experts)."""
+    """Count the uses in a pass of the matrices that DeepSpeed quantises, by their elements.
+
+    Each value is (uses by all tokens, matrices of routed experts).
+    """
     uses: dict[int, tuple[int, int]] = {}
     for parameter in spec.parameters:
         if parameter.kind in ("linear", "embedding"):
@@ -308,7 +321,10 @@ def quantised_matrices(spec: ModelSpec) -> dict[int, tuple[int, int]]:
 def attention_seconds(
     spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int, context: float
 ) -> float:
-    """Scores and weighted values; in decode also the copy of the whole cache into one that is a token longer (torch.cat)."""
+    """Seconds of scores and weighted values.
+
+    In decode also the copy of the whole cache into one that is a token longer (torch.cat).
+    """
     flops = 4 * spec.num_layers * spec.num_attention_heads * spec.head_dim * rows * new * context
     if new > 1:
         rate = profile.attention_flops.get(spec.dtype)
@@ -321,7 +337,7 @@ def attention_seconds(
 def elementwise_seconds(
     spec: ModelSpec, value_s: float, profile: CalibrationProfile, rows: int, new: int
 ) -> float:
-    """Norms, activations, residuals; and the logits, copied to float32 and searched."""
+    """Seconds of norms, activations, residuals, and logits copied to float32 and searched."""
     logits = rows * spec.vocab_size * (ITEMSIZE_BYTES[spec.dtype] + 2 * 4)
     return (
         value_s * rows * new * (spec.layer_values or 0.0) * spec.num_layers
@@ -332,7 +348,7 @@ def elementwise_seconds(
 def streaming_seconds(
     config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout
 ) -> float | None:
-    """What fetching weights adds to a pass; None where that was not calibrated."""
+    """Seconds that fetching weights adds to a pass. None where that was not calibrated."""
     if not engine_of(config).zero3 or config.offload.device == "none":
         return 0.0
     if config.offload.device == "cpu":
@@ -357,7 +373,10 @@ def streaming_seconds(
 def _load_s(
     spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout
 ) -> float | None:
-    """Random weights in the compute dtype only: how fast a checkpoint is read depends on where it is, quantising was not timed."""
+    """Seconds to build random weights in the compute dtype.
+
+    None for checkpoints, whose speed depends on where they lie, and for quantising: not timed.
+    """
     cost = profile.load.get(mode_of(config))
     if cost is None or config.weights != "dummy" or config.dtype.bits is not None:
         return None
@@ -371,7 +390,10 @@ def _load_s(
 def scored(
     metrics: Mapping[str, float], prediction: Prediction, plan: MemoryPlan
 ) -> dict[str, float]:
-    """What a run's metrics say of its prediction: ratios predicted / measured, the fraction of the ceiling, the implied bandwidth."""
+    """Compare a run's metrics with its prediction.
+
+    Returns ratios predicted / measured, the fraction of the ceiling, and the implied bandwidth.
+    """
     predicted = prediction.metrics(plan)
     pairs = {
         "prediction_ratio_load": ("predicted_load_s", "load_s"),
@@ -409,10 +431,10 @@ def scored(
 
 
 def speed_warnings(scores: Mapping[str, float]) -> Iterator[str]:
-    """Whether the machine itself was another one than the calibrated while a run was timed."""
+    """Warn where the machine was slower or faster during a run than at its calibration."""
     slowdown = scores.get("slowdown", 1.0)
     if slowdown < 1 / NOTICED_SLOWDOWN:
         yield (
-            f"the processor was {1 / slowdown:.1f} times faster while this ran than when it was calibrated, so predictions are too slow. "
-            "Type zinfer task=calibrate"
+            f"the processor was {1 / slowdown:.1f} times faster while this ran than when it was "
+            "calibrated, so predictions are too slow. Run zinfer task=calibrate"
         )

@@ -1,7 +1,7 @@
-"""Host memory of a worker that belongs to no tensor of the model: Python and its libraries, the loader, memory that glibc keeps.
+"""Count host memory that is no tensor: Python, its libraries, the loader, what glibc keeps.
 
-The constants were measured on Linux x86-64 with torch 2.13 (CPU), transformers 5.23, DeepSpeed 0.19.8; a calibration profile replaces the
-first two by this machine's.
+The constants were measured on Linux x86-64 with torch 2.13 (CPU), transformers 5.23 and DeepSpeed
+0.19.8. A calibration profile replaces the first two by this machine's.
 """
 
 from __future__ import annotations
@@ -19,36 +19,45 @@ from zinfer.units import MIB
 IMPORTED_RSS_BYTES = 500 * MIB
 """Resident memory of a fresh worker with torch, transformers and deepspeed imported."""
 GROWTH_BYTES = {"resident": 20 * MIB, "none": 48 * MIB, "cpu": 48 * MIB, "nvme": 64 * MIB}
-"""What loading and running a model without size adds: kernels' code, the process group, DeepSpeed's ops."""
+"""Bytes that loading and running a tiny model adds: kernels, process group, DeepSpeed's ops."""
 DUMMY_POOL_NUMEL = (1 << 22) + 4099
 """Random values that weights/dummy.py tiles over the model; made in float32."""
 KEPT_FREE = {"float32": (2.4, 3.5), "other": (1.6, 1.8)}
-"""ZeRO-3 on the CPU: peak over what is alive, of working memory and of the KV cache. Each step replaces every cache tensor by one that is a
-token longer, and DeepSpeed's own small objects between them keep freed memory from going back."""
+"""ZeRO-3 on the CPU: peak over what is alive, (working memory, KV cache).
+
+Each step replaces every cache tensor by one that is a token longer. DeepSpeed's small objects
+between them keep freed memory from going back to the system.
+"""
 KEPT_FREE_RESIDENT = (1.4, 2.2)
 LARGEST_KEPT = 0.6
-"""Of the largest parameter's size: what ZeRO-3's loading leaves in the heap on average."""
+"""Share of the largest parameter that ZeRO-3's loading leaves in the heap, on average."""
 KEPT_AFTER_QUANTISING = 80 * MIB
-"""What quantising the weights leaves in the heap besides: 60 to 100 MiB from 125M to 560M parameters."""
+"""Bytes that quantising leaves besides: 60 to 100 MiB from 125M to 560M parameters."""
 LARGEST_WHILE_LOADING = {"untied": 1.6, "tied": 2.3}
-"""Copies of the largest parameter alive while ZeRO-3 partitions it, beside its partition; a tied head exists untied for a moment."""
+"""Copies of the largest parameter alive while ZeRO-3 partitions it, beside its partition.
+
+A tied head exists untied for a moment.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessMemory:
-    """Of one worker."""
+    """Host memory of one worker before it holds a model."""
 
     imported_bytes: int
     growth_bytes: int
 
 
 def mode_of(config: RunConfig) -> str:
-    """resident, none, cpu or nvme: what decides the fixed costs of a run."""
+    """Name the mode that decides the fixed costs of a run: resident, none, cpu or nvme."""
     return config.offload.device if engine_of(config).zero3 else "resident"
 
 
 def process_memory(config: RunConfig, profile: CalibrationProfile | None) -> ProcessMemory:
-    """Memory of a worker before it holds a model. A forked worker touches the pages that a fresh one has read, and counts the same."""
+    """Count the memory of a worker before it holds a model.
+
+    A forked worker touches the pages that a fresh one has read, and counts the same.
+    """
     mode = mode_of(config)
     imported = profile.imported_rss_bytes if profile else IMPORTED_RSS_BYTES
     growth = (profile.growth_bytes if profile else {}).get(mode, GROWTH_BYTES[mode])
@@ -56,14 +65,14 @@ def process_memory(config: RunConfig, profile: CalibrationProfile | None) -> Pro
 
 
 def kept_free_factor(config: RunConfig, spec: ModelSpec) -> tuple[float, float]:
-    """(working memory, KV cache): the host memory that they take at most, over what is alive, where the device is host memory."""
+    """Peak over what is alive, (working memory, KV cache), where the device is host memory."""
     if not engine_of(config).zero3:
         return KEPT_FREE_RESIDENT
     return KEPT_FREE.get(spec.dtype, KEPT_FREE["other"])
 
 
 def kept_after_loading(config: RunConfig, layout: ZeroLayout) -> int:
-    """Freed by the loader, not given back to the system."""
+    """Bytes that the loader frees and that are not given back to the system."""
     if not engine_of(config).zero3:
         return 0
     quantised = 0 if config.dtype.bits is None else KEPT_AFTER_QUANTISING
@@ -71,7 +80,7 @@ def kept_after_loading(config: RunConfig, layout: ZeroLayout) -> int:
 
 
 def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
-    """Alive at the loader's worst moment and gone afterwards, on one rank."""
+    """Bytes alive at the loader's worst moment and gone afterwards, on one rank."""
     size = ITEMSIZE_BYTES[spec.dtype]
     pool = DUMMY_POOL_NUMEL * (size if size == 4 else 4) if config.weights == "dummy" else 0
     if not engine_of(config).zero3:
@@ -81,9 +90,10 @@ def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int
 
 
 def mapped_bytes(config: RunConfig, spec: ModelSpec) -> int:
-    """Pages of the checkpoint's files in the first rank's memory once all were read: transformers maps every shard until the end.
+    """Bytes of the checkpoint's mapped files once all were read, on the first rank.
 
-    Of files that are not on this machine: the published type's size.
+    transformers maps every shard until the end. Files that are not on this machine count with the
+    size of the published type.
     """
     if config.weights == "dummy":
         return 0

@@ -40,14 +40,15 @@ def resolved_spec(config: RunConfig, hardware: Hardware, warn: Callable[[str], N
         and spec.dtype not in hardware.device_dtypes
     ):
         warn(
-            f"dtype=auto: {hardware.device_name} has no {spec.dtype}, so {config.model.name} runs in bfloat16"
+            f"dtype=auto: {hardware.device_name} has no {spec.dtype}, so {config.model.name} "
+            "runs in bfloat16"
         )
         return replace(spec, dtype="bfloat16")
     return spec
 
 
 def describe(spec: ModelSpec, config: RunConfig) -> dict[str, Any]:
-    """What the architecture alone says, for people and scripts. Unknown is None."""
+    """Describe the architecture for people and scripts. Unknown is None."""
     rows, tokens = config.batch.batch_size, config.batch.prompt_tokens + config.batch.new_tokens
     return {
         "name": spec.name,

@@ -117,7 +117,7 @@ class MemoryPlan:
 
     @property
     def peak_device_bytes(self) -> int | None:
-        """Most that torch's allocator hands out, all ranks. None where the device is host memory."""
+        """Most that torch's allocator hands out, all ranks. None: the device is host memory."""
         if self.device_is_host:
             return None
         device = self.tier("device")

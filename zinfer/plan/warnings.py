@@ -20,8 +20,8 @@ PINNED_SHARE = 0.5
 STAGING_WARNING_SHARE = 0.1
 """NVMe buffers above this share of host memory leave too little for everything else."""
 NOT_LOCAL = {
-    "tmpfs": "is memory, not a disk: what is measured is RAM, and what is swapped does not leave it",
-    "ramfs": "is memory, not a disk: what is measured is RAM, and what is swapped does not leave it",
+    "tmpfs": "is memory, not a disk: what is measured is RAM, and what is swapped stays in it",
+    "ramfs": "is memory, not a disk: what is measured is RAM, and what is swapped stays in it",
     "overlay": "is a container's layered file system: slower than the disk below, and it may not "
     "take direct reads",
     "fuse.": "is a file system in user space: it may be remote, and it may not take direct reads",

@@ -1,7 +1,8 @@
-"""What ZeRO-3 does with each parameter: stored size, partition, whether it is swapped to NVMe.
+"""Lay out the weights as ZeRO-3 does: stored size, partition, swapped to NVMe or not.
 
-Sizes are in elements of the compute dtype, as DeepSpeed counts them. The rules were read in DeepSpeed 0.19.8
-(runtime/zero/partition_parameters.py, runtime/swap_tensor/partitioned_param_swapper.py) and confirmed by running at N and N-1 elements.
+Sizes are in elements of the compute dtype, as DeepSpeed counts them. The rules were read in
+DeepSpeed 0.19.8 (runtime/zero/partition_parameters.py,
+runtime/swap_tensor/partitioned_param_swapper.py) and confirmed by running at N and N-1 elements.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from zinfer.model.spec import ModelSpec, Parameter
 from zinfer.units import MIB
 
 MIN_SWAP_BYTES = MIB
-"""DeepSpeed never swaps a partition smaller than this (MIN_AIO_BYTES in partitioned_param_swapper.py)."""
+"""DeepSpeed swaps no smaller partition (MIN_AIO_BYTES in partitioned_param_swapper.py)."""
 TUNED_AIO_BLOCK_BYTES = MIB
 PAPER_AIO_BLOCK_BYTES = 16 * MIB
 
@@ -28,7 +29,7 @@ class ZeroLayout:
     stored_numel: int
     """All parameters of the model as stored (quantised ones smaller), over all ranks."""
     swap_min_numel: int
-    """A partition of at least this many elements is swapped to NVMe; smaller ones stay in host memory."""
+    """Partitions of at least this many elements are swapped to NVMe, smaller ones kept."""
     swapped_numel: int
     """Elements of one rank's swapped partitions."""
     swapped_count: int
@@ -36,7 +37,7 @@ class ZeroLayout:
     largest_swapped_numel: int
     """The smallest staging buffer that works; 0 when nothing is swapped."""
     largest_swapped_in_layers_numel: int
-    """Of the decoder layers' parameters only; 0 when none of them is swapped."""
+    """The largest of the decoder layers' own; 0 when none of them is swapped."""
     swapped_per_module: int
     """Most swapped parameters that one module owns: all of them are in buffers at once."""
     swapped_per_layer: int
@@ -49,7 +50,7 @@ class ZeroLayout:
     largest_numel: int
     """The largest single parameter as computed with (dequantised), in elements."""
     small_numel: int
-    """Elements of parameters small enough to stay on the device (one-dimensional, at most hidden_size)."""
+    """Elements of parameters that stay on the device: those of at most hidden_size elements."""
 
 
 def aio_block_bytes(config: RunConfig) -> int:
