@@ -11,9 +11,10 @@ from zinfer.machine.reading import ROOT, read_text
 
 
 def cgroup_folders(controller: str, root: Path = ROOT) -> Iterator[Path]:
-    """Folders of the cgroups that this process is in, innermost first, for the v1 controller and for the unified v2 tree.
+    """List the cgroup folders of this process, innermost first: the v1 controller's and v2's.
 
-    A container may see its own cgroup as the root of the tree: the process's path is then not below the mount, and the mount is the group.
+    A container may see its own cgroup as the root of the tree. The process's path is then not below
+    the mount, and the mount is the group.
     """
     paths = dict(_process_cgroups(root))
     for mount in mounts(root):
@@ -34,7 +35,10 @@ def cgroup_folders(controller: str, root: Path = ROOT) -> Iterator[Path]:
 
 
 def _process_cgroups(root: Path) -> Iterator[tuple[str, str]]:
-    """Controller ('' for v2) and path of each line of /proc/self/cgroup: `4:memory:/docker/1f`, `0::/user.slice`."""
+    """Parse /proc/self/cgroup: controller ('' for v2) and path of each line.
+
+    Lines look like `4:memory:/docker/1f` and `0::/user.slice`.
+    """
     for line in read_text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

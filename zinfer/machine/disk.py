@@ -39,7 +39,10 @@ def mounts(root: Path = ROOT) -> Iterator[Mount]:
 
 
 def mount_of(path: Path, root: Path = ROOT) -> Mount | None:
-    """The mount that holds `path` (which need not exist yet): the longest mount point above it, the latest where several share it."""
+    """Find the mount that holds `path`, which need not exist yet.
+
+    It is the longest mount point above the path, and the latest where several share it.
+    """
     real = existing_parent(path).resolve()
     holding = [mount for mount in mounts(root) if real.is_relative_to(mount.mount_point)]
     longest = max((len(mount.mount_point) for mount in holding), default=0)

@@ -1,6 +1,8 @@
-"""What a number depends on besides the configuration: versions, commits, processor, GPU and its driver, disk, limits.
+"""Describe what a number depends on besides the configuration.
 
-Only what the machine says: package versions come from installed metadata, nothing is imported, the host's name is hashed.
+That is: versions, commits, processor, GPU and its driver, disk, limits.
+
+Package versions come from installed metadata; nothing is imported. The host's name is hashed.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from zinfer.machine.gpu import Gpu
 from zinfer.redact import redact
 
 PACKAGES = (
-    "torch", "transformers", "deepspeed", "accelerate", "tokenizers", "safetensors", "gguf", "numpy", "ninja",
+    "torch", "transformers", "deepspeed", "accelerate", "tokenizers", "safetensors", "gguf",
+    "numpy", "ninja",
     "hydra-core", "omegaconf", "pydantic", "mlflow", "mlflow-skinny", "sqlalchemy",
 )  # fmt: skip
 VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY", "LD_PRELOAD", "MALLOC_CONF",
-    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "DS_ACCELERATOR", "ONEDNN_MAX_CPU_ISA",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY",
+    "GOMP_CPU_AFFINITY", "LD_PRELOAD", "MALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF", "DS_ACCELERATOR", "ONEDNN_MAX_CPU_ISA",
 )  # fmt: skip
 """Environment variables that change speed; those that are set are recorded."""
 GIT_TIMEOUT_S = 5.0
@@ -39,7 +44,11 @@ PACKAGE_FOLDER = Path(__file__).parents[1]
 
 
 def environment(config: RunConfig, nvme_path: Path | None, gpus: list[Gpu] | None = None) -> Json:
-    """Everything about this machine and this installation that can move a number. `gpus`: those already listed, to save asking again."""
+    """Describe everything about this machine and installation that can move a number.
+
+    Args:
+        gpus: those already listed, to save asking again.
+    """
     checkout, working_directory = git_states(PACKAGE_FOLDER.parent, Path.cwd())
     if gpus is None:
         gpus = gpu.usable_gpus(config.hardware) if config.hardware.name == "detect" else []
@@ -75,9 +84,9 @@ def environment(config: RunConfig, nvme_path: Path | None, gpus: list[Gpu] | Non
 
 
 def hardware_fingerprint(env: Json) -> str:
-    """The same on two runs of one machine, and on two machines bought alike: 12 hexadecimal digits.
+    """Name the hardware by 12 hexadecimal digits: alike machines have the same.
 
-    The disk of nvme_path is not in it: only runs that offload to NVMe have one, and they are compared with those that do not.
+    The disk of nvme_path is not in it: runs with NVMe are compared with runs without.
     """
     decisive = {
         "cpu": env["cpu"]["model"],
@@ -105,15 +114,20 @@ def package_versions() -> Json:
 
 @dataclass(frozen=True, kw_only=True)
 class GitState:
-    """A checkout as it is: None where there is none (installed from a wheel, no git)."""
+    """Describe a checkout; None where there is none (installed from a wheel, no git)."""
 
     commit: str | None = None
     dirty: bool | None = None
-    """Tracked files differ from the commit, or .py and .yaml files exist that git does not know: the commit does not reproduce the run."""
+    """True where the commit does not reproduce the run.
+
+    Tracked files differ from it, or there are .py and .yaml files that git does not know.
+    """
 
 
 def git_states(checkout: Path, working_directory: Path) -> tuple[GitState, GitState]:
-    """Of zinfer's own checkout, and of the repository that the user stands in, empty when that is the same. Asked side by side.
+    """Describe zinfer's own checkout, and the repository that the user stands in.
+
+    The second is empty when it is the same. Both are asked side by side.
 
     Only the first looks at untracked files: the user's repository may hold millions.
     """
@@ -127,7 +141,7 @@ def git_states(checkout: Path, working_directory: Path) -> tuple[GitState, GitSt
 
 
 def _is_checkout(folder: Path) -> bool:
-    """Whether zinfer runs from its repository: an installed package may lie inside somebody else's."""
+    """Return whether zinfer runs from its repository and not from inside somebody else's."""
     return (folder / ".git").exists() and (folder / "pyproject.toml").exists()
 
 
@@ -158,7 +172,10 @@ def _git_state(status: subprocess.Popen[str] | None) -> GitState:
 
 
 def parse_git_status(text: str) -> GitState:
-    """From `git status --porcelain=v2 --branch`: `# branch.oid HASH`, `1 .M ...` for changes, `? path` for untracked files."""
+    """Parse `git status --porcelain=v2 --branch`.
+
+    Lines are `# branch.oid HASH`, `1 .M ...` for changes, `? path` for untracked files.
+    """
     lines = text.splitlines()
     oid = next((line.split()[2] for line in lines if line.startswith("# branch.oid ")), None)
     changed = any(line[:1] in ("1", "2", "u") for line in lines)
@@ -180,7 +197,7 @@ def operating_system() -> str:
 
 
 def gpu_facts(gpu: Gpu) -> Json:
-    """What decides how fast a GPU is; the power limit and the clocks may be below what its name promises."""
+    """Describe a GPU; power limit and clocks may be below what its name promises."""
     return {
         "name": gpu.name,
         "total_bytes": gpu.total_bytes,
@@ -196,7 +213,7 @@ def gpu_facts(gpu: Gpu) -> Json:
 
 
 def cpu_governor(root: Path = reading.ROOT) -> str | None:
-    """Frequency governor of the first core (performance, powersave); None in most virtual machines."""
+    """Read the frequency governor of the first core; None in most virtual machines."""
     try:
         return (root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
     except OSError:
@@ -204,7 +221,7 @@ def cpu_governor(root: Path = reading.ROOT) -> str | None:
 
 
 def disk_facts(nvme_path: Path) -> Json:
-    """The file system that swapped weights will be on."""
+    """Describe the file system that swapped weights will be on."""
     free, total = disk.disk_bytes(nvme_path)
     mount = disk.mount_of(nvme_path)
     return {
@@ -228,7 +245,7 @@ def ulimits() -> Json:
 
 
 def container_facts(root: Path = reading.ROOT) -> Json:
-    """Which container or batch system this runs in, as far as it shows, and what its cgroups allow."""
+    """Describe the container or batch system around this, and what its cgroups allow."""
     quotas = [quota for quota in processor.cpu_quotas(root) if quota is not None]
     limits = [group.limit_bytes for group in memory.memory_cgroups(root)]
     return {

@@ -17,11 +17,15 @@ from zinfer.units import MIB
 
 NVIDIA_SMI_TIMEOUT_S = 5.0
 NVIDIA_SMI_FIELDS = (
-    "index", "uuid", "name", "memory.total", "memory.free", "compute_cap", "power.limit", "driver_version",
+    "index", "uuid", "name", "memory.total", "memory.free", "compute_cap",
+    "power.limit", "driver_version",
     "clocks.max.sm", "clocks.max.memory", "mig.mode.current",
 )  # fmt: skip
 NO_GPU_EXIT_CODES = (6, 9, 12)
-"""nvidia-smi: no devices, no driver, no NVML library. Any other failure is a GPU that does not work. Source: man nvidia-smi."""
+"""Exit codes of nvidia-smi for: no devices, no driver, no NVML library.
+
+Any other failure is a GPU that does not work. Source: man nvidia-smi.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class Gpu:
 
 
 def usable_gpus(config: HardwareConfig) -> list[Gpu]:
-    """The GPUs that a worker will see, none for the CPU accelerator.
+    """List the GPUs that a worker will see; none for the CPU accelerator.
 
     Raises:
         ValueError: accelerator=cuda without a GPU or without a torch that can use it, a GPU that
@@ -98,7 +102,8 @@ def nvidia_gpus() -> list[Gpu]:
     """Every GPU that nvidia-smi lists; none where there is no nvidia-smi or no driver.
 
     Raises:
-        ValueError: nvidia-smi fails in another way, or hangs: running on the CPU instead would measure the wrong device.
+        ValueError: nvidia-smi fails in another way, or hangs. Running on the CPU instead would
+            measure the wrong device.
     """
     command = shutil.which("nvidia-smi")
     if command is None:
@@ -106,11 +111,13 @@ def nvidia_gpus() -> list[Gpu]:
     try:
         done = subprocess.run(
             [command, f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False,
+            stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"nvidia-smi did not answer within {NVIDIA_SMI_TIMEOUT_S:.0f} s: a GPU is there but does not work. "
+            f"nvidia-smi did not answer within {NVIDIA_SMI_TIMEOUT_S:.0f} s: "
+            "a GPU is there but does not work. "
             "Set hardware.accelerator=cpu to run without it"
         ) from None
     if done.returncode in NO_GPU_EXIT_CODES:
@@ -118,14 +125,18 @@ def nvidia_gpus() -> list[Gpu]:
     if done.returncode != 0:
         said = (done.stdout or done.stderr).strip().splitlines()
         raise ValueError(
-            f"nvidia-smi failed with exit code {done.returncode}: {said[0] if said else 'no message'}. "
+            f"nvidia-smi failed with exit code {done.returncode}: "
+            f"{said[0] if said else 'no message'}. "
             "Set hardware.accelerator=cpu to run without the GPU"
         )
     return parse_nvidia_smi(done.stdout)
 
 
 def parse_nvidia_smi(text: str) -> list[Gpu]:
-    """Lines of NVIDIA_SMI_FIELDS, comma separated, without header and units. Memory is in MiB, power in watts, clocks in MHz."""
+    """Parse lines of NVIDIA_SMI_FIELDS, comma separated, without header and units.
+
+    Memory is in MiB, power in watts, clocks in MHz.
+    """
     gpus = []
     for values in csv.reader(text.splitlines(), skipinitialspace=True):
         if len(values) != len(NVIDIA_SMI_FIELDS):
@@ -152,7 +163,9 @@ def parse_nvidia_smi(text: str) -> list[Gpu]:
 
 
 def visible_gpus(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, in its order: indices or (abbreviated) UUIDs, up to the first entry that names none.
+    """Keep the GPUs that CUDA_VISIBLE_DEVICES names, in its order.
+
+    Entries are indices or (abbreviated) UUIDs. The first one that names none ends the list.
 
     Source: CUDA C++ Programming Guide, "CUDA Environment Variables".
     A MIG entry names a slice of some GPU: the first one with slices stands for it.
@@ -174,9 +187,12 @@ def visible_gpus(gpus: list[Gpu], cuda_visible_devices: str | None) -> list[Gpu]
 
 
 def cuda_dtypes(compute_capability: tuple[int, int] | None) -> tuple[str, ...]:
-    """float16 from capability 7.0 (DeepSpeed refuses it below), bfloat16 from 8.0: older GPUs only emulate it, which is not worth timing.
+    """List a GPU's dtypes: float16 from capability 7.0, bfloat16 from 8.0.
 
-    Sources: deepspeed/accelerator/cuda_accelerator.py is_fp16_supported; torch.cuda.is_bf16_supported(including_emulation=False).
+    DeepSpeed refuses float16 below 7.0. Older GPUs only emulate bfloat16, not worth timing.
+
+    Sources: deepspeed/accelerator/cuda_accelerator.py is_fp16_supported;
+    torch.cuda.is_bf16_supported(including_emulation=False).
     """
     if compute_capability is None:
         return ("float32", "float16", "bfloat16")
@@ -186,7 +202,10 @@ def cuda_dtypes(compute_capability: tuple[int, int] | None) -> tuple[str, ...]:
 
 
 def torch_cuda_version() -> str | None:
-    """CUDA (or ROCm) version that the installed torch is built for, None for a CPU build. Read from its version.py, not imported."""
+    """Read the CUDA (or ROCm) version of the installed torch from its version.py.
+
+    None for a CPU build. torch is not imported.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return None

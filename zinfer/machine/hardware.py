@@ -1,6 +1,7 @@
 """One box: capacities of device, host and disk, and its rates where they are known.
 
-The driver plans with these numbers before any worker starts, so nothing here imports torch or initialises CUDA. What cannot be found is
+The driver plans with these numbers before any worker starts, so nothing here imports torch or
+initialises CUDA. What cannot be found is
 None.
 """
 
@@ -28,9 +29,12 @@ class Hardware:
     device_name: str
     device_count: int
     device_total_bytes: int | None
-    """On the CPU accelerator device memory is host memory. None: a slice of a GPU (MIG), whose size nvidia-smi does not list."""
+    """On the CPU accelerator device memory is host memory.
+
+    None: a slice of a GPU (MIG), whose size nvidia-smi does not list.
+    """
     device_free_bytes: int | None
-    """Of the fullest device that is used."""
+    """Free memory of the fullest device that is used."""
     device_dtypes: tuple[str, ...]
     """Types in which a model can compute. A processor may emulate one of them."""
     host_total_bytes: int | None
@@ -38,9 +42,9 @@ class Hardware:
     host_available_bytes: int | None
     host_cores: int | None
     memlock_limit_bytes: int | None
-    """How much a process may lock (`ulimit -l`); None: no limit."""
+    """Bytes that a process may lock (`ulimit -l`); None: no limit."""
     disk_free_bytes: int | None = None
-    """Of the file system of nvme_path; None without one."""
+    """Free bytes of the file system of nvme_path; None without one."""
     disk_total_bytes: int | None = None
     disk_filesystem: str | None = None
     device_memory_bytes_per_s: float | None = None
@@ -52,9 +56,9 @@ class Hardware:
     emulated_dtypes: tuple[str, ...] = ()
     """Types of device_dtypes that this processor has no arithmetic for: slow ones."""
     rates_source: str | None = None
-    """Where the rates above come from; None when there are none."""
+    """Source of the rates above; None when there are none."""
     profile: CalibrationProfile | None = None
-    """What task=calibrate measured here; None elsewhere, and before it has run."""
+    """Rates that task=calibrate measured here; None elsewhere, and before it has run."""
 
     @property
     def device_is_host(self) -> bool:
@@ -65,9 +69,10 @@ class Hardware:
 def detect_hardware(
     config: HardwareConfig, nvme_path: Path | None, ranks: int = 1, threads: int | None = None
 ) -> Hardware:
-    """This machine as it is now, or the published box that `config` names; a number given in `config` wins over a detected one.
+    """Describe this machine as it is now, or the published box that `config` names.
 
-    Rates of this machine come from its calibration profile for that many threads per rank, if there is one.
+    A number given in `config` wins over a detected one. Rates of this machine come from its
+    calibration profile for that many threads per rank, if there is one.
 
     Raises:
         ValueError: an accelerator was asked for, or is there, that cannot be used.
@@ -109,7 +114,7 @@ def detect_hardware(
 def calibration_of(
     config: HardwareConfig, ranks: int, threads: int | None
 ) -> CalibrationProfile | None:
-    """The profile that `config` names, else the newest one of this machine with that many threads per rank.
+    """Find the profile that `config` names, else this machine's newest for that many threads.
 
     Raises:
         ValueError: the named profile cannot be read.
@@ -123,7 +128,7 @@ def calibration_of(
 
 
 def machine_fingerprint(config: HardwareConfig) -> str:
-    """Of this machine, whatever disk a run uses: what calibration profiles are found by."""
+    """Name this machine, whatever disk a run uses. Calibration profiles are found by it."""
     gpus = [{"name": gpu.name} for gpu in gpu.usable_gpus(config)]
     cpu = {
         "model": processor.cpu_model_name(),
@@ -136,7 +141,10 @@ def machine_fingerprint(config: HardwareConfig) -> str:
 
 
 def published_box(config: HardwareConfig) -> Hardware:
-    """A box that someone described. Nothing of it is in use, nothing limits locked memory; what was not published is None."""
+    """Build a box that someone described: nothing of it is in use, locked memory has no limit.
+
+    Numbers that were not published are None.
+    """
     kind: Literal["cpu", "cuda"] = "cpu" if config.accelerator == "cpu" else "cuda"
     return Hardware(
         name=config.name,
@@ -157,7 +165,7 @@ def published_box(config: HardwareConfig) -> Hardware:
 
 
 def this_machine(config: HardwareConfig, nvme_path: Path | None, ranks: int) -> Hardware:
-    """What is here. A size given in `config` caps what was found."""
+    """Describe what is here. A size given in `config` caps what was found."""
     host_total = reading.least(memory.host_total_bytes(), config.host_bytes)
     host_available = reading.least(memory.host_available_bytes(), config.host_bytes)
     disk_free, disk_total = disk.disk_bytes(nvme_path) if nvme_path else (None, None)

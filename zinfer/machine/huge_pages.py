@@ -1,7 +1,8 @@
-"""Memory that a disk is read into, put into huge pages: a read then meets a few long pieces and not thousands of single pages.
+"""Put memory that a disk is read into huge pages: a few long pieces, not thousands of pages.
 
-O_DIRECT reads go to physical pages, and a device takes a limited number of separate pieces at once. Which pages a buffer gets depends on
-what ran before, so the same read of the same file is fast in one process and half as fast in the next. Measured in docs/benchmarks.md.
+O_DIRECT reads go to physical pages, and a device takes a limited number of pieces at once. Which
+pages a buffer gets depends on what ran before. So the same read of the same file is fast in one
+process and half as fast in the next. Measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MADV_COLLAPSE = 25
-"""Linux 6.1 and later, whatever transparent_hugepage/enabled says; older kernels refuse it. Source: madvise(2)."""
+"""Advice for Linux 6.1 and later, whatever transparent_hugepage/enabled says.
+
+Older kernels refuse it. Source: madvise(2).
+"""
 SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
@@ -29,12 +33,13 @@ def into_huge_pages(
     """Move touched memory into huge pages where it lies; contents stay.
 
     Args:
-        address: of the memory; its first and last pieces that are no whole huge page stay as they are.
+        address: of the memory. First and last pieces that are no whole huge page stay as they are.
         size: its bytes.
         wanted: (offset, bytes) of the parts that matter, in order; None: all of it.
 
     Returns:
-        Bytes that are in huge pages now: 0 where the kernel cannot, fewer than wanted where it found too few free ones.
+        Bytes that are in huge pages now: 0 where the kernel cannot, fewer than wanted where it
+        found too few free ones.
     """
     page = huge_page_bytes()
     if page is None:
@@ -52,7 +57,10 @@ def into_huge_pages(
 def whole_pages(
     address: int, size: int, wanted: Iterable[tuple[int, int]], page: int
 ) -> Iterator[tuple[int, int]]:
-    """(start, end) addresses of the huge pages that the wanted parts touch, each once, none that reaches beyond the memory."""
+    """List (start, end) addresses of the huge pages that the wanted parts touch, each once.
+
+    None of them reaches beyond the memory.
+    """
     done, last = -(-address // page) * page, (address + size) // page * page
     for offset, length in wanted:
         start = max(done, (address + offset) // page * page)

@@ -1,7 +1,8 @@
 """Pages of library files that a process has touched, and their return in a forked copy of it.
 
-fork() leaves pages of mapped files out of the child until it touches them: a worker forked from a prepared server would count some 130 MB
-less resident memory than a fresh one that does the same, and would pay for the page faults while it loads its model.
+fork() leaves pages of mapped files out of the child until it touches them. A worker forked from a
+prepared server would count some 130 MB less resident memory than a fresh one that does the same,
+and would pay for the page faults while it loads its model.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from itertools import groupby
 MADV_POPULATE_READ = 22
 """Linux 5.14 and later; older kernels refuse it, and the pages come when they are touched."""
 PRESENT = 1 << 63
-"""Bit of an entry in /proc/self/pagemap, 8 bytes for each page. Source: Documentation/admin-guide/mm/pagemap.rst."""
+"""Bit of an entry in /proc/self/pagemap, 8 bytes for each page.
+
+Source: Documentation/admin-guide/mm/pagemap.rst.
+"""
 
 
 def touched_file_ranges() -> list[tuple[int, int]]:
-    """(address, bytes) of every run of pages of mapped files that are in this process's page table."""
+    """List (address, bytes) of every run of mapped files' pages in this page table."""
     ranges = []
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
         for start, end in _file_mappings():
@@ -40,7 +44,10 @@ def touched_file_ranges() -> list[tuple[int, int]]:
 
 
 def _file_mappings() -> Iterator[tuple[int, int]]:
-    """First and last address of every mapping of a file. Source: proc(5), maps: `start-end perms offset device inode path`."""
+    """List first and last address of every mapping of a file.
+
+    Source: proc(5), maps: `start-end perms offset device inode path`.
+    """
     with open("/proc/self/maps") as maps:
         for line in maps:
             addresses, _, _, _, inode, *_ = line.split()

@@ -23,7 +23,10 @@ def host_total_bytes(root: Path = ROOT) -> int | None:
 
 
 def host_available_bytes(root: Path = ROOT) -> int | None:
-    """What can be allocated without swapping: MemAvailable, or less where a cgroup, at any level up the tree, leaves less."""
+    """Bytes that can be allocated without swapping.
+
+    That is MemAvailable, or less where a cgroup at any level up the tree leaves less.
+    """
     return least(
         _meminfo_bytes(root, "MemAvailable"),
         *(group.available_bytes for group in memory_cgroups(root)),
@@ -40,12 +43,15 @@ class MemoryCgroup:
 
     @property
     def available_bytes(self) -> int:
-        """What the limit leaves."""
+        """Bytes that the limit leaves."""
         return max(0, self.limit_bytes - self.used_bytes)
 
 
 def memory_cgroups(root: Path = ROOT) -> list[MemoryCgroup]:
-    """Every cgroup around this process that limits memory, v2 (memory.max and memory.high) and v1 (memory.limit_in_bytes)."""
+    """List the cgroups around this process that limit memory.
+
+    Read memory.max and memory.high of v2, memory.limit_in_bytes of v1.
+    """
     groups = []
     for folder in cgroup_folders("memory", root):
         limits = [
@@ -71,7 +77,10 @@ def memory_cgroups(root: Path = ROOT) -> list[MemoryCgroup]:
 
 
 def memlock_limit_bytes(root: Path = ROOT) -> int | None:
-    """`ulimit -l`; None when there is no limit, as for root: CAP_IPC_LOCK lifts it, though not inside a user namespace."""
+    """Read `ulimit -l`. None: no limit, as for root.
+
+    CAP_IPC_LOCK lifts the limit, though not inside a user namespace.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return None
@@ -89,7 +98,7 @@ def _meminfo_bytes(root: Path, name: str) -> int | None:
 
 
 def _memory_stat(folder: Path) -> str:
-    """The lines of memory.stat that count the whole subtree: in v1 those named total_*."""
+    """Pick the lines of memory.stat that count the whole subtree: in v1 those named total_*."""
     text = read_text(folder / "memory.stat")
     totals = "\n".join(line for line in text.splitlines() if line.startswith("total_"))
     return totals or text

@@ -45,7 +45,7 @@ src/cpu/aarch64/cpu_isa_traits.hpp."""
 
 
 def instruction_sets(flags: frozenset[str]) -> str | None:
-    """The sets that decide how fast matrices multiply: 'avx512f, avx512_bf16', 'avx2 only'.
+    """Name the sets that decide how fast matrices multiply: 'avx512f, avx512_bf16', 'avx2 only'.
 
     None: /proc/cpuinfo lists no flags.
     """
@@ -68,10 +68,12 @@ def cpu_description(root: Path = ROOT) -> str | None:
 
 
 def cpu_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
-    """Types of DeepSpeed's CPU accelerator: float32 and bfloat16 always, float16 where oneDNN computes in it.
+    """List dtypes of DeepSpeed's CPU accelerator; float16 only where oneDNN computes in it.
 
-    oneDNN wants AVX512-FP16 (with its bf16 and vnni companions), or AVX-VNNI-INT8 with AVX-NE-CONVERT, or Arm's half precision.
-    Sources: oneDNN src/cpu/platform.cpp has_data_type_support, src/cpu/x64/cpu_isa_traits.hpp; torch.ops.mkldnn._is_mkldnn_fp16_supported.
+    oneDNN wants AVX512-FP16 (with its bf16 and vnni companions), or AVX-VNNI-INT8 with
+    AVX-NE-CONVERT, or Arm's half precision.
+    Sources: oneDNN src/cpu/platform.cpp has_data_type_support, src/cpu/x64/cpu_isa_traits.hpp;
+    torch.ops.mkldnn._is_mkldnn_fp16_supported.
     """
     avx512 = {"avx512_fp16", "avx512_bf16", "avx512_vnni", "avx_vnni"} <= flags
     avx2 = {"avx2", "avx_vnni", "avx_vnni_int8", "avx_ne_convert"} <= flags
@@ -80,14 +82,20 @@ def cpu_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
 
 
 def host_cores(root: Path = ROOT) -> int:
-    """Cores this process may keep busy: its affinity, and the whole cores of the smallest cgroup CPU quota (at least one)."""
+    """Count the cores this process may keep busy.
+
+    That is its affinity, or the whole cores of the smallest cgroup CPU quota (at least one).
+    """
     allowed = len(os.sched_getaffinity(0))
     quotas = [quota for quota in cpu_quotas(root) if quota is not None]
     return max(1, min([allowed, *(int(quota) for quota in quotas)]))
 
 
 def cpu_quotas(root: Path = ROOT) -> list[float | None]:
-    """Cores that each cgroup around this process allows, v2 (cpu.max) and v1 (cpu.cfs_quota_us); None for no limit."""
+    """List the cores that each cgroup around this process allows; None for no limit.
+
+    Read cpu.max of v2, cpu.cfs_quota_us of v1.
+    """
     quotas: list[float | None] = []
     for folder in cgroup_folders("cpu", root):
         quota, _, period = read_text(folder / "cpu.max").strip().partition(" ")

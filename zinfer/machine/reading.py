@@ -16,11 +16,11 @@ def read_text(path: Path) -> str:
 
 
 def read_integer(path: Path) -> int | None:
-    """A file that holds one number; None where it holds `max` or does not exist."""
+    """Read a file of one number; None where it holds `max` or does not exist."""
     text = read_text(path).strip()
     return int(text) if text.isdecimal() else None
 
 
 def least(*values: int | None) -> int | None:
-    """The smallest of those that are known."""
+    """Return the smallest of the known numbers."""
     return min((value for value in values if value is not None), default=None)
