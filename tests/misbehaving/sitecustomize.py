@@ -1,4 +1,4 @@
-"""On PYTHONPATH, make workers misbehave after their first timed sample, each as its batch.seed says.
+"""On PYTHONPATH, make workers misbehave after their first timed sample, as batch.seed says.
 
 What breaks is real: a signal, a missing page of memory, a hang.
 """

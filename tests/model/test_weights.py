@@ -1,4 +1,4 @@
-"""Dummy weights that behave like data, and checkpoints that are read only as far as they are trusted."""
+"""Dummy weights behave like data; checkpoints are read only as far as they are trusted."""
 
 from __future__ import annotations
 

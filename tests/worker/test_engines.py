@@ -13,7 +13,7 @@ import pytest
 def test_the_last_tokens_of_a_prefill_are_one_matrix_with_an_unpacked_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """PyTorch's own linear makes a batch of them, and on a CPU a copy of the head for each row: the first row of the table."""
+    """PyTorch's own linear makes a batch of them, and a copy of the head for each row."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,34 +43,42 @@ def test_the_last_tokens_of_a_prefill_are_one_matrix_with_an_unpacked_head(
 GATHERING = """
 import os, sys, tempfile
 import torch
-torch.distributed.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+import torch.distributed as dist
+
+file = "file://" + tempfile.mktemp()
+dist.init_process_group("gloo", init_method=file, rank=0, world_size=1)
 from zinfer.worker.engines.zero import gather_in_one_thread
+
 if sys.argv[1] == "one":
     gather_in_one_thread()
 piece = torch.ones(1 << 20)
 (piece + 1).sum()
 before = len(os.listdir("/proc/self/task"))
 for _ in range(20):
-    handles = [torch.distributed.all_gather([torch.empty_like(piece)], piece, async_op=True) for _ in range(4)]
-    [handle.wait() for handle in handles]
+    into = [[torch.empty_like(piece)] for _ in range(4)]
+    for handle in [dist.all_gather(each, piece, async_op=True) for each in into]:
+        handle.wait()
 print(torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "more_threads"), [("one", 0), ("teams", 2)])
-def test_gloo_s_threads_start_no_teams_of_their_own(
-    way: str, more_threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second row is what happens otherwise: each of gloo's two threads starts one."""
+def test_gloo_s_threads_start_no_teams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many they start otherwise is PyTorch's affair; that is only printed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    root = Path(__file__).parents[2]
-    answer = subprocess.run(
-        [sys.executable, "-c", GATHERING, way],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.splitlines()[-1] == f"2 {more_threads}"
+
+    def threads(way: str) -> tuple[int, int]:
+        """(threads that PyTorch computes with, threads that gathering added)."""
+        answer = subprocess.run(
+            [sys.executable, "-c", GATHERING, way],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert answer.returncode == 0, answer.stderr
+        kept, more = answer.stdout.splitlines()[-1].split()
+        return int(kept), int(more)
+
+    assert threads("one") == (2, 0)
+    print("threads that gathering adds without it:", threads("teams")[1])

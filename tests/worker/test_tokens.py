@@ -1,6 +1,7 @@
-"""Offloading changes where weights are, never what is generated: tokens equal the plain model's, on the real DeepSpeed.
+"""Offloading changes where weights are, never what is generated.
 
-The reference is transformers alone, reading the same checkpoint in this process, which never imports DeepSpeed's patches.
+Tokens on the real DeepSpeed equal those of transformers alone, which reads the same checkpoint in
+this process and never imports DeepSpeed's patches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Rates of this machine's processor, memory, link and disk, measured by a worker that runs no model.
+"""Measure this machine's processor, memory, link and disk, without running a model.
 
-Matrices are taken in turn from a set that is larger than the processor's caches, as the layers of a model are. Every number is a median.
+Matrices are taken in turn from a set that is larger than the processor's caches, as the layers of
+a model are. Every number is a median.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ COLD_BYTES = 96 * MIB
 """Larger than the last-level cache of most processors' cores."""
 KERNEL_BUDGET_S = 0.02
 KERNEL_ROUNDS = 2
-"""All shapes in turn, so often; the calmest counts. A neighbour on the same processor slows everything for a second or so."""
+"""How often each shape has its turn; the fastest turn counts.
+
+A neighbour on the same processor slows everything for a second or so.
+"""
 DEQUANTISE_SIZES = (64, 256, 1024, 2048, 4096)
 DEQUANTISE_GROUP = 64
 """Elements with one scale, as in dtype=int8 and dtype=int4."""
@@ -46,9 +50,12 @@ NVME_READS = 2
 
 
 def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
-    """Everything, in the order of the progress line, into JOB_DIR/kernels.json. The file for NVMe lies in the job's swap folder."""
+    """Measure everything, in the order of the progress line, into JOB_DIR/kernels.json.
+
+    The file that is written and read for NVMe lies in the job's swap folder.
+    """
     import_everything()
-    imported_rss = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found: dict[str, Any] = {"imported_rss_bytes": _resident_bytes()}
     import torch
 
     torch.set_grad_enabled(False)
@@ -56,27 +63,13 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     hardware = detect_hardware(config.hardware, None, 1)
     device = torch.device("cpu" if hardware.device_kind == "cpu" else "cuda:0")
     dtypes = calibrated_dtypes(hardware.device_dtypes)
-    found: dict[str, Any] = {"imported_rss_bytes": imported_rss}
     events.phase("memory bandwidth")
     found |= memory_rates(device)
     events.phase("matrix products")
-    kinds = {name: getattr(torch, name) for name in dtypes}
-    points = [(dtype, shape) for dtype in kinds for shape in _shapes()]
-    pools = {
-        name: torch.randn(COLD_BYTES // kind.itemsize, dtype=kind, device=device)
-        for name, kind in kinds.items()
-    }
-    rounds: list[list[dict[str, Any]]] = [[] for _ in range(KERNEL_ROUNDS)]
-    for done in range(KERNEL_ROUNDS * len(points)):
-        dtype, (k, n, wide) = points[done % len(points)]
-        rounds[done // len(points)] += kernel_times(dtype, k, n, wide, pools[dtype])
-        events.progress(done + 1, KERNEL_ROUNDS * len(points), "shapes")
-    found["kernels"] = [
-        min(times, key=lambda row: row["seconds"]) for times in zip(*rounds, strict=True)
-    ]
+    found["kernels"] = matrix_products(dtypes, device, events)
     events.phase("dequantisation")
     found["dequantise"] = [
-        row for dtype in kinds for bits in (8, 4) for row in dequantise_times(bits, dtype, device)
+        row for dtype in dtypes for bits in (8, 4) for row in dequantise_times(bits, dtype, device)
     ]
     events.phase("attention")
     found["attention"] = {dtype: attention_read(dtype, device) for dtype in dtypes}
@@ -88,7 +81,32 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     events.write("result", status="ok", metrics={})
 
 
+def matrix_products(dtypes: Iterable[str], device: Any, events: EventLog) -> list[dict[str, Any]]:
+    """Time every shape in every dtype, in turn, and keep the fastest turn of each."""
+    import torch
+
+    kinds = {name: getattr(torch, name) for name in dtypes}
+    points = [(dtype, shape) for dtype in kinds for shape in _shapes()]
+    pools = {
+        name: torch.randn(COLD_BYTES // kind.itemsize, dtype=kind, device=device)
+        for name, kind in kinds.items()
+    }
+    rounds: list[list[dict[str, Any]]] = [[] for _ in range(KERNEL_ROUNDS)]
+    for done in range(KERNEL_ROUNDS * len(points)):
+        dtype, (k, n, wide) = points[done % len(points)]
+        rounds[done // len(points)] += kernel_times(dtype, k, n, wide, pools[dtype])
+        events.progress(done + 1, KERNEL_ROUNDS * len(points), "shapes")
+    return [min(times, key=lambda row: row["seconds"]) for times in zip(*rounds, strict=True)]
+
+
+def _resident_bytes() -> int:
+    """Memory of this process now. Source: proc(5), the second number of statm, in pages."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _shapes() -> Iterator[tuple[int, int, bool]]:
+    """Yield (K, N, whether it is an output head)."""
     yield from ((size, size, False) for size in SQUARE_SIZES)
     yield from ((k, n, True) for k, n in WIDE_SHAPES)
 
@@ -96,7 +114,10 @@ def _shapes() -> Iterator[tuple[int, int, bool]]:
 def samples_s(
     run: Callable[[int], object], device: Any, *, budget_s: float, least: int = 3
 ) -> list[float]:
-    """Seconds of each call, called with 0, 1, 2, ... until the budget is spent, after one call that does not count."""
+    """Call `run` with 1, 2, 3, ... until the budget is spent; return the seconds of each call.
+
+    One call with 0 goes before and does not count.
+    """
     import torch
 
     def now_s() -> float:
@@ -115,7 +136,7 @@ def samples_s(
 
 
 def median_and_spread(values: list[float]) -> tuple[float, float]:
-    """The median, and half the range of the middle half of the values over it."""
+    """Return the median, and half the interquartile range over it."""
     middle = statistics.median(values)
     if len(values) < 4:
         return middle, (max(values) - min(values)) / 2 / middle
@@ -124,13 +145,16 @@ def median_and_spread(values: list[float]) -> tuple[float, float]:
 
 
 def rate(amount: float, seconds: list[float]) -> dict[str, float]:
-    """Amount per second with its spread."""
+    """Return the amount per second with its spread."""
     middle, spread = median_and_spread(seconds)
     return {"median": amount / middle, "spread": spread}
 
 
 def memory_rates(device: Any) -> dict[str, Any]:
-    """Reading and copying host memory; on a GPU its own memory and the link, from pageable and from page-locked host memory."""
+    """Read and copy host memory; on a GPU also its own memory and the link, in bytes per second.
+
+    The link is measured from pageable and from page-locked host memory.
+    """
     import torch
 
     host = torch.device("cpu")
@@ -166,7 +190,7 @@ def memory_rates(device: Any) -> dict[str, Any]:
 
 
 def kernel_times(dtype: str, k: int, n: int, wide: bool, pool: Any) -> Iterator[dict[str, Any]]:
-    """`rows` x K times K x N for every number of rows, tall and skinny ones included; one matrix of the pool after the other."""
+    """Time [rows, K] x [K, N] for each number of rows, one matrix of the pool after another."""
     import torch
 
     weights = [
@@ -192,9 +216,9 @@ def kernel_times(dtype: str, k: int, n: int, wide: bool, pool: Any) -> Iterator[
 
 
 def dequantise_times(bits: int, dtype: str, device: Any) -> Iterator[dict[str, Any]]:
-    """Through DeepSpeed's own code, square matrices, one of the pool after the other.
+    """Time DeepSpeed's unpacking of square matrices, one of the pool after another.
 
-    Nothing for float16 on a GPU, where DeepSpeed has a kernel that must be compiled first.
+    Yields nothing for float16 on a GPU, where DeepSpeed has a kernel that must be compiled first.
     """
     import torch
     from deepspeed.inference.quantization.utils import DeQuantizer
@@ -228,7 +252,7 @@ def dequantise_times(bits: int, dtype: str, device: Any) -> Iterator[dict[str, A
 
 
 def attention_read(dtype: str, device: Any) -> dict[str, float]:
-    """One decode step's attention: bytes of keys and values per second."""
+    """Time one decode step's attention: bytes of keys and values per second."""
     import torch
 
     kind = getattr(torch, dtype)
@@ -246,7 +270,7 @@ def attention_read(dtype: str, device: Any) -> dict[str, float]:
 
 
 def attention_flops(dtype: str, device: Any) -> dict[str, float]:
-    """A prefill's attention: operations per second, all pairs of tokens counted."""
+    """Time a prefill's attention: operations per second, all pairs of tokens counted."""
     import torch
 
     kind = getattr(torch, dtype)
@@ -259,7 +283,7 @@ def attention_flops(dtype: str, device: Any) -> dict[str, float]:
 
 
 def nvme_rates(folder: Path, events: EventLog) -> dict[str, Any]:
-    """Sequential writes and reads of one file through DeepSpeed's aio handle, which opens it with O_DIRECT."""
+    """Write and read one file through DeepSpeed's aio handle, which opens it with O_DIRECT."""
     import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -310,7 +334,7 @@ def _timed(call: Callable[..., object], *arguments: object) -> float:
 
 
 def _page_cache(folder: Path) -> str:
-    """Whether the file system takes O_DIRECT."""
+    """Return `bypassed` where the file system takes O_DIRECT, else why these are not its rates."""
     probe = folder / f".zinfer-direct-{os.getpid()}"
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_RDWR | os.O_DIRECT))

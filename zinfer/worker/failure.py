@@ -16,7 +16,7 @@ HOST_MEMORY_SIGNS = (
     "mlock",
     "bad_alloc",
 )
-"""What torch, libstdc++ and DeepSpeed say when host memory, or a limit on it, is used up."""
+"""Words of torch, libstdc++ and DeepSpeed for host memory, or a limit on it, that is used up."""
 
 
 def failure(error: BaseException) -> tuple[Status, str]:

@@ -24,7 +24,7 @@ class Measured:
     """Everything that a run measured, before it is summarised."""
 
     samples: tuple[Sample, ...]
-    """Of rank 0: ranks run in step."""
+    """Rank 0's: ranks run in step."""
     yardstick_s: tuple[float, ...]
     load_s: float
     import_s: float
@@ -98,9 +98,9 @@ class Metrics:
     peak_device_allocated_bytes: int | None
     peak_device_reserved_bytes: int | None
     weight_bytes: int
-    """Of the tensors that hold the weights, all ranks."""
+    """Tensors that hold the weights, all ranks."""
     kv_cache_bytes: int | None
-    """Of the tensors in the caches at the end of a generation, all ranks."""
+    """Everything remembered between tokens at the end of a generation, all ranks."""
 
     def known(self) -> dict[str, float]:
         """Name -> value of every number that is known."""

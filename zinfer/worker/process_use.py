@@ -1,4 +1,4 @@
-"""What the kernel and torch say of this process: its peak memory and what it read from disks."""
+"""Ask the kernel and torch for this process's peak memory and for what it read from disks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryUse:
-    """What one rank's process used at most. Metrics sums it over the ranks."""
+    """Peak use of one rank's process. Metrics sums it over the ranks."""
 
     peak_host_rss_bytes: int
     """Resident set at its highest (VmHWM), everything of the process included."""

@@ -1,4 +1,4 @@
-"""What each rank of a run reports to rank 0 when the timing is over."""
+"""Collect each rank's share of the result when the timing is over."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Holds the imports of a worker ready and forks one for each job of a sweep: a process per job without paying 5-10 s of imports again.
+"""Hold a worker's imports ready and fork one worker for each job of a sweep.
 
-`python -m zinfer.worker.server SOCKET_FD`, started by the driver. The server imports and nothing else: it starts no thread, never
-initialises CUDA, and says that it is unfit if a library did either; then every job gets a fresh process. It ends when its driver does.
-Variables that libraries read while they are imported are the server's own, so jobs that differ in one need a server of their own.
+Each job has a process of its own without paying 5 to 10 s of imports again. The driver starts
+`python -m zinfer.worker.server SOCKET_FD`; the server ends when its driver does. It imports and
+does nothing else: it starts no thread and never initialises CUDA. If a library did either, the
+server says that it is unfit, and every job gets a fresh process. Variables that libraries read
+while they are imported are the server's own: jobs that differ in one need another server.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from zinfer.worker.imports import import_everything
 
 
 def unfit_to_fork() -> str | None:
-    """Why a forked copy of this process would not be like a fresh one; None when it would."""
+    """Say why a forked copy of this process would not be like a fresh one; None when it would."""
     import torch
 
     threads = len(os.listdir("/proc/self/task"))
@@ -71,7 +73,7 @@ def serve(channel: socket.socket) -> None:
 
 
 def ended_children(children: set[int]) -> list[tuple[int, int]]:
-    """(pid, exit code or negative signal) of those that ended, taken out of the set."""
+    """Take those that ended out of the set; return (pid, exit code or negative signal) of each."""
     ended = []
     for pid in sorted(children):
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -82,7 +84,7 @@ def ended_children(children: set[int]) -> list[tuple[int, int]]:
 
 
 def end_children(children: set[int]) -> None:
-    """The driver is gone: its workers notice by themselves; those that cannot are killed."""
+    """Wait for the workers of a driver that is gone to end by themselves, then kill the rest."""
     deadline_s = time.monotonic() + CHILD_GRACE_S
     while children and time.monotonic() < deadline_s:
         ended_children(children)
@@ -92,7 +94,10 @@ def end_children(children: set[int]) -> None:
 
 
 def become_worker(request: dict[str, Any], touched: list[tuple[int, int]]) -> None:
-    """In the forked child: everything that a fresh process would have of its own, then the worker's story. Does not return."""
+    """Give the forked child what a fresh process has of its own, then run the worker in it.
+
+    Does not return.
+    """
     code = 1
     try:
         os.setsid()

@@ -1,4 +1,4 @@
-"""Prompts of exactly prompt_tokens tokens, the same rows however many ranks share them."""
+"""Make prompts of exactly prompt_tokens tokens: the same rows however many ranks share them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from zinfer.config import BatchConfig, ConfigError
 from zinfer.paths import given_file
 
 FIRST_ORDINARY_ID = 4
-"""Below it are the special tokens (padding, begin, end, unknown) of the catalogue's models."""
+"""Below it are special tokens (padding, begin, end, unknown) of the catalogue's models."""
 
 
 def prompt_ids(batch: BatchConfig, vocab_size: int, tokenizer: Any | None) -> torch.Tensor:
-    """Token ids [batch_size, prompt_tokens] of all ranks' rows.
+    """Return token ids [batch_size, prompt_tokens] of all ranks' rows.
 
     Raises:
         ConfigError: a text prompt without a tokenizer, or a file with too little text.
@@ -29,7 +29,8 @@ def prompt_ids(batch: BatchConfig, vocab_size: int, tokenizer: Any | None) -> to
     if tokenizer is None:
         raise ConfigError(
             [
-                f"batch.prompt={batch.prompt} needs a tokenizer, and none is here. Type batch.prompt=synthetic"
+                f"batch.prompt={batch.prompt} needs a tokenizer, and none is here. "
+                "Set batch.prompt=synthetic"
             ]
         )
     if batch.prompt == "text":
@@ -44,7 +45,7 @@ def prompt_ids(batch: BatchConfig, vocab_size: int, tokenizer: Any | None) -> to
 
 
 def _repeated(tokenizer: Any, text: str, count: int) -> list[int]:
-    """The text, repeated with a space between, as exactly count tokens that end with the text's own end."""
+    """Repeat the text, with a space between, and return its last `count` tokens."""
     once = len(tokenizer(" " + text, add_special_tokens=False)["input_ids"])
     ids: list[int] = tokenizer(
         " ".join([text] * (count // max(1, once) + 2)), add_special_tokens=False
@@ -53,7 +54,7 @@ def _repeated(tokenizer: Any, text: str, count: int) -> list[int]:
 
 
 def _windows(tokenizer: Any, path: Path, batch: BatchConfig) -> list[list[int]]:
-    """Row after row of the file, prompt_tokens each."""
+    """Cut the file into rows of prompt_tokens tokens each."""
     ids: list[int] = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)[
         "input_ids"
     ]
@@ -61,8 +62,10 @@ def _windows(tokenizer: Any, path: Path, batch: BatchConfig) -> list[list[int]]:
     if len(ids) < needed:
         raise ConfigError(
             [
-                f"batch.prompt_file={path} has {len(ids)} tokens; {batch.batch_size} rows of {batch.prompt_tokens} need {needed}. "
-                f"Type batch.batch_size={max(1, len(ids) // batch.prompt_tokens)} or a smaller batch.prompt_tokens, or give a longer file"
+                f"batch.prompt_file={path} has {len(ids)} tokens; {batch.batch_size} rows of "
+                f"{batch.prompt_tokens} need {needed}. "
+                f"Set batch.batch_size={max(1, len(ids) // batch.prompt_tokens)} or a smaller "
+                "batch.prompt_tokens, or give a longer file"
             ]
         )
     return [

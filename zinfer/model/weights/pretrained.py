@@ -57,7 +57,7 @@ class Read:
 
 
 def weights_source(model: ModelConfig) -> str:
-    """Where this model's weights are: a folder or a hub id."""
+    """Return the folder or hub id of this model's weights."""
     source = model.source or local_folder(model) or model.hub_id
     assert source is not None, "config.problems refuses weights=pretrained without a source"
     return str(source)

@@ -32,10 +32,10 @@ TEXT_PARTS = {
     "text_model.": "",
     "thinker.": "",
 }
-"""Where multimodal checkpoints keep their text part -> where the text model has it."""
+"""Prefix of the text part in multimodal checkpoints -> prefix in the text model."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 MASKS = ("BOOL", "U8")
-"""Of masks that old checkpoints carry along; no weight is stored so."""
+"""Dtypes of masks that old checkpoints carry along; no weight is stored so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Rehearsal:
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """What does not agree between a checkpoint and a model; all empty where everything does."""
+    """Everything that disagrees between a checkpoint and a model; all empty for a match."""
 
     missing: tuple[str, ...]
     """The model has it, the checkpoint does not."""

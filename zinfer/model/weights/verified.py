@@ -33,7 +33,7 @@ class VerifiedWeights:
     """Parameters and persistent buffers that were checked; tied ones once."""
     bytes: int
     sha256: str | None
-    """Of the checkpoint's headers and sizes; None for GGUF."""
+    """Hash of the checkpoint's headers and sizes; None for GGUF."""
     seconds: float
     """How long checking took, before and after loading; not part of load_s."""
 

@@ -1,4 +1,4 @@
-"""Engines: each module has `load(job, spec, deepspeed, events) -> Engine`."""
+"""Engines: each module has `load(config, spec, deepspeed_json, events) -> Engine`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Engine:
     rank: int
     ranks: int
     weight_bytes: int
-    """Of the tensors that hold this rank's weights, wherever they are; tied weights once."""
+    """Tensors that hold this rank's weights, wherever they are; tied weights once."""
     verified: VerifiedWeights | None = None
     """The proof that all weights came from the checkpoint; None for dummy weights."""
 
@@ -42,7 +42,10 @@ class Engine:
 
 
 def tokenizer_for(config: RunConfig, events: EventLog) -> Any | None:
-    """The model's tokenizer, or None: where nothing is read or shown as text, or where there is none (said in a warning)."""
+    """Load the model's tokenizer. None where nothing is read or shown as text, or there is none.
+
+    The latter is said in a warning.
+    """
     if config.weights == "dummy" and config.batch.prompt == "synthetic":
         return None
     tokenizer, reason = find_tokenizer(config.model, local_folder(config.model))

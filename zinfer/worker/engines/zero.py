@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO stage 3. Besides it only weights/dummy.py (zero.Init) and native_ops.adopt import deepspeed."""
+"""Run a model under DeepSpeed ZeRO stage 3, which keeps its weights on any tier.
+
+Besides it only weights/dummy.py (zero.Init) and native_ops.adopt import deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.worker.engines import Engine, tokenizer_for
 
 GATHERS, GATHERED_NUMEL = 16, 1 << 17
-"""More than gloo has threads, and each long enough for the next to find another thread; PyTorch copies that much in parallel."""
+"""More gathers than gloo has threads, each so long that the next one finds another thread.
+
+PyTorch copies that many elements in parallel.
+"""
 
 
 def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
@@ -34,7 +40,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     native_ops.adopt(native_ops.ops_of(config))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     gather_in_one_thread()
-    gc.freeze()  # the garbage collector need not walk the libraries again while the model is built and timed
+    gc.freeze()  # the collector need not walk the libraries again while the model is timed
     dtype = getattr(torch, spec.dtype)
     opened = None if config.weights == "dummy" else open_checkpoint(config.model, dtype, events)
     # While this lives, transformers builds models under zero.Init.
@@ -75,12 +81,13 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
 
 
 def gather_in_one_thread() -> None:
-    """Gloo's threads copy what they gather with one thread each, not with a team of OMP_NUM_THREADS of their own.
+    """Let each of gloo's threads copy alone, without a team of OMP_NUM_THREADS of its own.
 
-    DeepSpeed gathers parameters while a checkpoint is loaded. The teams that gloo's threads would start then stay, and OpenMP, which counts
-    more threads than processors, lets the main thread's team sleep between operations instead of wait for them: decode steps of a small
-    model take 1.4 times as long for the rest of the run. A thread takes the number that is set when it first copies. Source: libgomp,
-    gomp_throttled_spin_count_var; ATen/Parallel.h, lazy_init_num_threads.
+    DeepSpeed gathers parameters while a checkpoint is loaded. The teams that gloo's threads start
+    then stay. OpenMP counts more threads than processors, and lets the main thread's team sleep
+    between operations: decode steps of a small model take 1.4 times as long for the rest of the
+    run. A thread keeps the number of threads that is set when it first copies.
+    Source: libgomp, gomp_throttled_spin_count_var; ATen/Parallel.h, lazy_init_num_threads.
     """
     if torch.distributed.get_backend() != "gloo" or torch.get_num_threads() == 1:
         return
@@ -99,11 +106,12 @@ def gather_in_one_thread() -> None:
 
 
 def multiply_in_one_matrix() -> None:
-    """Quantised weights are unpacked as before, then multiplied by PyTorch's own linear and not by DeepSpeed's, which serves training.
+    """Multiply unpacked weights by PyTorch's own linear, on contiguous input.
 
-    DeepSpeed unpacks only where its linear is on. Both take the last tokens of a prefill, a view of all hidden states, for a batch of
-    matrices where the weight needs no gradient, as an unpacked one; on a CPU that copies the output head once for each row. A contiguous
-    input is one matrix. Source: should_fold in ATen/native/LinearAlgebra.cpp.
+    DeepSpeed's linear serves training, but its unpacking of quantised weights hangs on it. Both
+    linears take the last tokens of a prefill, a view of all hidden states, for a batch of matrices
+    when the weight needs no gradient; on a CPU that copies the output head once for each row.
+    A contiguous input is one matrix. Source: should_fold in ATen/native/LinearAlgebra.cpp.
     """
 
     def linear(
@@ -117,8 +125,9 @@ def multiply_in_one_matrix() -> None:
 def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> None:
     """Put the part of each NVMe staging buffer that decoder layers use into huge pages.
 
-    A buffer is as large as the largest parameter, mostly an embedding, which is read once or twice a pass; the rest stays as it is.
-    What the kernel gave is measured at the end of the run (huge_page_bytes).
+    A buffer is as large as the largest parameter, mostly an embedding, which is read once or twice
+    a pass; the rest stays as it is. The end of the run measures what the kernel gave
+    (huge_page_bytes).
     """
     swapper = next(
         (
@@ -141,9 +150,10 @@ def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> None:
 
 
 def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
-    """Bytes of this rank's partitions, on whichever tier they are.
+    """Return the bytes of this rank's partitions, on whichever tier they are.
 
-    A partition that lies on NVMe has a placeholder of two bytes for its data, so the size of an element is given.
+    A partition on NVMe has a placeholder of two bytes for its data, so the size of an element is
+    given.
     """
     return sum(parameter.ds_tensor.ds_numel for parameter in model.parameters()) * itemsize_bytes
 
