@@ -22,6 +22,7 @@ class DiskDescription:
     text: str
     """File system, device, mount point and free bytes, for people."""
     filesystem: str | None
+    mount_point: str | None
     warnings: tuple[str, ...]
 
 
@@ -32,7 +33,10 @@ def describe_disk(path: Path) -> DiskDescription:
     mount = disk.mount_of(path)
     if mount is None:
         return DiskDescription(
-            text=f"file system unknown, {format_bytes(free)} free", filesystem=None, warnings=()
+            text=f"file system unknown, {format_bytes(free)} free",
+            filesystem=None,
+            mount_point=None,
+            warnings=(),
         )
     text = (
         f"{mount.filesystem} on {mount.device}, mounted at {mount.mount_point}, "
@@ -40,7 +44,9 @@ def describe_disk(path: Path) -> DiskDescription:
     )
     warning = unlike_nvme(mount.filesystem, mount.mount_point)
     said = () if warning is None else (f"offload.nvme_path={path}: {warning}",)
-    return DiskDescription(text=text, filesystem=mount.filesystem, warnings=said)
+    return DiskDescription(
+        text=text, filesystem=mount.filesystem, mount_point=mount.mount_point, warnings=said
+    )
 
 
 def unlike_nvme(filesystem: str, mount_point: str) -> str | None:

@@ -183,8 +183,9 @@ def swap_folder_of(
     assert config.offload.nvme_path is not None, "config_problems refuses nvme without a path"
     path = Path(config.offload.nvme_path)
     said = describe_disk(path)
-    where = str(path.parent if path.parent == job_dir.absolute() else path)
-    terminal.note_once(f"weights are swapped to {path}: {said.text}", about=f"swap in {where}")
+    terminal.note_once(
+        f"weights are swapped to {path}: {said.text}", about=f"swap on {said.mount_point}"
+    )
     for warning in said.warnings:
         terminal.note_once(f"warning: {warning}", about=warning.partition(": ")[2])
         watched.warnings.append(warning)
