@@ -324,6 +324,14 @@ REDUCED: list[
         {"mha"},
     ),
     ("phi3", {**GQA, "pad_token_id": 0}, {"gqa"}),
+    # families that need values: read from a small real instance
+    ("biogpt", {**SMALL, "intermediate_size": 96, "max_position_embeddings": 64}, {"mha"}),
+    (
+        "jetmoe",
+        {**SMALL, "num_key_value_heads": 2, "kv_channels": 16, "intermediate_size": 96},
+        {"gqa"},
+    ),
+    ("llama", {**GQA, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, {"gqa"}),
     ("gpt_bigcode", {**GPT, "multi_query": True}, {"gqa"}),
     (
         "mamba",
@@ -489,6 +497,14 @@ def test_of_a_multimodal_model_the_text_part_is_counted(folder_with: Any) -> Non
     spec = model_spec(folder_with({**config, "architectures": ["Gemma3ForConditionalGeneration"]}))
     assert (spec.architecture, spec.dtype, spec.num_layers) == ("Gemma3ForCausalLM", "bfloat16", 3)
     assert not any("vision" in parameter.name for parameter in spec.parameters)
+    assert spec.text_part_of == "gemma3"
+
+
+def test_text_part_listed_under_the_whole_model_is_found() -> None:
+    """AutoModelForCausalLM lists Mllama's and Emu3's text class under the multimodal config."""
+    spec = model_spec(pinned("mllama"))
+    assert (spec.architecture, spec.text_part_of) == ("MllamaForCausalLM", "mllama")
+    assert spec.kv_layers is not None and len(spec.kv_layers) == spec.num_layers
 
 
 def test_quantisation_of_the_checkpoint_is_left_out(folder_with: Any) -> None:

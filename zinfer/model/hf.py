@@ -205,7 +205,8 @@ def _causal_lm_part(config: PretrainedConfig, model: ModelConfig) -> PretrainedC
         and (type(text) in MODEL_FOR_CAUSAL_LM_MAPPING or _class_for_text_part(text) is not None)
     ):
         text.dtype = text.dtype or config.dtype
-        text.tie_word_embeddings = getattr(text, "tie_word_embeddings", config.tie_word_embeddings)
+        if not hasattr(text, "tie_word_embeddings"):
+            text.tie_word_embeddings = getattr(config, "tie_word_embeddings", True)
         config = text
     what = None
     if config.is_encoder_decoder:

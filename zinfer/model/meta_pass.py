@@ -38,7 +38,6 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
-    from transformers import DynamicCache
 
     class Counter(TorchDispatchMode):
         is_on, operations, values = False, 0, 0
@@ -69,17 +68,7 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
         "batched_mm"  # the only one whose shapes do not depend on which experts are chosen
     )
     try:
-        cache = (
-            {"past_key_values": DynamicCache(config=model.config)}
-            if model._supports_default_dynamic_cache()
-            else {}
-        )
-        with torch.no_grad():
-            output = model(
-                input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta"),
-                use_cache=True,
-                **cache,
-            )
+        filled = run_probe(model, "meta")
     except Exception as error:  # any family may do anything here; the reason is the result
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return MetaPass(
@@ -89,12 +78,31 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
         counter.turn(False)
         for hook in hooks:
             hook.remove()
-    filled = output.get("past_key_values")
     return MetaPass(
-        cache=filled if filled is not None else output.get("cache_params"),
+        cache=filled,
         layer_ops=counter.operations / len(counted) if counter.operations else None,
         layer_values=counter.values / PROBE_TOKENS / len(counted) if counter.operations else None,
     )
+
+
+def run_probe(model: PreTrainedModel, device: str) -> Any:
+    """Run PROBE_TOKENS tokens of one sequence and return the cache that they fill, if any."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = (
+        {"past_key_values": DynamicCache(config=model.config)}
+        if model._supports_default_dynamic_cache()
+        else {}
+    )
+    with torch.no_grad():
+        output = model(
+            input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
+            use_cache=True,
+            **cache,
+        )
+    filled = output.get("past_key_values")
+    return filled if filled is not None else output.get("cache_params")
 
 
 def _is_view(func: Any) -> bool:

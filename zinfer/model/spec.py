@@ -18,6 +18,7 @@ from zinfer.model.kv_layout import KvLayer, kv_layout
 from zinfer.model.limits import CountingTakesTooLong, counting_budget, refuse_uncountable
 from zinfer.model.meta_pass import meta_pass
 from zinfer.model.parameters import Parameter, decoder_layers, meta_model, weight_tensors
+from zinfer.model.real_pass import real_kv_layout, without_rope_scaling
 from zinfer.model.spec_cache import Fields, cache_key, is_kept, read_counted, write_counted
 
 if TYPE_CHECKING:
@@ -239,7 +240,13 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
     tied = head is not None and head.weight is empty.get_input_embeddings().weight
     layers = decoder_layers(empty, config.num_hidden_layers)
     done = meta_pass(empty, layers)
+    plain = without_rope_scaling(config) if done.failed else None
+    if plain is not None:
+        empty = meta_model(plain, model)
+        done = meta_pass(empty, decoder_layers(empty, config.num_hidden_layers))
     kv_layers, reason = kv_layout(empty, config, done)
+    if done.failed and (real := real_kv_layout(config)) is not None:
+        kv_layers, reason = real, None
     num_heads = _first(config, "num_attention_heads", default=0)
     return {
         "model_type": config.model_type,

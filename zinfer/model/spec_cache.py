@@ -33,6 +33,7 @@ COUNTING = (
     "parameters.py",
     "meta_pass.py",
     "kv_layout.py",
+    "real_pass.py",
     "hf.py",
     "config_reading.py",
 )

@@ -32,6 +32,11 @@ def resolved_spec(config: RunConfig, hardware: Hardware, warn: Callable[[str], N
         )
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+    if spec.text_part_of is not None:
+        warn(
+            f"{spec.text_part_of} is multimodal: only its text part ({spec.architecture}) is "
+            "counted and run, without its encoders for images or sound"
+        )
     if problems := spec_problems(spec, config):
         raise ConfigError(problems)
     if (
