@@ -86,10 +86,11 @@ def mixtures(found: Sequence[Configuration]) -> list[str]:
                 named = sorted({item.device for item in contexts})
             shown = ", ".join(named[:6]) + (", ..." if len(named) > 6 else "")
             sentences.append(f"Runs of {len(values)} {noun} are here ({shown}), {rule}")
-    dirty = [item for item in found if item.context.dirty == "true"]
+    ran = [item for item in found if not item.planned]
+    dirty = [item for item in ran if item.context.dirty == "true"]
     if dirty:
         sentences.append(
-            f"{len(dirty)} of {len(found)} configurations ran from a changed working tree "
+            f"{len(dirty)} of {len(ran)} configurations ran from a changed working tree "
             "(marked *): their commit alone does not reproduce them."
         )
     measured = [item for item in found if item.measured]

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from multirun_analysis.runs import Json, Run
+from zinfer.job.files import PLANS_JSON_FILE
 
 GRID_ROLE = "plan_grid"
-PLANS_FILE = "plans.json"
 
 
 def grid_runs(grid: Run, artifact: Callable[[Run, str], Json | None]) -> Iterator[Run]:
     """Yield one planned run for each point of a grid; nothing for a grid without plans.json."""
-    points = (artifact(grid, PLANS_FILE) or {}).get("plans")
+    points = (artifact(grid, PLANS_JSON_FILE) or {}).get("plans")
     for number, point in enumerate(points if isinstance(points, list) else []):
         if isinstance(point, dict):
             yield plan_run(grid, number, point)
@@ -22,7 +22,7 @@ def grid_runs(grid: Run, artifact: Callable[[Run, str], Json | None]) -> Iterato
 def plan_run(grid: Run, number: int, point: Json) -> Run:
     """One point of a grid as a run of its own, under the grid's circumstances."""
     params, metrics = point.get("params") or {}, point.get("metrics") or {}
-    binding = {"zinfer.binding_resource": str(point.get("binding_resource"))}
+    said = {"zinfer.binding_resource": "binding_resource", "zinfer.dtype": "dtype"}
     return replace(
         grid,
         run_id=f"{grid.run_id}#{number}",
@@ -38,6 +38,6 @@ def plan_run(grid: Run, number: int, point: Json) -> Run:
         tags={
             **grid.tags,
             "zinfer.grid": grid.run_id,
-            **(binding if point.get("binding_resource") else {}),
+            **{tag: str(point[name]) for tag, name in said.items() if point.get(name)},
         },
     )

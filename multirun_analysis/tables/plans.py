@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from multirun_analysis.compare import constants, differing_choices
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.runs import STATUS_WORDS
-from multirun_analysis.table import Column, Table, text_cell
+from multirun_analysis.table import Column, Table, text_cell, whole_cell
 from multirun_analysis.tables.choices import (
     Measure,
     choice_cell,
@@ -47,8 +47,15 @@ MEASURES: tuple[Measure, ...] = (
         metric(f"plan_{tier}_needed_bytes", f"{tier} GiB", "Needed", scale=GIB, optional=True)
         for tier in ("device", "host", "pinned", "disk")
     ),
-    metric("largest_batch_size", "largest batch", "That fits", digits=6),
+    (
+        Column(key="largest_batch_size", head="largest batch", number=True, help="That fits"),
+        lambda item: whole_cell(_whole(item.value("largest_batch_size"))),
+    ),
 )
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def fits(item: Configuration) -> str:
@@ -63,7 +70,11 @@ def plans_table(found: Sequence[Configuration]) -> Table:
     """Build one row for each configuration that was only planned."""
     planned = [item for item in found if item.planned]
     choices = tuple(choice for choice in differing_choices(planned) if choice != "weights")
-    measures = known(MEASURES, planned)
+    measures = [
+        measure
+        for measure in known(MEASURES, planned)
+        if any(measure[1](item).value not in (None, 0.0) for item in planned)
+    ]
     columns = (
         Column(key="fits", head="fits"),
         *choice_columns(choices),

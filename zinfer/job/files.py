@@ -40,6 +40,8 @@ PARENT_FILE = "parent_run.json"
 """The run in MLflow that holds all jobs of a sweep or of a search."""
 PLANS_FILE = "plans.csv"
 """The table of a sweep that only plans."""
+PLANS_JSON_FILE = "plans.json"
+"""The same points with all choices, for the report."""
 
 ATTEMPT_VARIABLE = "ZINFER_ATTEMPT"
 """Environment variable in which a worker finds the attempt that it was started for."""

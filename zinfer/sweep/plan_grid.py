@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from zinfer.config import ConfigError, RunConfig
 from zinfer.driver.terminal import Terminal, new_table
-from zinfer.job.files import PLANS_FILE
+from zinfer.job.files import PLANS_FILE, PLANS_JSON_FILE
+from zinfer.job.folder import write_json
 from zinfer.machine.hardware import Hardware, detect_hardware
 from zinfer.model.spec import is_counted
 from zinfer.plan.binding import binding_words
@@ -63,6 +64,7 @@ def plan_grid(master: DictConfig) -> int:
     rows = [{**point.names, **point_row(point, hardware, uncountable)} for point in points]
     table = folder / PLANS_FILE
     write_csv(table, rows)
+    write_json(folder / PLANS_JSON_FILE, {"plans": list(map(plan_document, points, rows))})
     if output_format == "json":
         print(json.dumps({"status": "planned", "plans": rows, "csv": str(table)}))
     else:
@@ -143,6 +145,27 @@ def planned_row(config: RunConfig, hardware: Hardware) -> Row:
     }
 
 
+def plan_document(point: GridPoint, row: Row) -> Row:
+    """Return a point as a run logs itself: its choices as params, its numbers as metrics."""
+    from zinfer.tracking.run import run_params
+
+    metrics = {
+        f"plan_{name}" if name.endswith(("_needed_bytes", "_available_bytes")) else name: value
+        for name, value in row.items()
+        if name not in point.names and type(value) in (int, float)
+    }
+    if "fits" in row:
+        metrics["plan_fits"] = int(row["fits"])
+    return {
+        "status": row["status"],
+        "reason": row.get("reason"),
+        "params": dict(point.names) if point.config is None else run_params(point.config),
+        "metrics": metrics,
+        "dtype": row.get("dtype"),
+        "binding_resource": row.get("binding_resource"),
+    }
+
+
 def write_csv(path: Path, rows: list[Row]) -> None:
     """Write the rows, with every column that any of them has."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -203,8 +226,11 @@ def log_grid(config: RunConfig, folder: Path, rows: list[Row], terminal: Termina
     """Log the whole grid as one run: its table as an artifact, its size as metrics."""
     if config.tracking.store == "none":
         return
+    from zinfer.machine.environment import environment
     from zinfer.tracking.client import connect, experiment, store_errors
     from zinfer.tracking.deadline import within
+    from zinfer.tracking.names import KEY_TAG
+    from zinfer.tracking.run import run_tags
     from zinfer.tracking.store import TrackingUnavailable, ensure_store
     from zinfer.tracking.uri import artifact_location, tracking_uri
 
@@ -217,15 +243,18 @@ def log_grid(config: RunConfig, folder: Path, rows: list[Row], terminal: Termina
                 client, config.tracking.experiment, artifact_location(uri, Path.cwd())
             )
             tags = {
+                **run_tags(config, folder, environment(config, None)),
                 "mlflow.runName": f"plan of {len(rows)} points",
                 "zinfer.role": "plan_grid",
                 "zinfer.status": "planned",
             }
+            del tags[KEY_TAG]  # the grid is nothing that a job could reuse
             run_id = client.create_run(experiment_id, tags=tags).info.run_id
             client.log_param(run_id, "command", " ".join(sys.argv[1:])[:5999])
             client.log_metric(run_id, "plans", len(rows))
             client.log_metric(run_id, "plans_that_fit", sum(bool(row.get("fits")) for row in rows))
-            client.log_artifact(run_id, str(folder / PLANS_FILE))
+            for name in (PLANS_FILE, PLANS_JSON_FILE):
+                client.log_artifact(run_id, str(folder / name))
             client.set_terminated(run_id, "FINISHED")
 
     try:
