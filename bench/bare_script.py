@@ -1,6 +1,9 @@
-"""The same DeepSpeed run as one zinfer job, written as a person would without zinfer: what bench.py compares with.
+"""Do the same DeepSpeed run as one zinfer job, as a person would without zinfer.
 
-    python bench/bare_script.py MODEL_FOLDER DEEPSPEED_JSON BATCH PROMPT_TOKENS NEW_TOKENS WARMUP REPEATS
+bench.py compares zinfer with it.
+
+    python bench/bare_script.py MODEL_FOLDER DEEPSPEED_JSON \\
+        BATCH PROMPT_TOKENS NEW_TOKENS WARMUP REPEATS
 
 Prints one JSON line: the total seconds of each timed generation.
 """

@@ -1,6 +1,7 @@
-"""Tokens/s of zero=tuned over those of the published derivation (on NVMe: of tuned less one thing), in turn. `make bench-derivation`.
+"""Compare tokens/s of zero=tuned with the published derivation, in turn. `make bench-derivation`.
 
-The published NVMe buffers page-lock 20 GiB, so on NVMe tuned is compared with itself fetching module by module, and without huge pages.
+The published NVMe buffers page-lock 20 GiB. So on NVMe tuned is compared with itself less one thing:
+fetching module by module, and without huge pages.
 """
 
 from __future__ import annotations
@@ -91,16 +92,21 @@ def main() -> int:
                         after.append(tokens_per_s(config_of(*point), folder / "after"))
                         ratios.append(after[-1] / before)
                     lines.append(
-                        f"| {model} | {offload} | {batch} | {other} | {statistics.median(after):.1f} | {statistics.median(ratios):.2f} "
+                        f"| {model} | {offload} | {batch} | {other} | {statistics.median(after):.1f} "
+                        f"| {statistics.median(ratios):.2f} "
                         f"({min(ratios):.2f} to {max(ratios):.2f}) |"
                     )
                     print(lines[-1], file=sys.stderr, flush=True)
         Servers.close()
     checkout = facts["zinfer"]
-    print(f"{facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, {arguments.threads} thread a run; commit "
-          f"{(checkout['commit'] or 'unknown')[:12]}{' (changed)' if checkout['dirty'] else ''}; {arguments.pairs} pairs\n")  # fmt: skip
+    commit = (checkout["commit"] or "unknown")[:12] + (" (changed)" if checkout["dirty"] else "")
     print(
-        "| model | weights | batch | compared with | tuned, tokens/s | tuned / other |\n| --- | --- | --- | --- | --- | --- |"
+        f"{facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, "
+        f"{arguments.threads} thread a run; commit {commit}; {arguments.pairs} pairs\n"
+    )
+    print(
+        "| model | weights | batch | compared with | tuned, tokens/s | tuned / other |\n"
+        "| --- | --- | --- | --- | --- | --- |"
     )
     print("\n".join(lines))
     return 0

@@ -1,4 +1,4 @@
-"""What planning costs: a first plan with an empty cache, and a grid of 1,000 points. `make bench-plan`.
+"""Measure planning: a first plan with an empty cache, a grid of 1,000 points. `make bench-plan`.
 
 Processor time of the process and its children, and wall time; one of the grid's models has experts.
 """
@@ -31,7 +31,10 @@ POINTS = len(MODELS) * 2 * 100
 
 
 def plan_times_s(cache: Path, *arguments: str) -> tuple[float, float]:
-    """(processor seconds, wall seconds) of one `zinfer task=plan` with this cache folder; tracked in a store of its own."""
+    """Run one `zinfer task=plan` with this cache folder, in a store of its own.
+
+    Returns processor seconds and wall seconds.
+    """
     command = [sys.executable, "-m", "zinfer", *arguments, "task=plan"]
     with tempfile.TemporaryDirectory() as folder:
         before, started_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()

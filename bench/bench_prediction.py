@@ -1,7 +1,8 @@
-"""How right the predictions are: a fixed grid of small models, each predicted, run and scored. `make bench-prediction`.
+"""Score the predictions: a fixed grid of small models is predicted and run. `make bench-prediction`.
 
-Six architectures (two of which the calibration never saw, all in sizes that it never saw) x weights in none, cpu, nvme x float32,
-bfloat16 x three batches; three of them also in int8 and int4, scored apart. Prints Markdown and writes every row to prediction.csv.
+Six architectures x weights in none, cpu, nvme x float32, bfloat16 x three batches. Three of them
+also in int8 and int4, scored apart. The calibration never saw two of the families, nor any of the
+sizes. Prints Markdown and writes every row to prediction.csv.
 """
 
 from __future__ import annotations
@@ -30,17 +31,25 @@ from zinfer.machine.hardware import calibration_of
 from zinfer.paths import conf_dir
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-              "num_key_value_heads": 4, "vocab_size": 16000, "max_position_embeddings": 2048, "tie_word_embeddings": False},
-    "opt": {"model_type": "opt", "hidden_size": 640, "word_embed_proj_dim": 640, "ffn_dim": 2560, "num_hidden_layers": 6,
+    "llama": {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1408,
+              "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+              "vocab_size": 16000, "max_position_embeddings": 2048, "tie_word_embeddings": False},
+    "opt": {"model_type": "opt", "hidden_size": 640, "word_embed_proj_dim": 640,
+            "ffn_dim": 2560, "num_hidden_layers": 6,
             "num_attention_heads": 10, "vocab_size": 16000, "max_position_embeddings": 2048},
-    "bloom": {"model_type": "bloom", "hidden_size": 512, "n_layer": 6, "n_head": 8, "vocab_size": 32000},
-    "mixtral": {"model_type": "mixtral", "hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 6,
-                "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 8000,
-                "max_position_embeddings": 2048, "sliding_window": None, "tie_word_embeddings": False},
-    "qwen3": {"model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
-              "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 24000, "max_position_embeddings": 2048, "tie_word_embeddings": True},
-    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "bloom": {"model_type": "bloom", "hidden_size": 512, "n_layer": 6, "n_head": 8,
+              "vocab_size": 32000},
+    "mixtral": {"model_type": "mixtral", "hidden_size": 384, "intermediate_size": 768,
+                "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
+                "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 8000,
+                "max_position_embeddings": 2048, "sliding_window": None,
+                "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536,
+              "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
+              "head_dim": 64, "vocab_size": 24000, "max_position_embeddings": 2048,
+              "tie_word_embeddings": True},
+    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048,
+                 "num_hidden_layers": 6, "num_attention_heads": 8,
                  "vocab_size": 16000, "max_position_embeddings": 2048},
 }  # fmt: skip
 UNSEEN_FAMILIES = ("qwen3", "gpt_neox")
@@ -97,7 +106,8 @@ def grid(folder: Path, threads: int | None, swap: str) -> list[tuple[Row, RunCon
                         ):
                             continue
                         overrides = [
-                            "model=custom", f"model.source={source}", f"offload={offload}", f"dtype={dtype}", f"batch.batch_size={batch}",
+                            "model=custom", f"model.source={source}", f"offload={offload}", f"dtype={dtype}",
+                            f"batch.batch_size={batch}",
                             *LENGTHS, "tracking=none", f"launcher.omp_threads={threads or 'null'}",
                             *([f"offload.nvme_path={swap}"] if offload == "nvme" else []),
                         ]  # fmt: skip
@@ -119,7 +129,10 @@ def measured(names: Row, config: RunConfig, job_dir: Path) -> Row:
 
 
 def merged(passes: Sequence[Row]) -> Row:
-    """One point from all its runs: the median of every number; `apart`: the fastest over the slowest in tokens/s. A failed run stays."""
+    """Make one point of all its runs: the median of every number.
+
+    `apart` is the fastest over the slowest in tokens/s. A failed run stays.
+    """
     failed = next((row for row in passes if row["status"] != "ok"), None)
     if failed:
         return failed
@@ -168,7 +181,8 @@ def table(rows: list[Row]) -> list[str]:
             else "no"
         )
         lines.append(
-            f"| {what} | {len(errors)} | {median:.1%} | {tail:.1%} | {largest:.1%} | {goal} | {reached} |"
+            f"| {what} | {len(errors)} | {median:.1%} | {tail:.1%} | {largest:.1%} "
+            f"| {goal} | {reached} |"
         )
     return lines
 
@@ -183,7 +197,8 @@ def apart(rows: list[Row]) -> list[str]:
         if ratios:
             median, tail, _ = quantiles(ratios)
             lines.append(
-                f"- runs of the same point, fastest over slowest, weights in {offload}: {median:.1%} apart, 95th {tail:.1%}"
+                f"- runs of the same point, fastest over slowest, weights in {offload}: "
+                f"{median:.1%} apart, 95th {tail:.1%}"
             )
     return lines
 
@@ -195,7 +210,8 @@ def speed(rows: list[Row]) -> str:
         return ""
     low, *_, high = statistics.quantiles(slowdowns, n=20, method="inclusive")
     return (
-        f"- the processor took {statistics.median(slowdowns):.2f} times as long for the same work as when it was calibrated "
+        f"- the processor took {statistics.median(slowdowns):.2f} times as long "
+        "for the same work as when it was calibrated "
         f"(5th to 95th percentile of the runs: {low:.2f} to {high:.2f})"
     )
 
@@ -203,7 +219,8 @@ def speed(rows: list[Row]) -> str:
 def by_kind(rows: list[Row]) -> list[str]:
     """Where the errors are: tokens/s and peak host RSS by architecture and by offload."""
     lines = [
-        "| | points | tokens/s: median, 95th | bias | at the speed then | bias | peak host RSS | bias |",
+        "| | points | tokens/s: median, 95th | bias "
+        "| at the speed then | bias | peak host RSS | bias |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     kinds = (
@@ -231,7 +248,10 @@ def by_kind(rows: list[Row]) -> list[str]:
 
 
 def verdicts(rows: list[Row]) -> list[str]:
-    """False "fits" and false refusals on boxes around what each run really took, and runs that were said to fit and failed."""
+    """Count runs that were said to fit and failed, false "fits" and false refusals.
+
+    The last two are asked of boxes around the memory that each run really took.
+    """
     failed = [row for row in rows if row["status"] != "ok"]
     ratios = [
         row["prediction_ratio_peak_host_rss"]
@@ -243,11 +263,13 @@ def verdicts(rows: list[Row]) -> list[str]:
     false_refusals = sum(ratio > (1 - HEADROOM) * large for ratio in ratios)
     lines = [
         f"- said to fit and failed: {len(failed)} of {len(rows)}",
-        f'- false "fits" on a box with {small:.0%} of the memory that the run took: {false_fits} of {len(ratios)}',
+        f'- false "fits" on a box with {small:.0%} of the memory that the run took: '
+        f"{false_fits} of {len(ratios)}",
         f"- false refusals on a box with {large:.0%} of it: {false_refusals} of {len(ratios)}",
     ]
     return lines + [
-        f"- {row['architecture']} {row['offload']} {row['dtype']} {row['batch_size']}: {row['status']}: {row['reason']}"
+        f"- {row['architecture']} {row['offload']} {row['dtype']} {row['batch_size']}: "
+        f"{row['status']}: {row['reason']}"
         for row in failed
     ]
 
@@ -264,7 +286,7 @@ def main() -> int:
     parser.add_argument(
         "--swap",
         default=None,
-        help="a folder on a local disk for offload=nvme; default: a temporary one in the working directory",
+        help="a folder on a local disk for offload=nvme; default: a temporary one here",
     )
     parser.add_argument("--out", type=Path, default=Path("prediction.csv"))
     parser.add_argument("--every", type=int, default=1, help="take only every n-th point")
@@ -283,7 +305,8 @@ def main() -> int:
         profile = calibration_of(points[0][1].hardware, 1, arguments.threads)
         if profile is None:
             print(
-                f"Not calibrated with {arguments.threads} threads. Type zinfer task=calibrate launcher.omp_threads={arguments.threads}",
+                f"Not calibrated with {arguments.threads} threads. "
+                f"Run zinfer task=calibrate launcher.omp_threads={arguments.threads}",
                 file=sys.stderr,
             )
             return 2
@@ -309,8 +332,11 @@ def main() -> int:
     checkout = facts["zinfer"]
     commit = f"{(checkout['commit'] or 'unknown')[:12]}{' (changed)' if checkout['dirty'] else ''}"
     seconds = time.perf_counter() - started_s
-    print(f"{arguments.passes} x {len(rows)} runs in {seconds:.0f} s on {facts['cpu']['model']}, {facts['cpu']['usable_cores']} cores, "
-          f"{arguments.threads} thread a run; commit {commit}; calibrated {profile.created} in {profile.seconds:.0f} s\n")  # fmt: skip
+    print(
+        f"{arguments.passes} x {len(rows)} runs in {seconds:.0f} s on {facts['cpu']['model']}, "
+        f"{facts['cpu']['usable_cores']} cores, {arguments.threads} thread a run; "
+        f"commit {commit}; calibrated {profile.created} in {profile.seconds:.0f} s\n"
+    )
     plain, quantised = (
         [row for row in rows if row["dtype"] in DTYPES],
         [row for row in rows if row["dtype"] not in DTYPES],

@@ -1,9 +1,12 @@
-"""What a sweep costs beside its measurements: seconds a job, seconds when everything is reused, the driver's share of a core.
+"""Measure what a sweep costs beside its measurements.
+
+That is: seconds a job, seconds when everything is reused, the driver's share of a core.
 
     python bench/bench_sweep.py [REPEATS]
 
-Six jobs of a 2-layer LLaMA (16 prompt tokens, 8 new, 3 repeats, memory measured): three offload targets in two types. The machine should
-be quiet. The driver's share is of a longer job, from its first warm-up to its end, when the driver watches and nothing else.
+Six jobs of a 2-layer LLaMA (16 prompt tokens, 8 new, 3 repeats, memory measured): three offload
+targets in two types. The machine should be quiet. The driver's share is of a longer job, from its
+first warm-up to its end, when the driver only watches.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def sweep_times(folder: Path, *settings: str) -> tuple[float, list[float], float
 
 
 def driver_share(folder: Path) -> tuple[float, float]:
-    """(CPU time of the driver over wall time while its worker generates, that wall time in seconds)."""
+    """Return the driver's CPU time over wall time while its worker generates, and that wall time."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "zinfer", *LONG_JOB],
         cwd=folder,
@@ -126,7 +129,8 @@ def main(repeats: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             interruptions_s.append(interruption_s(Path(folder)))
     print(
-        f"| median of {repeats} sweeps of six jobs | workers forked (default) | a fresh process for each job | target |"
+        f"| median of {repeats} sweeps of six jobs | workers forked (default) "
+        "| a fresh process for each job | target |"
     )
     print("| --- | --- | --- | --- |")
     rows = (
@@ -151,10 +155,12 @@ def main(repeats: int) -> None:
     )
     for name, ours, other, target in rows:
         print(
-            f"| {name} | {statistics.median(ours):.2f} | {statistics.median(other):.2f} | {target} |"
+            f"| {name} | {statistics.median(ours):.2f} | {statistics.median(other):.2f} "
+            f"| {target} |"
         )
     print(
-        f"| driver's CPU while a worker generates ({share_s:.0f} s), % of a core | {100 * share:.2f} | | 3 |"
+        f"| driver's CPU while a worker generates ({share_s:.0f} s), % of a core "
+        f"| {100 * share:.2f} | | 3 |"
     )
     print(f"| a job ends after Ctrl-C, s | {statistics.median(interruptions_s):.2f} | | 5 |")
 

@@ -1,6 +1,9 @@
-"""Takes the pictures of docs/mlflow_ui.md: `python scripts/mlflow_screenshots.py sqlite:////path/to/mlflow.db docs/images`.
+"""Take the pictures of docs/mlflow_ui.md.
 
-Starts `mlflow server` over that store and opens its pages in a headless Chromium. Needs chromium and chromedriver.
+    python scripts/mlflow_screenshots.py sqlite:////path/to/mlflow.db docs/images
+
+Start `mlflow server` over that store and open its pages in a headless Chromium. Needs chromium and
+chromedriver.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory that a disk is read into lies in huge pages: the right pieces of it, with what it held, and in a real run on NVMe."""
+"""Memory that a disk is read into lies in huge pages: the right pieces, with what they held."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ops: what is missing is said with the command to type, a killed build is noticed, and one builder works at a time."""
+"""DeepSpeed's ops: what lacks is named, a killed build is noticed, one builder works at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from zinfer.machine.native_ops import __main__ as command_line
 from zinfer.machine.native_ops import building, missing, requirements
 from zinfer.machine.native_ops import lock as build_lock
 
-OPS_BY_OFFLOAD = [  # offload.device, accelerator, the ops that DeepSpeed 0.19.8 loads (torch.py: build_shm_op; async_io.py: load)
+# offload.device, accelerator, the ops that DeepSpeed 0.19.8 loads: torch.py build_shm_op, async_io.py
+OPS_BY_OFFLOAD = [
     ("none", "cpu", ["deepspeed_shm_comm"]),
     ("cpu", "cpu", ["deepspeed_shm_comm"]),
     ("nvme", "cpu", ["deepspeed_shm_comm", "pin_memory", "async_io"]),
@@ -275,9 +276,12 @@ def test_deepspeed_takes_the_built_ops_without_compiler_and_ninja(
         from deepspeed.accelerator import get_accelerator
         aio = get_accelerator().create_op_builder("AsyncIOBuilder").load()
         handle = aio.aio_handle(1 << 20, 16, False, True, 1)
-        written, read = torch.arange(1 << 18, dtype=torch.int32), torch.zeros(1 << 18, dtype=torch.int32)
-        handle.sync_pwrite(written, {str(tmp_path / "swap")!r}, 0), handle.sync_pread(read, {str(tmp_path / "swap")!r}, 0)
-        print(aio.__file__ == str(native_ops.extensions_dir() / "async_io" / "async_io.so"), torch.equal(written, read))
+        written = torch.arange(1 << 18, dtype=torch.int32)
+        read = torch.zeros(1 << 18, dtype=torch.int32)
+        handle.sync_pwrite(written, {str(tmp_path / "swap")!r}, 0)
+        handle.sync_pread(read, {str(tmp_path / "swap")!r}, 0)
+        library = native_ops.extensions_dir() / "async_io" / "async_io.so"
+        print(aio.__file__ == str(library), torch.equal(written, read))
     """
     assert run_python(program).splitlines()[-1] == "True True"
 
@@ -286,7 +290,7 @@ def test_deepspeed_takes_the_built_ops_without_compiler_and_ninja(
 
 
 def run_python(program: str) -> str:
-    """What the program prints, in a process of its own."""
+    """Run a program in a process of its own. Its output."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
     )
@@ -305,10 +309,16 @@ def pretend_built(*ops: str) -> None:
 
 @contextmanager
 def building_process(op: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the op's lock as torch's builds do (torch.utils.file_baton: open with O_EXCL, keep it open)."""
+    """Start a process that holds the op's lock as torch's builds do.
+
+    Source: torch.utils.file_baton opens it with O_EXCL and keeps it open.
+    """
     folder = native_ops.extensions_dir() / op
     folder.mkdir()
-    program = "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('locked', flush=True); time.sleep(60)"
+    program = (
+        "import os, sys, time; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL);"
+        "print('locked', flush=True); time.sleep(60)"
+    )
     builder = subprocess.Popen(
         [sys.executable, "-c", program, str(folder / "lock")], stdout=subprocess.PIPE, text=True
     )

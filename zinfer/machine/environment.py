@@ -149,7 +149,8 @@ def _start_git(folder: Path, untracked: str) -> subprocess.Popen[str] | None:
     """`git status` without touching the index: other git commands may be running."""
     try:
         return subprocess.Popen(
-            ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch", f"--untracked-files={untracked}", "--", ":/"],
+            ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch",
+             f"--untracked-files={untracked}", "--", ":/"],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True,
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )  # fmt: skip

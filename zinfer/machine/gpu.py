@@ -110,7 +110,8 @@ def nvidia_gpus() -> list[Gpu]:
         return []
     try:
         done = subprocess.run(
-            [command, f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader,nounits"],
+            [command, f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}",
+             "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""One box: capacities of device, host and disk, and its rates where they are known.
+"""Describe one box: capacities of device, host and disk, and its rates where they are known.
 
 The driver plans with these numbers before any worker starts, so nothing here imports torch or
-initialises CUDA. What cannot be found is
-None.
+initialises CUDA. What
+cannot be found is None.
 """
 
 from __future__ import annotations

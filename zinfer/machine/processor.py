@@ -1,4 +1,4 @@
-"""Describe the processor: its name, instruction sets, usable cores, and the types it computes in."""
+"""Describe the processor: name, instruction sets, usable cores, types it computes in."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ MATRIX_SETS = {
 WIDEST_VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
 """Vector sets from the widest on; a processor is named by the first that it has."""
 BFLOAT16_ARITHMETIC = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
-"""Flags of processors that multiply bfloat16 numbers. Source: oneDNN src/cpu/x64/cpu_isa_traits.hpp,
-src/cpu/aarch64/cpu_isa_traits.hpp."""
+"""Flags of processors that multiply bfloat16 numbers.
+
+Source: oneDNN src/cpu/x64/cpu_isa_traits.hpp, src/cpu/aarch64/cpu_isa_traits.hpp.
+"""
 
 
 def instruction_sets(flags: frozenset[str]) -> str | None:
