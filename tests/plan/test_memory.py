@@ -242,12 +242,9 @@ def test_a_plan_that_fits_finishes_under_its_own_limit_and_one_that_does_not_by_
     def limited_to(count: int) -> Callable[[], None]:
         return lambda: resource.setrlimit(resource.RLIMIT_DATA, (count, count))
 
-    fitting = run(tmp_path, *overrides, limit=limited_to(int(needed * 1.05) + 400 * MIB))
+    fitting = run(tmp_path, *overrides, limit=limited_to(int(needed * 1.05)))
     assert fitting["status"] == "ok", fitting["reason"]
-    too_small = run(
-        tmp_path, *overrides, "plan.enforce=false", limit=limited_to(int(tensors * 0.8))
-    )
-    assert too_small["status"] in ("oom_host", "killed", "error"), too_small["status"]
-    assert too_small["status"] != "ok"
+    too_small = run(tmp_path, *overrides, "plan.enforce=false", limit=limited_to(tensors))
+    assert too_small["status"] == "oom_host", too_small["reason"]
     refused = run(tmp_path, *overrides, f"hardware.host_bytes={int(needed * 0.8)}")
     assert refused["status"] == "does_not_fit"
