@@ -26,6 +26,7 @@ import pytest
 from multirun_analysis.report import write_report
 from multirun_analysis.runs import Selection
 from multirun_analysis.store import read_mlflow
+from tests.helpers.report_gallery import STORIES, make_story
 from tests.helpers.synthetic_store import make_store
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -241,6 +242,24 @@ def test_dark_and_light_are_both_readable(
     browser.find_element(By.ID, "theme").click()
     paper, ink, figure_text = colours()
     assert sum(paper) > 700 and sum(ink) < 150 and figure_text == ink
+
+
+@pytest.mark.parametrize("story", [*STORIES, "many"])
+def test_every_kind_of_report_is_laid_out(
+    story: str, open_browser: Callable[..., Any], screenshots: Path, tmp_path: Path
+) -> None:
+    """One run, one batch, many, failures, plans only: wide and narrow, light and dark."""
+    write_report(read_mlflow(make_story(story, tmp_path / "store")), tmp_path / "out")
+    for size in (DESKTOP, PHONE):
+        browser = open_browser(size)
+        for mode in ("light", "dark"):
+            media = {"features": [{"name": "prefers-color-scheme", "value": mode}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            browser.get((tmp_path / "out" / "report.html").as_uri())
+            width = browser.execute_script("return document.documentElement.scrollWidth")
+            assert width <= size[0]
+            browser.save_screenshot(str(screenshots / f"{story}-{size[0]}-{mode}.png"))
+        assert browser.get_log("browser") == []
 
 
 # MLflow's own pages
