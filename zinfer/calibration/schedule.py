@@ -43,7 +43,7 @@ class Clock:
         return self.budget_s is None or self.elapsed_s + runs * self.job_s <= self.budget_s
 
     def left_s(self, runs: float, kernels: bool) -> float:
-        """Return seconds that so many runs, and the kernels if they are still to come, will take."""
+        """Return seconds that so many runs, and kernels still to come, will take."""
         left_s = runs * self.job_s + kernels * KERNELS_S * self.job_s / JOB_S
         if self.budget_s is None:
             return left_s

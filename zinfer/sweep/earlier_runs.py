@@ -6,6 +6,7 @@ A sqlite store is read straight from its file, because importing MLflow takes se
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from zinfer.job.outcome import EndedBy, Json, Status
-from zinfer.tracking.names import KEY_TAG
+from zinfer.tracking.names import KEY_TAG, ROLE_TAG
+from zinfer.tracking.parent import JOBS_TAG
 from zinfer.tracking.uri import sqlite_path
 
 HEADLINE = "generated_tokens_per_s"
@@ -128,6 +130,30 @@ def _by_run(store: sqlite3.Connection, source: str, experiment: str) -> dict[str
     for run_id, key, value in rows:
         found.setdefault(run_id, {})[key] = value
     return found
+
+
+def runs_of_newest_sweep(uri: str, experiment: str) -> list[str] | None:
+    """Return the ids, sorted, of the runs that the newest sweep of a sqlite store names.
+
+    None where there is no sweep, or the store is another one.
+    """
+    path = sqlite_path(uri)
+    if path is None or not path.exists():
+        return None
+    newest = """
+        SELECT runs.run_uuid FROM runs JOIN experiments USING (experiment_id)
+        JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = ? AND tags.value = 'sweep'
+        WHERE experiments.name = ? AND runs.lifecycle_stage = 'active'
+        ORDER BY runs.start_time DESC LIMIT 1
+    """
+    jobs = f"SELECT value FROM tags WHERE key LIKE ? AND run_uuid IN ({newest})"
+    try:
+        with open_read_only(path) as store:
+            tags = store.execute(jobs, (f"{JOBS_TAG}%", ROLE_TAG, experiment)).fetchall()
+    except sqlite3.Error:
+        return None
+    entries = [entry for (value,) in tags for entry in json.loads(value)]
+    return sorted(entry["run_id"] for entry in entries if entry["run_id"]) if tags else None
 
 
 def _from_mlflow(uri: str, experiment: str) -> list[EarlierRun]:

@@ -22,6 +22,7 @@ from zinfer.job.folder import is_driven
 from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Json, Status
 from zinfer.redact import redact
 from zinfer.sweep.decision import Decision, NoSweep, Planned, Previewed, Started
+from zinfer.sweep.earlier_runs import runs_of_newest_sweep
 from zinfer.sweep.record import Sweep, ended_well
 from zinfer.sweep.resume import would_retry
 from zinfer.sweep.table import result_table
@@ -51,7 +52,10 @@ class Row:
 
     @property
     def has_result(self) -> bool:
-        """Return whether the job came to an end that says something of it: also that it is too big."""
+        """Return whether the job came to an end that says something of it.
+
+        That it does not fit is such an end.
+        """
         return ended_well(self.document) or self.status == "does_not_fit"
 
     @property
@@ -126,16 +130,30 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
         for line in how_to_go_on(sweep, rows, interrupted=interrupted):
             terminal.note(line)
         terminal.note(f"sweep folder {sweep.folder}")
+    runs = [row.run for row in rows]
     page = started.parent.end(
         SWEEP_STATUS.get(code, "error"),
-        [row.run for row in rows],
+        runs,
         record(sweep, rows),
         Interrupts.has_insisted,
+        experiment=experiment_of(sweep, runs),
     )
     if page is not None:
         terminal.note(f"to compare them: {page}")
     started.held.close()
     return code
+
+
+def experiment_of(sweep: Sweep, runs: Sequence[SweptRun]) -> str | None:
+    """Return where the sweep needs a run although no job of it has created one.
+
+    That is a sweep with reused jobs, unless the newest sweep there names just the same runs.
+    """
+    found = sorted(run.run_id for run in runs if run.run_id is not None)
+    if sweep.tracking_uri is None or not any(run.state == "reused" for run in runs):
+        return None
+    same = runs_of_newest_sweep(sweep.tracking_uri, sweep.experiment) == found
+    return None if same else sweep.experiment
 
 
 def wait_for_jobs(sweep: Sweep) -> None:

@@ -217,7 +217,7 @@ def begin(
             folder = Path(job.folder)
             sweep.begin_job(job.num, folder, job.overrides)
             note_reused(sweep.reusable[str(job.key)], folder)
-    elif sweep.tracking_uri is not None:
+    if sweep.tracking_uri is not None:
         parent.announce(sweep.folder, task_overrides(master.hydra), sweep.tracking_uri)
     if left != 0:
         prepare(sweep, configs)

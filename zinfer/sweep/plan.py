@@ -115,7 +115,8 @@ def _one_process(configs: Sequence[RunConfig], timeout_s: float) -> tuple[list[J
     try:
         done = subprocess.run(
             [sys.executable, "-m", "zinfer.sweep.plan"],
-            input=trees, capture_output=True, text=True, timeout=timeout_s, start_new_session=True, check=False,
+            input=trees, capture_output=True, text=True, timeout=timeout_s, check=False,
+            start_new_session=True,
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         output: bytes = late.stdout or b""  # bytes, also with text=True

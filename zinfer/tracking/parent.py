@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PARENT_VARIABLE = "ZINFER_PARENT_RUN_ID"
 """A run's id, or the path of a parent_run.json."""
 JOBS_TAG = "zinfer.jobs"
-"""On the sweep's run: its jobs, as docs of zinfer/sweep/record.py describe them."""
+"""On the sweep's run: its jobs, as zinfer/sweep/record.py describes them."""
 TAG_CHARACTERS = 7999
 """MLflow's limit; it cuts longer values without a word."""
 
@@ -111,14 +111,19 @@ class ParentRunCallback(Callback):
         runs: Sequence[SweptRun] = (),
         record: Json | None = None,
         give_up: Callable[[], bool] = never,
+        experiment: str | None = None,
     ) -> str | None:
-        """Close the parent, once, with the runs of its jobs. Returns how to compare them."""
+        """Close the parent, once, with the runs of its jobs. Returns how to compare them.
+
+        Args:
+            experiment: where to create the parent if no job has; None leaves it out.
+        """
         if self._file is None:
             return None
         file, self._file = self._file, None
         if os.environ.get(PARENT_VARIABLE) == str(file):
             del os.environ[PARENT_VARIABLE]
-        return close_parent(file, self._uri, status, runs, record, give_up)
+        return close_parent(file, self._uri, status, runs, record, give_up, experiment)
 
 
 def announce_parent(sweep_dir: Path, overrides: list[str]) -> Path:
@@ -193,6 +198,7 @@ def close_parent(
     runs: Sequence[SweptRun] = (),
     record: Json | None = None,
     give_up: Callable[[], bool] = never,
+    experiment: str | None = None,
 ) -> str | None:
     """End the parent run, if a job has created it, with the runs of its jobs.
 
@@ -203,22 +209,28 @@ def close_parent(
     Args:
         runs: all jobs of the sweep, reused ones included.
         record: stored as the artifact sweep.json.
+        experiment: where to create the parent if no job has; None leaves it out.
     """
     from zinfer.config import TrackingConfig
     from zinfer.tracking.client import connect, store_errors
+    from zinfer.tracking.client import experiment as experiment_id_of
     from zinfer.tracking.store import TrackingUnavailable
-    from zinfer.tracking.uri import tracking_uri
+    from zinfer.tracking.uri import artifact_location, tracking_uri
 
     announced = read_record(file, Announced)
-    if announced is None or announced.run_id is None:
+    if announced is None or (announced.run_id is None and experiment is None):
         return None
-    run_id = announced.run_id
     compared = [run.run_id for run in runs if run.run_id is not None]
     absolute = tracking_uri(TrackingConfig(store="sqlite", uri=uri), Path.cwd())
 
     def close() -> str:
         with store_errors(absolute):
             client = connect(absolute)
+            run_id = announced.run_id
+            if run_id is None:
+                location = artifact_location(absolute, Path.cwd())
+                found = experiment_id_of(client, str(experiment), location)
+                run_id = parent_run_id(str(file), client, found)
             client.set_tag(run_id, names.STATUS_TAG, status)
             for name, value in jobs_tags(runs).items():
                 client.set_tag(run_id, name, value)
@@ -230,6 +242,6 @@ def close_parent(
     try:
         experiment_id = within(CLOSE_S, close, redact(absolute), give_up)
     except TrackingUnavailable as error:
-        print(f"the sweep's run {run_id} was not closed: {error}", file=sys.stderr)
+        print(f"the sweep's run was not closed: {error}", file=sys.stderr)
         return None
     return comparison_page(absolute, experiment_id, compared) if len(compared) > 1 else None
