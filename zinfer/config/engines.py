@@ -42,6 +42,8 @@ class EngineKind:
     """Values of `offload` besides none: where it can keep weights that are not in use."""
     quantises: bool = False
     """It takes dtype=int8 and dtype=int4."""
+    kv_placements: tuple[str, ...] = ("device",)
+    """Values of `kv_cache` that it takes. Its model must be transformers' for the others."""
     options: tuple[OptionGroup, ...] = ()
     """Groups of settings that it reads; a value set in another of them is refused."""
 
@@ -62,12 +64,14 @@ ENGINES = {
             loads_ops=True,
             offloads_to=("cpu", "nvme"),
             quantises=True,
+            kv_placements=("device", "host", "host_attention"),
             options=("zero", "offload"),
         ),
         EngineKind(
             name="resident",
             summary="plain transformers, all weights on the device: the baseline",
             load="zinfer.worker.engines.resident:load",
+            kv_placements=("device", "host", "host_attention"),
         ),
     )
 }

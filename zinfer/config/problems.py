@@ -38,6 +38,7 @@ def config_problems(config: RunConfig) -> list[Problem]:
         _offload,
         _paper,
         _dtype,
+        _kv_cache,
         _model,
         _tracking,
     )
@@ -203,6 +204,32 @@ def _dtype(config: RunConfig) -> Iterator[Problem]:
             "into weights that it quantises at creation (shape mismatch in transformers 5). "
             "Set weights=dummy to measure speed and memory, or dtype=bfloat16 for real weights",
             ("dtype.weights", "weights"),
+        )
+
+
+def _kv_cache(config: RunConfig) -> Iterator[Problem]:
+    kv, engine = config.kv_cache, engine_of(config)
+    if kv.placement not in engine.kv_placements:
+        yield Problem(
+            f"kv_cache={kv.placement}: engine={engine.name} keeps its KV cache on "
+            f"{' or '.join(engine.kv_placements)}. Set kv_cache=device or engine=zero",
+            ("engine.name", "kv_cache.placement"),
+        )
+    if kv.is_offloaded:
+        return
+    knobs = {
+        "kv_cache.bits": kv.bits != 16,
+        "kv_cache.key_bits": kv.key_bits is not None,
+        "kv_cache.value_bits": kv.value_bits is not None,
+        "kv_cache.device_layers": kv.device_layers != 0,
+        "kv_cache.pin_memory": kv.pin_memory is not None,
+        "kv_cache.kernel": kv.kernel != "auto",
+    }
+    for name in (name for name, is_set in knobs.items() if is_set):
+        yield Problem(
+            f"{name} is set, but kv_cache=device is transformers' own cache, which does not read "
+            f"it. Set kv_cache=host_attention or kv_cache=host, or drop {name}",
+            ("kv_cache.placement", name),
         )
 
 

@@ -30,6 +30,8 @@ STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 ITEMSIZE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+KvPlacementName = Literal["device", "host", "host_attention"]
+KvBits = Literal[16, 8, 4]
 FloatDtype = Literal["float32", "float16", "bfloat16"]
 
 MOST_ROWS = 1 << 20
@@ -186,9 +188,41 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class KvCacheConfig:
-    """Where keys and values live."""
+    """Where keys and values live, and in how many bits."""
 
-    placement: Literal["device"]
+    placement: KvPlacementName
+    """device: transformers' own cache. host: in host memory, each layer copied back for its turn.
+
+    host_attention: in host memory for good; the query goes there and the output returns.
+    """
+    bits: KvBits = 16
+    """16: as computed, in whatever type that is. 8 and 4: codes with a scale for each group."""
+    key_bits: KvBits | None = None
+    """Bits of keys alone, which suffer first; None: as `bits`."""
+    value_bits: KvBits | None = None
+    group_size: Annotated[int, Limits(16, 1 << 10)] = 64
+    """Values along the head dimension that share a scale and a minimum."""
+    pin_memory: bool | None = None
+    """Page-lock the host's part, so that copies run beside the computation. None: on a GPU."""
+    kernel: Literal["auto", "compiled", "torch"] = "auto"
+    """What computes attention on the host: our C++ kernel, or PyTorch. auto: the first if it can."""
+    device_layers: Annotated[int, Limits(0, 1 << 16)] = 0
+    """So many layers, from the first, keep their cache on the device."""
+
+    @property
+    def bits_of_keys(self) -> int:
+        """Bits in which keys are stored."""
+        return self.key_bits or self.bits
+
+    @property
+    def bits_of_values(self) -> int:
+        """Bits in which values are stored."""
+        return self.value_bits or self.bits
+
+    @property
+    def is_offloaded(self) -> bool:
+        """True when the cache is in host memory."""
+        return self.placement != "device"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

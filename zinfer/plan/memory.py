@@ -9,6 +9,7 @@ from zinfer.config import RunConfig
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import min_buffer_count
+from zinfer.plan.kv_placement import kv_problems
 from zinfer.plan.memory_items import Demand, device_items, disk_items, host_items, pinned_items
 from zinfer.plan.process_memory import loading_bytes, mapped_bytes
 from zinfer.plan.tiers import Item, ItemKind, Lifetime, MemoryPlan, Tier, TierName
@@ -70,11 +71,11 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
     return MemoryPlan(
         ranks=config.launcher.ranks,
         tiers=tuple(_tier(rule, run, items[rule.name], per_rank) for rule in TIER_RULES),
-        kv_cache_bytes=run.kv_bytes(config.batch.batch_size),
+        kv_cache_bytes=None if run.kv is None else run.kv.total_bytes * config.launcher.ranks,
         weight_bytes=run.layout.stored_numel * run.layout.itemsize_bytes,
         device_is_host=hardware.device_is_host,
         mapped_checkpoint_bytes=mapped,
-        problems=tuple(_buffer_problems(run)),
+        problems=(*_buffer_problems(run), *kv_problems(spec, config)),
     )
 
 

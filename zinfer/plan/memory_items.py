@@ -14,8 +14,9 @@ from typing import Any
 from zinfer.config import RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
-from zinfer.model.spec import ModelSpec, kv_cache_bytes
+from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import derive
+from zinfer.plan.kv_placement import KvBytes, kv_bytes
 from zinfer.plan.process_memory import kept_after_loading, kept_free_factor, process_memory
 from zinfer.plan.tiers import Item, ItemKind, Lifetime
 from zinfer.plan.working_memory import CUDA_CONTEXT_BYTES, prefill_bytes
@@ -61,13 +62,11 @@ class Demand:
         nothing is copied."""
         return self.hardware.device_is_host and self.config.launcher.ranks == 1
 
-    def kv_bytes(self, rows: int) -> int | None:
-        """KV cache of that many rows at the end of a generation. None: not known.
-
-        The last new token is chosen and never cached.
-        """
-        batch = self.config.batch
-        return kv_cache_bytes(self.spec, rows, batch.prompt_tokens + batch.new_tokens - 1)
+    @cached_property
+    def kv(self) -> KvBytes | None:
+        """KV cache of one rank at the end of a generation. None: not known."""
+        on_gpu = not self.hardware.device_is_host
+        return kv_bytes(self.spec, self.config, self.rows, on_gpu=on_gpu)
 
 
 def device_items(run: Demand) -> Iterator[Item]:
@@ -76,7 +75,7 @@ def device_items(run: Demand) -> Iterator[Item]:
     Then the cache is full and the allocator still keeps the states of the last prefill.
     """
     yield from _device_weights(run)
-    kv = run.kv_bytes(run.rows) or 0
+    kv = run.kv.device_bytes if run.kv else 0
     working = prefill_bytes(run.spec, run.rows, run.config.batch.prompt_tokens)
     yield while_generating(name="kv cache", bytes=kv, kind=ItemKind.KV_CACHE)
     for name, count in working.items():
@@ -85,7 +84,7 @@ def device_items(run: Demand) -> Iterator[Item]:
         yield _kept_by_the_allocator(run, kv, sum(working.values()))
     else:
         # torch.cat writes one layer's new cache beside the old one
-        copied = kv // max(1, run.spec.num_layers)
+        copied = 0 if run.config.kv_cache.is_offloaded else kv // max(1, run.spec.num_layers)
         yield while_generating(
             name="kv cache of one layer, copied", bytes=copied, kind=ItemKind.KV_CACHE
         )
@@ -142,6 +141,10 @@ def host_items(run: Demand) -> Iterator[Item]:
         ("kernels and process group", process.growth_bytes),
     ):
         yield throughout(name=name, bytes=count, kind=ItemKind.PROCESS)
+    if run.kv and not run.kv.pinned:
+        yield while_generating(
+            name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE
+        )
     offload = run.config.offload
     if offload.device == "cpu" and not offload.pin_memory:
         yield throughout(name="weights", bytes=run.partition_bytes, kind=ItemKind.WEIGHTS)
@@ -163,6 +166,10 @@ def pinned_items(run: Demand) -> Iterator[Item]:
         yield throughout(name="NVMe staging buffers", bytes=count, kind=ItemKind.STREAMING)
     if offload.device == "cpu" and offload.pin_memory:
         yield throughout(name="weights", bytes=run.partition_bytes, kind=ItemKind.WEIGHTS)
+    if run.kv and run.kv.pinned:
+        yield while_generating(
+            name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE
+        )
 
 
 def disk_items(run: Demand) -> Iterator[Item]:

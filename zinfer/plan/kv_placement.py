@@ -1,0 +1,160 @@
+"""Count where the KV cache lies: bytes on the host and on the device, for each placement.
+
+The worker allocates exactly these bytes (zinfer/worker/kv_cache). A cache in host memory has a slot
+for every token of the run, or for the window of a layer that has one. Codes of 8 or 4 bits have a
+scale and a minimum in float16 for each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from zinfer.config import RunConfig
+from zinfer.model.kv_layout import KvLayer
+from zinfer.model.spec import ModelSpec
+
+MOVABLE_KINDS = frozenset({"mha", "gqa", "mla", "sliding"})
+"""Layers that keep keys and values and nothing else; every other layer stays on the device."""
+SCALE_BYTES = 4
+"""A scale and a minimum in float16."""
+FETCH_SLOTS = 2
+"""Layers that `host` keeps on the device: the one that computes and the one that comes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvBytes:
+    """The KV cache of one rank, at the end of a generation.
+
+    Attributes:
+        host_bytes: buffers in host memory; all of them are page-locked where `pinned`.
+        device_bytes: layers that stay on the device, and the slots of `host`.
+        read_bytes_per_step: keys and values in host memory that one decode step reads.
+        copied_bytes_per_step: bytes over the link in one decode step, both ways together.
+    """
+
+    host_bytes: int
+    device_bytes: int
+    pinned: bool
+    read_bytes_per_step: int
+    copied_bytes_per_step: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes of the cache."""
+        return self.host_bytes + self.device_bytes
+
+
+def kv_bytes(spec: ModelSpec, config: RunConfig, rows: int, *, on_gpu: bool) -> KvBytes | None:
+    """Count the KV cache of `rows` sequences. None: this model's cache is not known.
+
+    The last new token is chosen and never cached.
+    """
+    if spec.kv_layers is None:
+        return None
+    kv, batch = config.kv_cache, config.batch
+    tokens = batch.prompt_tokens + batch.new_tokens - 1
+    size = spec.bytes_per_element
+    if not kv.is_offloaded:
+        device = rows * sum(layer.cache_bytes(tokens, size) for layer in spec.kv_layers)
+        return KvBytes(
+            host_bytes=0,
+            device_bytes=device,
+            pinned=False,
+            read_bytes_per_step=0,
+            copied_bytes_per_step=0,
+        )
+    moved = list(moved_layers(spec, config))
+    stay = [layer for layer in spec.kv_layers if not any(layer is other for other in moved)]
+    stored = [rows * slots(layer, tokens) * stored_bytes(layer, config, size) for layer in moved]
+    on_device = rows * sum(layer.cache_bytes(tokens, size) for layer in stay)
+    copied = 0
+    if kv.placement == "host":
+        shapes = {(layer.values_per_token, slots(layer, tokens)) for layer in moved}
+        on_device += FETCH_SLOTS * rows * size * sum(values * count for values, count in shapes)
+        copied = sum(stored)
+    new_token = rows * sum(stored_bytes(layer, config, size) for layer in moved)
+    query = rows * len(moved) * spec.num_attention_heads * spec.head_dim * size
+    copied += new_token + (2 * query if kv.placement == "host_attention" else 0)
+    return KvBytes(
+        host_bytes=sum(stored),
+        device_bytes=on_device,
+        pinned=is_pinned(config, on_gpu=on_gpu),
+        read_bytes_per_step=sum(stored),
+        copied_bytes_per_step=copied if on_gpu else 0,
+    )
+
+
+def is_pinned(config: RunConfig, *, on_gpu: bool) -> bool:
+    """Tell whether the host's part is page-locked: as set, else on a GPU."""
+    chosen = config.kv_cache.pin_memory
+    return on_gpu if chosen is None else chosen and on_gpu
+
+
+def moved_layers(spec: ModelSpec, config: RunConfig) -> Iterator[KvLayer]:
+    """Yield the layers whose cache goes to host memory."""
+    for index, layer in enumerate(spec.kv_layers or ()):
+        if layer.kind in MOVABLE_KINDS and index >= config.kv_cache.device_layers:
+            yield layer
+
+
+def slots(layer: KvLayer, tokens: int) -> int:
+    """Tokens for which host memory is allocated: all, or the window."""
+    return tokens if layer.window is None else min(tokens, layer.window)
+
+
+def stored_bytes(layer: KvLayer, config: RunConfig, bytes_per_element: int) -> int:
+    """Bytes of one token of one sequence in host memory: half of its values are keys."""
+    kv, values = config.kv_cache, layer.values_per_token
+    keys = values // 2
+    parts = ((kv.bits_of_keys, keys), (kv.bits_of_values, values - keys))
+    total = 0
+    for bits, count in parts:
+        if bits == 16:
+            total += count * bytes_per_element
+        else:
+            total += count * bits // 8 + count // kv.group_size * SCALE_BYTES
+    return total
+
+
+def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
+    """Yield why this model's KV cache cannot be placed and stored as asked."""
+    kv = config.kv_cache
+    if not kv.is_offloaded:
+        return
+    if spec.kv_layers is None:
+        yield (
+            f"kv_cache={kv.placement}: the cache of {spec.name} is not known "
+            f"({spec.kv_unknown_reason}). Set kv_cache=device"
+        )
+        return
+    kinds = {layer.kind for layer in spec.kv_layers}
+    if not kinds & MOVABLE_KINDS:
+        yield (
+            f"kv_cache={kv.placement}: {spec.name} has no layer of keys and values. "
+            "Set kv_cache=device"
+        )
+    if kv.device_layers > spec.num_layers:
+        yield (
+            f"kv_cache.device_layers={kv.device_layers}, but {spec.name} has {spec.num_layers} "
+            f"layers. Set kv_cache.device_layers={spec.num_layers - 1} or fewer"
+        )
+    quantised = 16 not in {kv.bits_of_keys} or kv.bits_of_values != 16
+    if "mla" in kinds and kv.placement == "host_attention":
+        yield (
+            f"kv_cache=host_attention: {spec.name} keeps latent vectors (MLA), which are expanded "
+            "with weights of the device before attention. Set kv_cache=host"
+        )
+    if "mla" in kinds and quantised:
+        yield (
+            f"kv_cache.bits={kv.bits}: {spec.name} keeps latent vectors (MLA), which are stored "
+            "as computed only. Set kv_cache.bits=16"
+        )
+    if quantised and "mla" not in kinds and spec.head_dim % kv.group_size:
+        fitting = next(size for size in (128, 96, 80, 64, 48, 32, 16, 1) if spec.head_dim % size == 0)
+        yield (
+            f"kv_cache.group_size={kv.group_size} does not divide the head dimension of "
+            f"{spec.name}, {spec.head_dim}. Set kv_cache.group_size={fitting}"
+        )
+    if 4 in (kv.bits_of_keys, kv.bits_of_values) and kv.group_size % 2:
+        yield "kv_cache.group_size must be even for 4 bits. Set kv_cache.group_size=64"
