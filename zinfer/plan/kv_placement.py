@@ -139,7 +139,7 @@ def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
             f"kv_cache.device_layers={kv.device_layers}, but {spec.name} has {spec.num_layers} "
             f"layers. Set kv_cache.device_layers={spec.num_layers - 1} or fewer"
         )
-    quantised = 16 not in {kv.bits_of_keys} or kv.bits_of_values != 16
+    quantised = min(kv.bits_of_keys, kv.bits_of_values) < 16
     if "mla" in kinds and kv.placement == "host_attention":
         yield (
             f"kv_cache=host_attention: {spec.name} keeps latent vectors (MLA), which are expanded "
@@ -151,7 +151,9 @@ def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
             "as computed only. Set kv_cache.bits=16"
         )
     if quantised and "mla" not in kinds and spec.head_dim % kv.group_size:
-        fitting = next(size for size in (128, 96, 80, 64, 48, 32, 16, 1) if spec.head_dim % size == 0)
+        fitting = next(
+            size for size in (128, 96, 80, 64, 48, 32, 16, 1) if spec.head_dim % size == 0
+        )
         yield (
             f"kv_cache.group_size={kv.group_size} does not divide the head dimension of "
             f"{spec.name}, {spec.head_dim}. Set kv_cache.group_size={fitting}"

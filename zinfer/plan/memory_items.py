@@ -142,9 +142,7 @@ def host_items(run: Demand) -> Iterator[Item]:
     ):
         yield throughout(name=name, bytes=count, kind=ItemKind.PROCESS)
     if run.kv and not run.kv.pinned:
-        yield while_generating(
-            name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE
-        )
+        yield while_generating(name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE)
     offload = run.config.offload
     if offload.device == "cpu" and not offload.pin_memory:
         yield throughout(name="weights", bytes=run.partition_bytes, kind=ItemKind.WEIGHTS)
@@ -167,9 +165,7 @@ def pinned_items(run: Demand) -> Iterator[Item]:
     if offload.device == "cpu" and offload.pin_memory:
         yield throughout(name="weights", bytes=run.partition_bytes, kind=ItemKind.WEIGHTS)
     if run.kv and run.kv.pinned:
-        yield while_generating(
-            name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE
-        )
+        yield while_generating(name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE)
 
 
 def disk_items(run: Demand) -> Iterator[Item]:

@@ -9,6 +9,7 @@ from zinfer.job.outcome import Json
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import derive
+from zinfer.plan.kv_placement import kv_bytes
 from zinfer.plan.memory import memory_plan
 from zinfer.plan.prediction import Prediction, predict
 from zinfer.plan.tiers import MemoryPlan
@@ -30,6 +31,14 @@ class Planned:
     def fits(self) -> bool:
         """True when the run fits this hardware, as far as its sizes are known."""
         return self.plan.fits
+
+    @property
+    def kv_host_bytes(self) -> int | None:
+        """KV cache of this host's ranks in host memory. None: this model's cache is not known."""
+        rows = self.config.batch.batch_size // self.config.launcher.ranks
+        on_gpu = not self.hardware.device_is_host
+        kv = kv_bytes(self.spec, self.config, rows, on_gpu=on_gpu)
+        return None if kv is None else kv.host_bytes * self.config.launcher.ranks
 
     def deepspeed_json(self) -> Json:
         """The DeepSpeed configuration of this run."""

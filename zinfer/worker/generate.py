@@ -17,6 +17,7 @@ from zinfer.config import BatchConfig
 from zinfer.job.events import EventLog
 from zinfer.worker.cache_bytes import remembered_bytes
 from zinfer.worker.engines import Engine
+from zinfer.worker.kv_cache.session import KvSession
 from zinfer.worker.samples import Generation, Sample
 from zinfer.worker.stability import relative_error
 from zinfer.worker.surroundings import between, look
@@ -38,8 +39,11 @@ class StepClock(StoppingCriteria):
     It reports progress at most once a second: one short line, tens of microseconds.
     """
 
-    def __init__(self, device: torch.device, new_tokens: int, events: EventLog) -> None:
+    def __init__(
+        self, device: torch.device, new_tokens: int, events: EventLog, kv: KvSession
+    ) -> None:
         self._device = device
+        self._kv = kv
         self._new_tokens = new_tokens
         self._events = events
         self._said_s = now_s(device)
@@ -50,6 +54,8 @@ class StepClock(StoppingCriteria):
     ) -> torch.Tensor:
         time_s = now_s(self._device)
         self.times_s.append(time_s)
+        if len(self.times_s) == 1:
+            self._kv.first_token_is_there()
         if time_s - self._said_s >= PROGRESS_S:
             self._said_s = time_s
             self._events.progress(len(self.times_s), self._new_tokens, "tokens")
@@ -57,7 +63,7 @@ class StepClock(StoppingCriteria):
 
 
 def generate_timed(
-    engine: Engine, prompts: torch.Tensor, batch: BatchConfig, events: EventLog
+    engine: Engine, prompts: torch.Tensor, batch: BatchConfig, events: EventLog, kv: KvSession
 ) -> Generation:
     """Warm up, then time `batch.repeats` generations of this rank's rows.
 
@@ -72,7 +78,7 @@ def generate_timed(
     samples: list[Sample] = []
     events.phase("warm-up", generations=batch.warmup)
     for index in range(batch.warmup):
-        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index, events)
+        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index, events, kv)
         samples.append(_noted(sample, events))
     events.phase("generate", generations=batch.repeats)
     yardstick = Yardstick()
@@ -81,7 +87,7 @@ def generate_timed(
     totals_s: list[float] = []
     while _goes_on(totals_s, batch, engine.ranks):
         index = len(totals_s)
-        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index, events)
+        sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index, events, kv)
         samples.append(_noted(sample, events))
         totals_s.append(sample.total_s)
         yardstick_s.append(yardstick.seconds())
@@ -92,6 +98,7 @@ def generate_timed(
         token_ids=tuple(tuple(row) for row in ids.tolist()),
         yardstick_s=tuple(yardstick_s),
         kv_cache_bytes=kv_bytes,
+        kv_use=kv.use(batch.new_tokens - 1),
     )
 
 
@@ -137,8 +144,10 @@ def _generate_once(
     kind: Literal["warmup", "timed"],
     index: int,
     events: EventLog,
+    kv: KvSession,
 ) -> tuple[Sample, torch.Tensor, int | None]:
-    clock = StepClock(engine.device, batch.new_tokens, events)
+    clock = StepClock(engine.device, batch.new_tokens, events, kv)
+    cache = kv.arguments()
     with torch.no_grad():
         start_s = now_s(engine.device)
         result = engine.model.generate(
@@ -146,6 +155,7 @@ def _generate_once(
             attention_mask=torch.ones_like(ids),
             stopping_criteria=StoppingCriteriaList([clock]),
             return_dict_in_generate=True,
+            **cache,
         )
     new_ids = result.sequences[:, ids.shape[1] :].cpu()
     assert new_ids.shape == (ids.shape[0], batch.new_tokens), (

@@ -14,6 +14,7 @@ from zinfer.worker.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from zinfer.model.weights.verified import VerifiedWeights
+    from zinfer.worker.kv_cache.session import KvUse
 
 PERCENTILES = {50: 1, 90: 10, 95: 20, 99: 100}
 """Percentile -> how many decode steps it takes: at least one sample above it."""
@@ -101,6 +102,18 @@ class Metrics:
     """Tensors that hold the weights, all ranks."""
     kv_cache_bytes: int | None
     """Everything remembered between tokens at the end of a generation, all ranks."""
+    kv_host_bytes: int | None
+    """The part of it in host memory, all ranks. None: the cache is the device's."""
+    kv_device_bytes: int | None
+    """Its buffers on the device, all ranks: what is copied back for a layer's turn."""
+    kv_pinned_bytes: int | None
+    """The part of kv_host_bytes that is page-locked."""
+    kv_copied_bytes_per_step: float | None
+    """Over the link in a decode step, both ways, all ranks."""
+    host_attention_s: float | None
+    """Attention on the host in a decode step, the slowest rank."""
+    host_attention_bytes_per_s: float | None
+    """Keys and values that attention on the host reads, over the time that it takes; all ranks."""
 
     def known(self) -> dict[str, float]:
         """Name -> value of every number that is known."""
@@ -142,6 +155,7 @@ def summarise(measured: Measured, batch: BatchConfig) -> Metrics:
         peak_device_reserved_bytes=_total([use.peak_device_reserved_bytes for use in memory]),
         weight_bytes=sum(rank.weight_bytes for rank in measured.ranks),
         kv_cache_bytes=_total([rank.kv_cache_bytes for rank in measured.ranks]),
+        **_kv_numbers([rank.kv_use for rank in measured.ranks]),
     )
 
 
@@ -168,6 +182,23 @@ def percentile(values: Sequence[float], percent: int) -> float | None:
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def _kv_numbers(uses: Sequence[KvUse | None]) -> dict[str, Any]:
+    """Add up the ranks' caches in host memory; every number is None for caches on the device."""
+    known = [use for use in uses if use is not None]
+    attention_s = max((use.attention_s_per_step for use in known), default=0.0)
+    read = sum(use.read_bytes_per_step for use in known)
+    return {
+        "kv_host_bytes": sum(use.host_bytes for use in known) if known else None,
+        "kv_device_bytes": sum(use.device_bytes for use in known) if known else None,
+        "kv_pinned_bytes": sum(use.pinned_bytes for use in known) if known else None,
+        "kv_copied_bytes_per_step": sum(use.copied_bytes_per_step for use in known)
+        if known
+        else None,
+        "host_attention_s": attention_s or None,
+        "host_attention_bytes_per_s": read / attention_s if attention_s else None,
+    }
 
 
 def _total(values: Sequence[int | None]) -> int | None:

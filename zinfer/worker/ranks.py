@@ -10,6 +10,7 @@ from zinfer.worker.process_use import MemoryUse
 
 if TYPE_CHECKING:
     from zinfer.worker.engines import Engine
+    from zinfer.worker.kv_cache.session import KvUse
     from zinfer.worker.samples import Generation
 
 RANK_METRICS = ("peak_host_rss_bytes", "peak_device_allocated_bytes")
@@ -23,6 +24,7 @@ class RankResult:
     memory: MemoryUse
     weight_bytes: int
     kv_cache_bytes: int | None
+    kv_use: KvUse | None
     token_ids: tuple[tuple[int, ...], ...]
     """New tokens [rows of this rank][new_tokens]."""
 
@@ -35,6 +37,7 @@ def gather_over_ranks(
         memory=memory,
         weight_bytes=engine.weight_bytes,
         kv_cache_bytes=generation.kv_cache_bytes,
+        kv_use=generation.kv_use,
         token_ids=generation.token_ids,
     )
     if engine.ranks == 1:

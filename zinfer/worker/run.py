@@ -122,6 +122,7 @@ def measure(
 ) -> tuple[Measured, dict[str, Any]]:
     """Generate and time. Return what was measured and what was said, of all ranks."""
     from zinfer.worker.generate import generate_timed
+    from zinfer.worker.kv_cache.session import kv_session
     from zinfer.worker.metrics import Measured
     from zinfer.worker.process_use import block_read_bytes, memory_use
     from zinfer.worker.ranks import gather_over_ranks, rows_of_all
@@ -131,7 +132,8 @@ def measure(
     prompts = prompt_ids(batch, planned.spec.vocab_size, engine.tokenizer)
     _wait_for_quiet_driver(job_dir, events)
     read_before = block_read_bytes()
-    generation = generate_timed(engine, prompts, batch, events)
+    with kv_session(engine.model, planned, events) as kv:
+        generation = generate_timed(engine, prompts, batch, events, kv)
     ranks = gather_over_ranks(engine, generation, memory_use(engine.device, read_before))
     measured = Measured(
         samples=generation.samples,

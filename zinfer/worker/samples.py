@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from zinfer.worker.kv_cache.session import KvUse
 
 from zinfer.worker.surroundings import Surroundings
 
@@ -38,3 +41,5 @@ class Generation:
     """What else the machine did during the timed generations."""
     kv_cache_bytes: int | None
     """Bytes of this rank's cache at the end; None where the cache shows no tensors."""
+    kv_use: KvUse | None = None
+    """This rank's cache in host memory, in the last generation; None for one on the device."""

@@ -105,6 +105,20 @@ class HostCache(Cache):
         self.fetcher.slots.clear()
         self.memory.forget()
 
+    def bytes_held(self) -> int:
+        """Bytes of the buffers on the host and the device, and of the layers that stay there."""
+        stay = [layer for layer in self.layers if not isinstance(layer, HostLayer)]
+        tensors = [value for layer in stay for value in vars(layer).values()]
+        tensors += [
+            state for value in tensors if isinstance(value, dict) for state in value.values()
+        ]
+        held = sum(
+            value.numel() * value.element_size()
+            for value in tensors
+            if isinstance(value, torch.Tensor) and value.dim() > 1
+        )
+        return held + self.memory.host_bytes + self.memory.device_bytes
+
     @property
     def host_bytes(self) -> int:
         """Bytes of the buffers in host memory."""
