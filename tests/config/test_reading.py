@@ -143,7 +143,7 @@ def test_numbers_are_text_where_text_is_wanted(value: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("~kv_cache",), "kv_cache has no value. Set kv_cache=device"),
+        (("~kv_cache",), "kv_cache.placement has no value. Set kv_cache=device"),
         (("~engine",), "engine has no value. Set engine=zero"),
         (("~tracking",), "tracking.store has no value. Set tracking=auto"),
         (("~batch",), "batch.batch_size has no value. Set batch=small"),

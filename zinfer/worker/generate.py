@@ -172,5 +172,7 @@ def _generate_once(
         decode_step_s=tuple(after - before for before, after in steps),
         total_s=clock.times_s[-1] - start_s,
     )
-    held = remembered_bytes(engine.model, result.past_key_values, ids.shape[0])
+    held = kv.held_bytes()
+    if held is None:
+        held = remembered_bytes(engine.model, result.past_key_values, ids.shape[0])
     return sample, new_ids, held

@@ -24,9 +24,10 @@ class RankResult:
     memory: MemoryUse
     weight_bytes: int
     kv_cache_bytes: int | None
-    kv_use: KvUse | None
     token_ids: tuple[tuple[int, ...], ...]
     """New tokens [rows of this rank][new_tokens]."""
+    kv_use: KvUse | None = None
+    """This rank's KV cache in host memory; None for one on the device."""
 
 
 def gather_over_ranks(

@@ -56,6 +56,10 @@ class KvSession:
         if self._cache is not None:
             self._after_prefill = replace(self._cache.memory.traffic)
 
+    def held_bytes(self) -> int | None:
+        """Return the bytes of the whole cache; None where it is transformers' own."""
+        return None if self._cache is None else self._cache.bytes_held()
+
     def use(self, decode_steps: int) -> KvUse | None:
         """Account for the generation that just ended; None for a cache on the device."""
         if self._cache is None:
