@@ -11,9 +11,10 @@ from zinfer.escape import for_latex
 
 PAGE_PT = 345.0
 """Text width of the article class at 10 pt."""
-SIZES = (("small", 4.9), ("footnotesize", 4.5), ("scriptsize", 4.1))
-SMALLEST = ("tiny", 3.4)
-"""Command, and points of an average character: digits of Computer Modern are half an em wide."""
+SIZES = (("small", 5.4), ("footnotesize", 5.0), ("scriptsize", 4.6))
+"""Command, and points of an average character: text of mixed letters is wider than digits."""
+SMALLEST = ("tiny", 3.9)
+"""For a table that has no optional column left."""
 SEPARATION_PT = 3.0
 WRAPPED_CHARACTERS = 16
 """A column of longer text is broken into lines."""
