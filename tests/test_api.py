@@ -38,7 +38,8 @@ def test_importing_zinfer_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_composing_and_planning_import_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, zinfer; c = zinfer.compose(model='opt-175b', offload='nvme', hardware='a6000');"
+        "import sys, zinfer;"
+        "c = zinfer.compose(model='opt-175b', offload='nvme', hardware='a6000');"
         "p = zinfer.plan(c); assert p.needed_bytes['disk'] > 300e9, p.needed_bytes;"
         "print([name for name in ('torch', 'pandas', 'mlflow') if name in sys.modules])"
     )
@@ -105,6 +106,7 @@ def test_the_notebook_runs_from_top_to_bottom(
 ) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows figures in the page
     path = ROOT / "examples" / "first_sweep.ipynb"
     notebook = nbformat.read(path, as_version=4)
     assert path.stat().st_size < 50_000

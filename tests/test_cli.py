@@ -49,7 +49,10 @@ def test_help_shows_groups_choices_and_three_examples(tmp_path: Path) -> None:
 
 
 def test_the_driver_imports_nothing_heavy() -> None:
-    code = f"import zinfer.__main__, zinfer.driver.run, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    code = (
+        "import zinfer.__main__, zinfer.driver.run, sys;"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -1,7 +1,7 @@
 """The Python door: what the command does, as functions for notebooks and programs.
 
-`import zinfer` offers these names and imports this module when the first of them is used. Nothing here
-imports torch, pandas or MLflow before the function that needs it is called.
+`import zinfer` offers these names and imports this module when the first of them is used. Nothing
+here imports torch, pandas or MLflow before the function that needs it is called.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def run(config: RunConfig, folder: str | Path | None = None) -> Result:
 def sweep(configs: Sequence[RunConfig], folder: str | Path | None = None) -> list[Result]:
     """Run configurations one after the other, under one parent run in MLflow.
 
-    A run that fails does not end the sweep. The workers are forked from one process that holds their
-    imports, so a job costs a second and not seven.
+    A run that fails does not end the sweep. The workers are forked from one process that holds
+    their imports, so a job costs a second and not seven.
 
     Args:
         folder: the sweep's folder, with one folder for each job; None: multirun/<date>/<time>.

@@ -1,7 +1,7 @@
 """Escape text that people chose (names, tags, prompts) for the place where it will be shown.
 
-One function for each place: a terminal (rich), Markdown, CSV, LaTeX, HTML. Call exactly one of them,
-at the moment of writing; text that is kept or compared is never escaped.
+One function for each place: a terminal (rich), Markdown, CSV, LaTeX, HTML. Call exactly one of
+them, at the moment of writing; text that is kept or compared is never escaped.
 """
 
 from __future__ import annotations

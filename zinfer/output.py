@@ -1,7 +1,8 @@
-"""Print to standard output that may be closed, full or left by its reader, and end the job in order.
+"""Print to standard output that may be closed, full or left by its reader, and end the job in
+order.
 
-A job takes minutes and its result is in its folder. That nobody can read what it prints is said once, at
-the end, and never ends the job.
+A job takes minutes and its result is in its folder. That nobody can read what it prints is said
+once, at the end, and never ends the job.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class Outputs:
 def open_output() -> Outputs:
     """Guard sys.stdout and sys.stderr; descriptors that the caller closed lead to nowhere.
 
-    A closed descriptor 1 would be given to the next file that is opened, and prints would land in it.
+    A closed descriptor 1 would be given to the next file that is opened, and prints would land
+    in that file.
     """
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:

@@ -1,7 +1,8 @@
 """Take secrets out of everything that is stored or shown: parameters, tags, logs, tracebacks.
 
-A secret is known by the name that it stands under (a variable, a key, a setting), by its form (a password
-in a URI, a hub token, a web hook), or because the configuration took it from the environment (`hide`).
+A secret is known by the name that it stands under (a variable, a key, a setting), by its form (a
+password in a URI, a hub token, a web hook), or because the configuration took it from the
+environment (`hide`).
 """
 
 from __future__ import annotations

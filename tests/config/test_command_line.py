@@ -72,7 +72,8 @@ def test_a_mistyped_name_is_answered_with_the_one_that_exists(override: str, say
 @pytest.mark.parametrize(
     "override",
     ["model=opt-125m,opt-350m", "+tracking.tags.a=b", "hydra.run.dir=/x", "~experiment",
-     "model.overrides.num_hidden_layers=2", "batch.batch_size=1,2", "experiment=null", "model=glob(opt*)"],
+     "model.overrides.num_hidden_layers=2", "batch.batch_size=1,2", "experiment=null",
+     "model=glob(opt*)"],
 )  # fmt: skip
 def test_what_is_right_is_not_complained_about(override: str) -> None:
     assert override_problems(override) == []

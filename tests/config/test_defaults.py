@@ -1,4 +1,4 @@
-"""conf/config.yaml and the dataclasses both say what a setting is where nobody sets it: they agree."""
+"""conf/config.yaml and the dataclasses hold the same defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every preset composes, names rows that exist, has a small sibling, and fits at full size on the box where its numbers were published."""
+"""Every preset composes, names rows that exist, has a small sibling, and fits at full size on the
+box where its numbers were published.
+"""
 
 from __future__ import annotations
 

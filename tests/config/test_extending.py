@@ -17,7 +17,10 @@ import zinfer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-TINY = ("model=tiny-llama", "dtype=float32", "batch.prompt_tokens=4", "batch.new_tokens=3", "launcher.omp_threads=1", "tracking=none")  # fmt: skip
+TINY = (
+    "model=tiny-llama", "dtype=float32", "batch.prompt_tokens=4", "batch.new_tokens=3",
+    "launcher.omp_threads=1", "tracking=none",
+)  # fmt: skip
 
 
 def write_files(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every value that is wrong is found in one pass, each with what to set; secrets stay unresolved."""
+"""Every wrong value is found in one pass, with what to set; secrets stay unresolved."""
 
 from __future__ import annotations
 

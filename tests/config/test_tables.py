@@ -1,4 +1,4 @@
-"""What a task and an engine are is written once: configuration, driver and worker ask the tables."""
+"""Tasks and engines are described once: configuration, driver and worker ask the tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_module_of_every_engine_is_there_and_the_table_does_not_import_it(en
 
 
 def test_no_module_asks_for_a_task_or_an_engine_by_its_name() -> None:
-    """Such conditions are what the tables replace; a new engine or task must not have to find them."""
+    """The tables replace such conditions; a new engine must not have to find them."""
     asks = re.compile(r"""(config\.task|engine\.name|\.engine)\s*(==|!=|in)\s*[("']""")
     found = [
         f"{path.relative_to(PACKAGE)}:{number}: {line.strip()}"

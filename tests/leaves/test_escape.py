@@ -1,4 +1,6 @@
-"""Text that people chose is shown as they wrote it, and starts nothing: no style, link, formula or script."""
+"""Text that people chose is shown as they wrote it, and starts nothing: no style, link, formula or
+script.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ def _nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     "variable",
     [
-        "SMTP_PASS", "PASS", "MYSQL_PWD", "GPG_PASSPHRASE", "SLACK_WEBHOOK_URL", "SENTRY_DSN", "DSN",
+        "SMTP_PASS", "PASS", "MYSQL_PWD", "GPG_PASSPHRASE", "SLACK_WEBHOOK_URL", "SENTRY_DSN",
+        "DSN",
         "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "SESSION_COOKIE",
         "db_pass", "APP_PW",
     ],

@@ -1,7 +1,7 @@
 """Understand what people type: rewrite words to overrides, and say what Hydra could not compose.
 
-Hydra's exceptions come in, sentences with the override to set go out. All overrides are looked at, so
-that one typing error does not hide the next.
+Hydra's exceptions come in, sentences with the override to set go out. All overrides are looked at,
+so that one typing error does not hide the next.
 """
 
 from __future__ import annotations

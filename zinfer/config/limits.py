@@ -1,7 +1,7 @@
 """Bound the numbers of a configuration where they are declared: `Annotated[int, Limits(1, 64)]`.
 
-pydantic takes `true` for 1 and has no opinion on 10^12 rows; these bounds refuse both, and nan and inf.
-Every number that is wrong is found in one pass, together with every other mistake of type.
+pydantic takes `true` for 1 and has no opinion on 10^12 rows; these bounds refuse both, and nan and
+inf. Every number that is wrong is found in one pass, together with every other mistake of type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NUMBER_ERROR = "zinfer_number"
 class Limits:
     """Smallest and largest value that makes sense, both included.
 
-    The largest is not what any machine can do, but what nobody can mean: beyond it is a typing error.
+    The largest is beyond what anybody can mean, so more is a typing error. It says nothing of what
+    a machine can do.
     """
 
     least: float

@@ -1,7 +1,7 @@
 """Find combinations of settings that cannot run on any machine.
 
-Single numbers are bounded where they are declared (limits.py). Each problem here is a sentence that ends
-with the override to set, and names the settings that it is about.
+Single numbers are bounded where they are declared (limits.py). Each problem here is a sentence that
+ends with the override to set, and names the settings that it is about.
 """
 
 from __future__ import annotations

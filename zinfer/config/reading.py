@@ -1,7 +1,8 @@
 """Read Hydra's composed tree into plain values, and collect every value that cannot be read.
 
-What comes from the environment (`${oc.env:NAME}`) may be a secret. Its text is kept beside its value, and
-only the text is ever stored or shown: in job.json, in MLflow, in messages. A reader resolves it again.
+What comes from the environment (`${oc.env:NAME}`) may be a secret. Its text is kept beside its
+value, and only the text is ever stored or shown: in job.json, in MLflow, in messages. A reader
+resolves it again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """RunConfig and its groups: every setting of one run, frozen, with its type, default and bounds.
 
-`zinfer.config.parse_config` makes them; behind it nobody sees Hydra's tree. conf/config.yaml shows the
-same defaults to people; a test says that both agree. Copies are made with `changed` and `with_batch`.
+`zinfer.config.parse_config` makes them; behind it nobody sees Hydra's tree. conf/config.yaml shows
+the same defaults to people; a test says that both agree. Copies are made with `changed` and
+`with_batch`.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class OffloadConfig:
 
     device: OffloadDevice
     nvme_path: str | None = None
-    """Directory on a local disk. Each job works in its own folder there and deletes it at its end."""
+    """Directory on a local disk. Each job works in its own folder there, and deletes it."""
     pin_memory: bool = False
     use_gds: bool = False
     """NVIDIA GPUDirect Storage: NVMe to GPU without the bounce buffer in host memory."""
@@ -400,7 +401,8 @@ class RunConfig:
     def changed(self, **settings: Any) -> RunConfig:
         """Copy with other settings: `config.changed(batch={"repeats": 5}, weights="dummy")`.
 
-        A mapping changes fields of its group, anything else replaces the setting. Not checked again.
+        A mapping changes fields of its group, anything else replaces the setting. Nothing is
+        checked again.
         """
         values = {
             name: replace(getattr(self, name), **value) if isinstance(value, dict) else value

@@ -74,7 +74,8 @@ def no_value(path: tuple[Any, ...]) -> str:
     name = ".".join(str(part) for part in path)
     choices = choices_of(str(path[0]))
     if choices:
-        return f"{name} has no value. Set {path[0]}={default_choice(str(path[0]))}; choices: {', '.join(choices)}"
+        usual = default_choice(str(path[0]))
+        return f"{name} has no value. Set {path[0]}={usual}; choices: {', '.join(choices)}"
     example = f", e.g. {EXAMPLES[name]}" if name in EXAMPLES else ""
     return f"{name} has no value. Set {name}=VALUE{example}"
 
