@@ -17,6 +17,7 @@ help:  ## this list
 
 setup: $(INSTALLED)  ## the virtual environment .venv, a compiler and libaio where they lack, the ops of offload=none and cpu
 	@$(BIN)/python -m zinfer.machine.native_ops build
+	@$(BIN)/python -m zinfer.machine.cpp_library
 
 setup-nvme: setup  ## also compile DeepSpeed's NVMe reader, minutes; else the first run with offload=nvme does
 	@$(BIN)/python -m zinfer.machine.native_ops build --offload nvme

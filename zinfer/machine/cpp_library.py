@@ -15,6 +15,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from zinfer.config import RunConfig
 from zinfer.machine.processor import cpu_flags, cpu_model_name
 from zinfer.paths import cache_dir
 
@@ -24,6 +25,11 @@ FLAGS = (
 )  # fmt: skip
 COMPILE_TIMEOUT_S = 300.0
 FOLDER = "kernels"
+
+
+DECODE_ATTENTION = Path(__file__).parents[1] / "worker" / "kv_cache" / "decode_attention.cpp"
+"""Attention on the host: beside the worker's code that calls it."""
+SOURCES = (DECODE_ATTENTION,)
 
 
 class CannotBuild(RuntimeError):
@@ -74,6 +80,19 @@ def library_path(source: Path, compiler: str) -> Path:
     return cache_dir() / FOLDER / f"{source.stem}-{digest.hexdigest()[:16]}.so"
 
 
+def sources_of(config: RunConfig) -> tuple[Path, ...]:
+    """List the kernels that a run of this configuration loads."""
+    kv = config.kv_cache
+    attends = kv.placement == "host_attention" and kv.kernel != "torch"
+    return (DECODE_ATTENTION,) if attends else ()
+
+
+def is_built(source: Path) -> bool:
+    """Tell whether the library of a source is there already."""
+    compiler = _compiler()
+    return compiler is not None and library_path(source, compiler).is_file()
+
+
 def _compiler() -> str | None:
     """The C++ compiler: $CXX, or the first of the usual names."""
     named = (os.environ.get("CXX"), "c++", "g++", "clang++")
@@ -90,3 +109,11 @@ def _version(compiler: str) -> str:
 def _processor() -> tuple[str, ...]:
     """Name and instruction sets: what `-march=native` stands for."""
     return (cpu_model_name() or "unknown", *sorted(cpu_flags()))
+
+
+if __name__ == "__main__":
+    for each in SOURCES:
+        try:
+            print(f"{each.name}: {build_library(each)}")
+        except CannotBuild as error:
+            print(f"{error}. PyTorch computes instead, more slowly")

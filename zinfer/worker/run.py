@@ -105,7 +105,11 @@ def load_engine(planned: Planned, events: EventLog) -> Loaded:
     load = engine_loader(planned.config)
     importlib.import_module("zinfer.worker.generate")
     importlib.import_module("zinfer.worker.metrics")
+    trial = importlib.import_module("zinfer.worker.kv_cache.trial")
     import_s = time.perf_counter() - started_s
+    said = trial.require_trial(planned.config)
+    if said is not None and events.rank == 0:
+        events.write("note", message=said)
     events.phase("load", weight_bytes=planned.plan.weight_bytes)
     started_s = time.perf_counter()
     engine = load(planned.config, planned.spec, planned.deepspeed_json(), events)

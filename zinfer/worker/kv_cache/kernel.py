@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import torch
 
-from zinfer.machine.cpp_library import CannotBuild, build_library
+from zinfer.machine.cpp_library import DECODE_ATTENTION, CannotBuild, build_library
 from zinfer.worker.kv_cache.codes import dequantise
 
-SOURCE = Path(__file__).with_name("decode_attention.cpp")
 MASKED = -1e30
 """Added to the score of a token that must not be seen. Finite, so that no row becomes NaN."""
 DIM_MULTIPLE, LARGEST_DIM = 16, 512
@@ -91,7 +89,7 @@ class _Problem(ctypes.Structure):
 def library() -> ctypes.CDLL | str:
     """Load the compiled kernel, compiling it the first time. Where it cannot be, say why."""
     try:
-        return ctypes.CDLL(str(build_library(SOURCE)))
+        return ctypes.CDLL(str(build_library(DECODE_ATTENTION)))
     except (CannotBuild, OSError) as error:
         return str(error)
 
