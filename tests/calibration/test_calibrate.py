@@ -1,4 +1,4 @@
-"""Calibration: what is fitted from what, how profiles are kept and found, and one real calibration."""
+"""Calibration: what is fitted, how profiles are kept and found, and one real calibration."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_calm_is_the_quarter_of_steps_that_nobody_disturbed() -> None:
 
 
 def test_disturbance_is_what_usual_runs_take_over_the_calmest_of_the_same_job() -> None:
-    """Medians of steps: 1.1 and 1.3 where the calmest quarter of the job is 1.0; 2.4 where it is 2.0. Their median ratio is 1.2."""
+    """Median steps over the calmest quarter: 1.1 / 1.0, 1.3 / 1.0 and 2.4 / 2.0; median 1.2."""
 
     def run(seconds: float, calm_s: float) -> dict[str, Any]:
         return {

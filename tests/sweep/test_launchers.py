@@ -1,4 +1,4 @@
-"""The same sweep under every launcher of Hydra: a worker that is killed costs its own job, and the sweep accounts for all of them."""
+"""The same sweep under every launcher of Hydra: a killed worker costs its own job only."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_jobs_in_other_processes_end_with_an_interrupted_sweep(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The configuration of a Slurm of one node: the one that is there, else one that is started for these tests."""
+    """Path of the configuration of a Slurm of one node; starts one where none is there."""
     if given := os.environ.get("SLURM_CONF"):
         yield given
         return

@@ -1,7 +1,8 @@
-"""sweep.search=best_batch: the batch size with the highest generated_tokens_per_s, as published "best of a batch sweep" rows have it.
+"""Find the batch size with the highest generated_tokens_per_s: sweep.search=best_batch.
 
-The batch doubles while throughput rises; what runs out of memory or does not fit bounds it from above; then the gap between the best
-neighbours is bisected. Every trial is a job of its own, with a run of its own under one parent.
+Published rows are often the best of a batch sweep; this is that step. The batch doubles while
+throughput rises. What runs out of memory or does not fit bounds it from above. Then the gap
+between the best neighbours is bisected. Each trial is a job with a run of its own.
 """
 
 from __future__ import annotations
@@ -40,9 +41,15 @@ class SearchStopped(Exception):
 def best_batch(
     trial: Trial, first: int, step: int, largest: int, trials: int
 ) -> dict[int, float | None]:
-    """Every batch size that was tried, with its throughput. All are multiples of `step` (the ranks).
+    """Return every batch size that was tried, with its throughput.
 
-    Throughput rises with the batch, flattens, and ends where memory does, so the best lies beside the best of the powers of two.
+    Throughput rises with the batch, flattens, and ends where memory does. So the best batch lies
+    beside the best of the powers of two.
+
+    Args:
+        trial: measures one batch size.
+        step: all sizes are multiples of it (the ranks).
+        trials: at most so many sizes are tried.
     """
     tried: dict[int, float | None] = {}
 
@@ -72,7 +79,10 @@ def best_batch(
 
 
 def _neighbours(best: int, tried: dict[int, float | None]) -> list[int]:
-    """The nearest tried sizes on both sides, the faster one first; only the upper one where memory ended there, still on the rise."""
+    """Return the nearest tried sizes on both sides, the faster one first.
+
+    Where memory ended at the upper one, throughput was still rising: return that one alone.
+    """
     below = max((size for size in tried if size < best), default=None)
     above = min((size for size in tried if size > best), default=None)
     if above is not None and tried[above] is None:
@@ -91,7 +101,7 @@ def _middle(one: int, other: int, step: int) -> int:
 def search_best_batch(
     config: RunConfig, job_dir: Path, terminal: Terminal, sweep: Sweep | None = None
 ) -> Outcome:
-    """Run the trials in folders b1, b2, b4 ... of the job; the outcome is that of the best one."""
+    """Run the trials in folders b1, b2, b4 ... of the job; return the outcome of the best one."""
     parent = None
     if sweep is None and config.tracking.store != "none":
         parent = announce_parent(job_dir, [f"model={config.model.name}", "sweep.search=best_batch"])
@@ -132,7 +142,7 @@ def search_best_batch(
 def run_trial(
     config: RunConfig, size: int, folder: Path, terminal: Terminal, sweep: Sweep | None
 ) -> Json:
-    """One batch size: reused where a finished run is there, else run. Its result.json."""
+    """Reuse or run one batch size, and return its result document."""
     if Interrupts.received or (sweep is not None and sweep.stopped()):
         raise SearchStopped
     trial = config.with_batch(size)
@@ -153,20 +163,20 @@ def _is_default_path(config: RunConfig) -> bool:
 
 
 class Quiet(Terminal):
-    """A trial's own tables are left out; its progress and warnings are the search's."""
+    """Leave out a trial's own tables; its progress and warnings are the search's."""
 
     def __init__(self, terminal: Terminal) -> None:
         super().__init__("text")
         self._shown_on = terminal
 
     def finish(self, outcome: Outcome) -> None:
-        """Nothing: the search says one line."""
+        """Show nothing: the search says one line."""
 
 
 def outcome_of_search(
     document: Json, best: int | None, found: dict[int, Json], job_dir: Path
 ) -> Outcome:
-    """The best trial's result, with how many were tried; where none ran, why."""
+    """Return the best trial's result, with how many were tried; where none ran, why."""
     if document["status"] == "refused":
         return refusal(document["problems"], job_dir)
     metrics = dict(document.get("metrics") or {})

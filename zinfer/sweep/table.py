@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: the table of jobs before it, one line for each finished job, the table of results after it."""
+"""Show a sweep: its jobs before it, a line for each that finished, its results after it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REASON_CHARACTERS = 160
 
 
 def plan_table(sweep: Sweep) -> Table:
-    """Every job, what it needs, and whether it will run."""
+    """Return a table of the jobs: what each needs, and whether it will run."""
     from rich.markup import escape
 
     assert sweep.jobs is not None
@@ -69,7 +69,7 @@ def _verdict(job: SweepJob, sweep: Sweep) -> str:
 
 
 def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]]) -> Table:
-    """Every job, what it came to, and why it did not end well."""
+    """Return a table of the results, with the reason of each job that did not end well."""
     from rich.markup import escape
 
     swept = sweep.swept()
@@ -108,7 +108,7 @@ def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]
 
 
 def reason_of(document: Json) -> str:
-    """Why a job did not end well, in one line."""
+    """Return in one line why a job did not end well."""
     if document["status"] in ("ok", "planned"):
         return ""
     return " ".join(
@@ -117,7 +117,7 @@ def reason_of(document: Json) -> str:
 
 
 def _best(metrics: Json) -> str:
-    """Of a search, the batch size that the numbers are of."""
+    """Return the batch size that a search found: the numbers are of it."""
     return f" (batch {metrics['best_batch_size']:g})" if "best_batch_size" in metrics else ""
 
 
@@ -130,7 +130,10 @@ def _short(text: str) -> str:
 
 
 class SweepTerminal(Terminal):
-    """One line for each job when it is finished; between them, where stderr is a terminal, how far the running job and the sweep are."""
+    """Show one line for each finished job, and between them how far the running one is.
+
+    The latter, and the sweep's time, are shown where stderr is a terminal.
+    """
 
     def __init__(self, sweep: Sweep, num: int, overrides: list[str]) -> None:
         swept = sweep.swept()
@@ -142,7 +145,7 @@ class SweepTerminal(Terminal):
         self._what = varying
 
     def finish(self, outcome: Outcome) -> None:
-        """The job's one line."""
+        """Show the job's one line."""
         rate = outcome.metrics.get("generated_tokens_per_s")
         said = outcome.status if rate is None else f"{rate:.4g} tokens/s"
         if outcome.status not in ("ok", "planned"):
@@ -150,7 +153,7 @@ class SweepTerminal(Terminal):
         self._line_of_job(said)
 
     def reused(self, earlier: EarlierRun) -> None:
-        """The line of a job that needs no run."""
+        """Show the line of a job that needs no run."""
         rate = "" if earlier.tokens_per_s is None else f"{earlier.tokens_per_s:.4g} tokens/s, "
         status = "" if earlier.ended_well else f"{earlier.status}, "
         self._line_of_job(f"{rate}{status}reused from run {earlier.run_id}")
@@ -158,12 +161,14 @@ class SweepTerminal(Terminal):
     def _line_of_job(self, said: str) -> None:
         done, failed = self._sweep.count()
         total = len(self._sweep.jobs) if self._sweep.jobs is not None else None
-        self.note(
-            f"[{done}{f'/{total}' if total else ''}] {self._what}: {said}{self._how_far(done, failed, total)}"
-        )
+        count = f"{done}/{total}" if total else str(done)
+        self.note(f"[{count}] {self._what}: {said}{self._how_far(done, failed, total)}")
 
     def _how_far(self, done: int, failed: int, total: int | None) -> str:
-        """Where people watch: failed so far, elapsed, and what the remaining jobs will take at the pace of those that ran."""
+        """Return what failed, the time so far, and the time left at the pace of jobs that ran.
+
+        It is empty where nobody watches a live line.
+        """
         if not self._live:
             return ""
         elapsed_s = self._sweep.elapsed_s()
