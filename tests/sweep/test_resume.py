@@ -151,6 +151,23 @@ def test_what_is_said_of_going_on_is_what_the_command_would_do(
 
 
 @pytest.mark.parametrize(
+    ("verdict", "changes", "said"),
+    [
+        ("disturbed", {}, True),
+        ("disturbed", {"reuse_disturbed": True}, False),
+        ("disturbed", {"resumes": False}, False),
+        ("noisy", {}, False),
+    ],
+)
+def test_disturbed_results_are_named_where_they_would_be_measured_again(
+    verdict: str, changes: dict[str, Any], said: bool, tmp_path: Path
+) -> None:
+    rows = [row("ok", tmp_path, stability={"verdict": verdict}), row("ok", tmp_path)]
+    lines = how_to_go_on(sweep(tmp_path, **changes), rows, interrupted=False)
+    assert ["1 disturbed" in line for line in lines] == [True] * said
+
+
+@pytest.mark.parametrize(
     ("statuses", "code"),
     [
         (["ok", "planned"], 0),

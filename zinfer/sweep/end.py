@@ -59,6 +59,12 @@ class Row:
         return ended_well(self.document) or self.status == "does_not_fit"
 
     @property
+    def is_disturbed(self) -> bool:
+        """Return whether it has numbers of a machine that did something else meanwhile."""
+        stability = (self.document or {}).get("stability") or {}
+        return ended_well(self.document) and stability.get("verdict") == "disturbed"
+
+    @property
     def run(self) -> SweptRun:
         """Return its run, as the sweep's own run names it."""
         found = self.document or {}
@@ -226,13 +232,14 @@ def record(sweep: Sweep, rows: Sequence[Row]) -> Json:
 
 def how_to_go_on(sweep: Sweep, rows: Sequence[Row], *, interrupted: bool) -> list[str]:
     """Return sentences: what is missing, why, and what the same command would run of it."""
+    lines = disturbed_line(sweep, rows)
     missing = [row for row in rows if not row.has_result]
     if not missing:
-        return []
+        return lines
     reason = "interrupted" if interrupted else "ended"
     if not interrupted and sweep.stopped() == "fail_fast":
         reason = "stopped at the first failure"
-    lines = [f"{reason} with {len(missing)} of {len(rows)} jobs not done"]
+    lines += [f"{reason} with {len(missing)} of {len(rows)} jobs not done"]
     again = [row for row in missing if would_run_again(row, sweep.retry)]
     refused = sum(row.status == "refused" for row in missing)
     standing = len(missing) - len(again) - refused
@@ -254,6 +261,17 @@ def how_to_go_on(sweep: Sweep, rows: Sequence[Row], *, interrupted: bool) -> lis
         why = "sweep.resume=false" if sweep.tracking_uri is not None else "tracking=none"
         lines.append(f"To run the whole sweep again ({why} reuses nothing): {sweep.command}")
     return lines
+
+
+def disturbed_line(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """Say how many results the machine disturbed: the same command measures them again."""
+    count = sum(row.is_disturbed for row in rows)
+    if not count or sweep.reuse_disturbed or not sweep.resumes:
+        return []
+    return [
+        f"{count} disturbed by what else the machine did. The same command measures them again; "
+        "set sweep.reuse_disturbed=true to keep them"
+    ]
 
 
 def would_run_again(row: Row, retry: str) -> bool:

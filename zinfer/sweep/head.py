@@ -131,6 +131,7 @@ def described(
         experiment=first.tracking.experiment if first is not None else "",
         resumes=uri is not None and first is not None and first.sweep.resume,
         retry=first.sweep.retry if first is not None else "failed",
+        reuse_disturbed=first is not None and first.sweep.reuse_disturbed,
         fail_fast=first is not None and first.sweep.fail_fast,
         preview=bool(_setting(master, "sweep.preview", False)),
         local=not launcher.startswith(REMOTE_LAUNCHERS),
@@ -162,7 +163,7 @@ def looked_up(sweep: Sweep, configs: Sequence[RunConfig | None]) -> Sweep:
         sweep.tracking_uri,
         sweep.experiment,
         retry=sweep.retry,
-        reuse_disturbed=first.sweep.reuse_disturbed,
+        reuse_disturbed=sweep.reuse_disturbed,
     )
     if first.sweep.search != "none":  # a search's trials are looked up one by one
         return replace(sweep, reusable=reusable)

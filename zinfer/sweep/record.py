@@ -97,6 +97,8 @@ class Sweep:
     """Whether typing the command again reuses what is there: a store, and sweep.resume=true."""
     retry: str
     """sweep.retry."""
+    reuse_disturbed: bool = False
+    """sweep.reuse_disturbed."""
     fail_fast: bool
     preview: bool
     local: bool
