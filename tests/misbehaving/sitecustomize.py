@@ -66,10 +66,10 @@ class Wrapped(importlib.abc.Loader):
         generate_timed, noted = module.generate_timed, module._noted  # type: ignore[attr-defined]
         chosen: dict[str, Any] = {}
 
-        def generate(engine: Any, prompts: Any, batch: Any, events: Any) -> Any:
+        def generate(engine: Any, prompts: Any, batch: Any, *others: Any) -> Any:
             only_rank = os.environ.get("MISBEHAVING_RANK")
             chosen["seed"] = batch.seed if only_rank in (None, os.environ.get("RANK")) else 0
-            return generate_timed(engine, prompts, batch, events)
+            return generate_timed(engine, prompts, batch, *others)
 
         def note(sample: Any, events: Any) -> Any:
             noted(sample, events)
