@@ -232,3 +232,25 @@ def test_secrets_reach_no_file_and_no_output(tmp_path: Path) -> None:
         ]  # what the user typed, for the worker alone
         assert found == allowed, found
     assert len(written) > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unneeded"),
+    [
+        (["--help"], ("pydantic", "sqlite3", "zinfer.config.run_config", "zinfer.driver.run")),
+        (["batch.batch_size=0"], ("mlflow", "zinfer.tracking.store", "zinfer.machine.hardware",
+                                  "zinfer.machine.native_ops", "zinfer.driver.run")),
+    ],
+)  # fmt: skip
+def test_what_must_answer_at_once_loads_only_what_it_says(
+    arguments: list[str], unneeded: tuple[str, ...], tmp_path: Path
+) -> None:
+    program = (
+        "import sys\nfrom zinfer.__main__ import command\n"
+        f"sys.argv = ['zinfer', *{arguments}]\ncommand({arguments})\n"
+        f"print([name for name in {unneeded} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

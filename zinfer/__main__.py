@@ -69,8 +69,8 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
     """Check one composed configuration and do its task."""
     from zinfer.config import ConfigError, parse_config
     from zinfer.config.tasks import function_named, task_of
+    from zinfer.driver.finishing import finish, in_use
     from zinfer.driver.refusals import refusal
-    from zinfer.driver.run import finish, in_use
     from zinfer.driver.terminal import Terminal
     from zinfer.job.folder import FolderInUse, attempt_in
 

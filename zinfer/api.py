@@ -195,65 +195,36 @@ def sweep(configs: Sequence[RunConfig], folder: str | Path | None = None) -> lis
 
 
 def load_runs(
-    *, experiment: str = "zinfer", parent: str | None = None, uri: str | None = None
+    *,
+    experiment: str = "zinfer",
+    parent: str | None = None,
+    where: str | None = None,
+    uri: str | None = None,
 ) -> DataFrame:
-    """Read logged jobs into a pandas DataFrame, the newest first.
+    """Read logged jobs into a pandas DataFrame, the newest first: one row a run.
 
-    Columns: run_id, name, status, started, params.*, metrics.*, tags.*; times are in UTC.
+    The columns are those of a report's runs.csv: facts (run_id, name, status, started in UTC),
+    choices with a dot (batch.batch_size), metrics with their unit (decode_step_s), and tags by
+    plain names (device, commit, stability). Unknown numbers are NaN.
 
     Args:
         experiment: name of the MLflow experiment.
-        parent: run id of a sweep's parent: only its jobs.
+        parent: run id of a sweep's own run: its jobs, reused ones included, in any experiment.
+        where: an MLflow filter: "params.`offload.device` = 'nvme'".
         uri: the store; None: as the command finds it from this working directory.
 
     Raises:
-        ValueError: there is no such experiment in the store, or `parent` is no run id.
+        ValueError: no store, nothing in it, or a filter that MLflow does not take.
     """
-    import pandas
+    from multirun_analysis import runs_frame
+    from multirun_analysis.runs import ReportError
 
-    from zinfer.tracking.client import connect
-
-    where = _store_uri(uri)
-    client = connect(where)
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        raise ValueError(f"there is no experiment {experiment} in {where}. Set experiment=NAME")
-    wanted = "tags.zinfer.role = 'job'"
-    if parent is not None:
-        if not parent.isalnum():
-            raise ValueError(f"parent={parent} is no run id of MLflow")
-        wanted += f" and tags.mlflow.parentRunId = '{parent}'"
-    rows, token = [], None
-    while True:
-        page = client.search_runs([found.experiment_id], wanted, page_token=token)
-        rows += [_row(run) for run in page]
-        token = page.token
-        if not token:
-            break
-    return pandas.DataFrame(rows)
-
-
-def _row(run: Any) -> dict[str, Any]:
-    """One run of MLflow as a flat row."""
-    import pandas
-
-    return {
-        "run_id": run.info.run_id,
-        "name": run.info.run_name,
-        "status": run.data.tags.get("zinfer.status"),
-        "started": pandas.to_datetime(run.info.start_time, unit="ms", utc=True),
-        **{f"params.{name}": value for name, value in sorted(run.data.params.items())},
-        **{f"metrics.{name}": value for name, value in sorted(run.data.metrics.items())},
-        **{f"tags.{name}": value for name, value in sorted(run.data.tags.items())},
-    }
-
-
-def _store_uri(uri: str | None) -> str:
-    from zinfer.config import TrackingConfig
-    from zinfer.tracking.uri import tracking_uri
-
-    config = TrackingConfig(store="server" if uri and "://" in uri else "auto", uri=uri)
-    return tracking_uri(config, Path.cwd())
+    chosen = None if parent is not None else experiment
+    try:
+        frame = runs_frame(uri, experiment=chosen, parent=parent, where=where)
+    except ReportError as error:
+        raise ValueError(str(error)) from error
+    return frame.sort_values("started", ascending=False, kind="stable", ignore_index=True)
 
 
 def _run(config: RunConfig, folder: Path, *, forked: bool) -> Result:

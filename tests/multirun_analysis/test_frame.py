@@ -39,6 +39,22 @@ def test_csv_json_lines_parquet_and_frame_hold_the_same_runs(tmp_path: Path) -> 
     assert list(frame["stability"].dropna()) == ["disturbed"]
 
 
+def test_the_python_door_reads_the_same_frame_newest_first(tmp_path: Path) -> None:
+    import zinfer
+
+    uri = make_story("one-batch", tmp_path / "store")
+    frame = runs_frame(uri)
+    experiment = frame["experiment"][0]
+    door = zinfer.load_runs(uri=uri, experiment=experiment)
+    assert list(door.columns) == list(runs_frame(uri, experiment=experiment).columns)
+    assert set(door["run_id"]) >= set(frame["run_id"])
+    assert door["started"].is_monotonic_decreasing
+    few = zinfer.load_runs(uri=uri, experiment=experiment, where="tags.`zinfer.status` = 'ok'")
+    assert set(few["status"]) == {"ok"}
+    with pytest.raises(ValueError, match="there is no experiment none"):
+        zinfer.load_runs(uri=uri, experiment="none")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

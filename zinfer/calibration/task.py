@@ -17,8 +17,8 @@ from zinfer.calibration.fit import fitted_profile
 from zinfer.calibration.measure import JobFailed, Measurement
 from zinfer.calibration.schedule import Clock, expected_s
 from zinfer.config import RunConfig
+from zinfer.driver.finishing import finish
 from zinfer.driver.interrupts import Interrupts
-from zinfer.driver.run import finish
 from zinfer.driver.terminal import Terminal
 from zinfer.job.calibration import Job, calibrated_dtypes, jobs
 from zinfer.job.outcome import Outcome

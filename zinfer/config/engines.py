@@ -8,7 +8,6 @@ docs/extending.md shows both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 from zinfer.config.tasks import function_named
@@ -90,6 +89,8 @@ def engine_kind(name: str) -> EngineKind:
     """
     if name in ENGINES:
         return ENGINES[name]
+    from importlib import metadata
+
     for entry_point in metadata.entry_points(group=ENTRY_POINTS, name=name):
         kind = entry_point.load()
         if not isinstance(kind, EngineKind):
@@ -100,6 +101,8 @@ def engine_kind(name: str) -> EngineKind:
 
 def engine_names() -> tuple[str, ...]:
     """List all engines that are installed: ours first, then those of other packages."""
+    from importlib import metadata
+
     others = {entry_point.name for entry_point in metadata.entry_points(group=ENTRY_POINTS)}
     return (*ENGINES, *sorted(others - ENGINES.keys()))
 

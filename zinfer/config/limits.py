@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import GetCoreSchemaHandler
-from pydantic_core import PydanticCustomError, core_schema
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import PydanticCustomError, core_schema
 
 NUMBER_ERROR = "zinfer_number"
 """Type of the errors raised here; their message is a sentence without the setting's name."""
@@ -34,6 +35,8 @@ class Limits:
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
         """Check before pydantic converts (true is no number) and after it (the range)."""
+        from pydantic_core import core_schema
+
         return core_schema.no_info_before_validator_function(
             self.before, core_schema.no_info_after_validator_function(self.check, handler(source))
         )
@@ -68,6 +71,8 @@ def shown(number: float) -> str:
 
 
 def _wrong(sentence: str, instead: float | None) -> PydanticCustomError:
+    from pydantic_core import PydanticCustomError
+
     return PydanticCustomError(
         NUMBER_ERROR, "{sentence}", {"sentence": sentence, "instead": instead}
     )

@@ -27,7 +27,7 @@ METHOD_VERSION = 1
 Runs of different versions are never compared silently.
 """
 
-STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, defer_build=True)
 QUANTISED_BITS = {"int8": 8, "int4": 4}
 ITEMSIZE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from zinfer.config.limits import NUMBER_ERROR, shown
-from zinfer.config.run_config import RunConfig
 from zinfer.paths import conf_dir
 
 EXAMPLES = {
@@ -97,6 +96,8 @@ def nearest(text: str, known: list[str]) -> str | None:
 
 def settings() -> list[str]:
     """All settings by their dotted names."""
+    from zinfer.config.run_config import RunConfig
+
     found = []
     for name, kind in get_type_hints(RunConfig).items():
         if is_dataclass(kind):
@@ -140,6 +141,8 @@ def _instead(path: tuple[Any, ...], context: dict[str, Any]) -> str:
 
 def default_of(path: tuple[Any, ...]) -> Any:
     """Default of a setting; dataclasses.MISSING where it has none."""
+    from zinfer.config.run_config import RunConfig
+
     kind = get_type_hints(RunConfig).get(str(path[0]))
     if len(path) < 2 or not is_dataclass(kind):
         return MISSING
@@ -149,6 +152,8 @@ def default_of(path: tuple[Any, ...]) -> Any:
 
 def usable_value(path: tuple[Any, ...]) -> Any:
     """Some value that this setting takes; dataclasses.MISSING where none is known."""
+    from zinfer.config.run_config import RunConfig
+
     default = default_of(path)
     kind = get_type_hints(RunConfig).get(str(path[0]))
     if default is not MISSING or len(path) != 2 or not is_dataclass(kind):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from zinfer.config import ConfigError, RunConfig
 from zinfer.config.tasks import task_of
-from zinfer.driver.terminal import Terminal
 from zinfer.job.outcome import Outcome
-from zinfer.job.swap import DEFAULT_FOLDER
-from zinfer.machine import native_ops
-from zinfer.machine.hardware import Hardware
+
+if TYPE_CHECKING:
+    from zinfer.config import RunConfig
+    from zinfer.driver.terminal import Terminal
+    from zinfer.machine.hardware import Hardware
 
 
 def refusal(problems: list[str], job_dir: Path | None = None) -> Outcome:
@@ -36,6 +37,9 @@ def require_possible(
     Raises:
         ConfigError: with every problem and what to set.
     """
+    from zinfer.config import ConfigError
+    from zinfer.machine import native_ops
+
     problems = []
     wanted = [
         kind
@@ -75,6 +79,8 @@ def unusable_nvme_path(config: RunConfig, job_dir: Path | None) -> list[str]:
 
     A mistyped path would else become a folder on the root disk, and that disk would be measured.
     """
+    from zinfer.job.swap import DEFAULT_FOLDER
+
     path = Path(str(config.offload.nvme_path)).expanduser().absolute()
     if path.name == DEFAULT_FOLDER and (job_dir is None or path.parent == job_dir.absolute()):
         return []  # the default, inside the job's own folder

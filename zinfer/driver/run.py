@@ -17,13 +17,14 @@ from zinfer.config import ConfigError, RunConfig
 from zinfer.config.tasks import task_of
 from zinfer.driver.disks import describe_disk
 from zinfer.driver.ending import Circumstances, Watched, disk_free_bytes, oom_kills, outcome_of
+from zinfer.driver.finishing import finish, in_use
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal, require_possible
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.tracking_thread import TrackingThread
 from zinfer.driver.workers import Servers, Worker, start_worker
 from zinfer.job.events import EventReader
-from zinfer.job.files import RESULT_FILE, WORKERS_FILE
+from zinfer.job.files import WORKERS_FILE
 from zinfer.job.folder import FolderInUse, attempt_in, write_job
 from zinfer.job.outcome import EndedBy, Outcome
 from zinfer.job.processes import process_start_ticks
@@ -67,13 +68,6 @@ def run_job(
         return in_use(error, job_dir, terminal)
 
 
-def in_use(error: FolderInUse, job_dir: Path, terminal: Terminal) -> Outcome:
-    """Refuse a folder that another zinfer works on, and write nothing into it."""
-    outcome = refusal([str(error)], job_dir)
-    terminal.finish(outcome)
-    return outcome
-
-
 def run_attempt(
     config: RunConfig,
     job_dir: Path,
@@ -109,22 +103,6 @@ def with_store(config: RunConfig, terminal: Terminal) -> RunConfig:
     text = f"${{oc.env:{URI_VARIABLE}}}"
     texts = {**config.from_environment, ("tracking", "uri"): text}
     return replace(config, tracking=tracking, from_environment=texts)
-
-
-def finish(outcome: Outcome, job_dir: Path, terminal: Terminal) -> Outcome:
-    """Store the result beside the job and show it.
-
-    Without an attempt in the folder one is begun: nothing of an earlier one stands beside it.
-    """
-    try:
-        with attempt_in(job_dir) as attempt:
-            write_json(job_dir / RESULT_FILE, {**outcome.document(), "attempt": attempt})
-    except FolderInUse as error:
-        terminal.warning(f"no {RESULT_FILE} was written: {error}")
-    except OSError as error:
-        terminal.warning(f"{job_dir / RESULT_FILE} was not written: {error}")
-    terminal.finish(outcome)
-    return outcome
 
 
 def _nvme_path(config: RunConfig) -> Path | None:

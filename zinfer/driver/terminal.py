@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from zinfer.job.events import Event
 from zinfer.job.outcome import Outcome
-from zinfer.plan.page import page, verdict_line
 from zinfer.redact import redact
 from zinfer.units import format_bytes, format_seconds
 
@@ -117,12 +116,16 @@ class Terminal:
         if outcome.plan is not None:
             self._print(plan_table(outcome))
         if "timed_runs" in outcome.metrics:
+            from zinfer.plan.page import verdict_line
+
             self._print(result_table(outcome))
             if verdict := verdict_line(outcome):
                 print(verdict, file=self._out)
         if outcome.status not in ("ok", "planned"):
             self.note(f"{outcome.status}: {outcome.reason}")
         if outcome.status == "planned":
+            from zinfer.plan.page import page
+
             assert outcome.plan is not None
             print(*page(outcome), sep="\n", file=self._out)
             print("DeepSpeed JSON:", file=self._out)

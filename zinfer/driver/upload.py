@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from zinfer.config import RunConfig
+from zinfer.driver.finishing import finish
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.orphans import config_of, environment_in, outcome_in
-from zinfer.driver.run import finish
 from zinfer.driver.terminal import Terminal
 from zinfer.job.files import NOT_LOGGED_FILE, RESULT_FILE
 from zinfer.job.folder import read_job

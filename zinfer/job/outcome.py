@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from zinfer.config import METHOD_VERSION
-
 Status = Literal[
     "ok",
     "planned",
@@ -90,6 +88,8 @@ class Outcome:
         """Return the document of format=json. A refused job has only its status and problems."""
         if self.status == "refused":
             return {"status": self.status, "problems": list(self.problems), "job_dir": self.job_dir}
+        from zinfer.config import METHOD_VERSION
+
         return {
             "status": self.status,
             "reason": self.reason,

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from zinfer.job.outcome import EndedBy, Json, Status
 
-STRICT = ConfigDict(extra="ignore", strict=True)
+STRICT = ConfigDict(extra="ignore", strict=True, defer_build=True)
 FolderKind = Literal["job", "sweep"]
 T = TypeVar("T")
 

@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 
 from zinfer.config import ConfigError, RunConfig, parse_config
 from zinfer.config.tasks import task_of
+from zinfer.driver.finishing import finish
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
-from zinfer.driver.run import finish, run_job
+from zinfer.driver.run import run_job
 from zinfer.job.outcome import Outcome
 from zinfer.sweep.compose import problems_of_interpolation
 from zinfer.sweep.earlier_runs import EarlierRun

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from zinfer.config import RunConfig
+from zinfer.driver.finishing import finish
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
-from zinfer.driver.run import finish, never, run_job
+from zinfer.driver.run import never, run_job
 from zinfer.driver.terminal import Terminal
 from zinfer.job.files import RESULT_FILE
 from zinfer.job.outcome import Json, Outcome

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from typing import ClassVar, NoReturn, TypeVar
 
-from zinfer.tracking.store import TrackingUnavailable
-
 T = TypeVar("T")
 LOOK_S = 0.05
 """Between two looks at whether somebody gives up."""
@@ -59,6 +57,8 @@ def within(
     Raises:
         TrackingUnavailable: it took too long, or was given up. The call goes on in its thread.
     """
+    from zinfer.tracking.store import TrackingUnavailable
+
     done: list[T] = []
     failed: list[BaseException] = []
 
