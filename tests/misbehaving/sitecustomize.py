@@ -66,17 +66,10 @@ class Wrapped(importlib.abc.Loader):
         generate_timed, noted = module.generate_timed, module._noted  # type: ignore[attr-defined]
         chosen: dict[str, Any] = {}
 
-<<<<<<< HEAD
         def generate(engine: Any, prompts: Any, batch: Any, *others: Any) -> Any:
             only_rank = os.environ.get("MISBEHAVING_RANK")
             chosen["seed"] = batch.seed if only_rank in (None, os.environ.get("RANK")) else 0
             return generate_timed(engine, prompts, batch, *others)
-=======
-        def generate(engine: Any, prompts: Any, batch: Any, *rest: Any) -> Any:
-            only_rank = os.environ.get("MISBEHAVING_RANK")
-            chosen["seed"] = batch.seed if only_rank in (None, os.environ.get("RANK")) else 0
-            return generate_timed(engine, prompts, batch, *rest)
->>>>>>> b75fc31 (Misbehaving workers take whatever arguments generate_timed has)
 
         def note(sample: Any, events: Any) -> Any:
             noted(sample, events)
