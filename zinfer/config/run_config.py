@@ -307,6 +307,11 @@ class LauncherConfig:
     """host:port of node 0, the same on all nodes."""
     timeout_s: Annotated[float, Limits(0, 1e9, above=True)] | None = None
     """End the worker, and close the run as `timeout`, after this many seconds."""
+    stall_s: Annotated[float, Limits(0, 1e9, above=True)] | None = 600.0
+    """The same after this many seconds without a token, a disk access or processor time.
+
+    For offload=nvme only, whose reads can stop for good. None: wait for ever.
+    """
     omp_threads: Threads | None = None
     """Threads per rank; None: the machine's cores divided by the ranks."""
     master_port: Annotated[int, Limits(1, 65535)] | None = None
@@ -434,7 +439,7 @@ def config_key(config: RunConfig) -> str:
     for group in ("tracking", "sweep", "format", "plan", "calibrate"):
         tree.pop(group)
     tree["offload"].pop("nvme_path")
-    for name in ("timeout_s", "master_port", "rendezvous", "node_rank", "fork_workers"):
+    for name in ("timeout_s", "stall_s", "master_port", "rendezvous", "node_rank", "fork_workers"):
         tree["launcher"].pop(name)
     tree["hardware"].pop("profile")
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

@@ -45,12 +45,14 @@ class EventLog:
         self._file = (job_dir / name).open("a", encoding="utf-8")
         self._attempt = attempt
         self.rank = rank
+        self.written = 0
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; `time_s` is seconds since the epoch."""
         head = {"time_s": round(time.time(), 4), "attempt": self._attempt, "event": event}
         self._file.write(json.dumps({**head, **fields}) + "\n")
         self._file.flush()
+        self.written += 1
 
     def phase(self, name: str, **fields: Any) -> None:
         """Say that a new phase began: plan, load, warm-up, timed generation."""

@@ -35,6 +35,7 @@ from zinfer.plan.warnings import plan_warnings
 from zinfer.worker.failure import failed_event
 from zinfer.worker.stability import Evidence, judge
 from zinfer.worker.stability import warning as warning_of
+from zinfer.worker.watchdog import watched
 
 if TYPE_CHECKING:
     from zinfer.worker.engines import Engine
@@ -67,8 +68,10 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     planned = prepare(config, job_dir, events)
     if not task_of(config).loads_model:
         return None
-    loaded = load_engine(planned, events)
-    measured, said = measure(planned, loaded, job_dir, events)
+    limit_s = config.launcher.stall_s if config.offload.device == "nvme" else None
+    with watched(limit_s, events):
+        loaded = load_engine(planned, events)
+        measured, said = measure(planned, loaded, job_dir, events)
     return report(planned, measured, said, events)
 
 
