@@ -29,6 +29,7 @@ from zinfer.config import TrackingConfig
 from zinfer.job.files import ENVIRONMENT_FILE
 from zinfer.redact import redact
 from zinfer.tracking.client import connect, store_errors
+from zinfer.tracking.names import MODEL_PARAMS
 from zinfer.tracking.store import (
     TrackingUnavailable,
     advised,
@@ -282,6 +283,8 @@ class MlflowStore:
         server = self.uri if self.uri.startswith(("http://", "https://")) else LOCAL_SERVER
         status = tags.get("zinfer.status", "running" if info.status == "RUNNING" else "error")
         started = datetime.fromtimestamp(info.start_time / 1000, UTC) if info.start_time else None
+        params = dict(found.data.params)
+        sizes = {name: float(params.pop(name)) for name in MODEL_PARAMS if name in params}
         page = f"{redact(server).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
         return Run(
             run_id=info.run_id,
@@ -290,8 +293,8 @@ class MlflowStore:
             started=started,
             status=status,
             reason=tags.get("zinfer.reason"),
-            params=dict(found.data.params),
-            metrics=dict(found.data.metrics),
+            params=params,
+            metrics={**sizes, **found.data.metrics},
             tags=tags,
             url=page,
             reused=parent is not None and tags.get("mlflow.parentRunId") != parent,

@@ -26,7 +26,7 @@ from zinfer.config.tasks import TASKS
 from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Outcome
 from zinfer.plan.prediction import scored
 from zinfer.plan.tiers import TIERS
-from zinfer.tracking.names import MODEL_METRICS
+from zinfer.tracking.names import MODEL_METRICS, MODEL_PARAMS
 from zinfer.tracking.run import run_params
 from zinfer.worker.metrics import Metrics
 
@@ -103,7 +103,9 @@ def named_in_code() -> dict[str, Any]:
         "report_options": sorted(options),
         "json": sorted(Outcome(status="error").document()),
         "json_of_refusals": sorted(Outcome(status="refused").document()),
-        "params": sorted(run_params(composed("model=tiny-opt", "offload=nvme", "dtype=int8"))),
+        "params": sorted(
+            run_params(composed("model=tiny-opt", "offload=nvme", "dtype=int8")) | MODEL_PARAMS
+        ),
         "metrics": metric_names(),
     }
 

@@ -130,6 +130,20 @@ def test_plans_for_a_published_box_stand_beside_its_published_rows(tmp_path: Pat
     assert {"22.74", "7.68", "1.21", "0.65"} <= values
 
 
+def test_sizes_of_a_model_are_numbers_as_params_of_today_and_as_metrics_of_before(
+    tmp_path: Path,
+) -> None:
+    uri, rng = f"sqlite:///{tmp_path / 'mlflow.db'}", random.Random(0)
+    ensure_store(uri)
+    before, now = (job("opt-30b", "cpu", "int4", batch, rng) for batch in (4, 8))
+    size = now.metrics.pop("model_parameters")
+    now.params["model_parameters"] = str(int(size))
+    write_runs(tmp_path / "mlflow.db", "zinfer", [before, now], rng=rng)
+    runs = read_mlflow(uri).runs
+    assert [run.metrics["model_parameters"] for run in runs] == [size, size]
+    assert not [run for run in runs if "model_parameters" in run.params]
+
+
 def test_verdicts_and_warnings_of_runs_are_in_the_report(tmp_path: Path) -> None:
     report = write_report(
         read_mlflow(make_story("one-batch", tmp_path / "store")), tmp_path / "out"

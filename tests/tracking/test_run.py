@@ -155,7 +155,8 @@ def test_the_numbers_are_metrics_and_unknown_ones_are_absent() -> None:
     metrics = stored(run).data.metrics
     assert metrics["prefill_s"] == 0.5
     assert metrics["generated_tokens_per_s"] == 48.5
-    assert metrics["model_parameters"] == 125_239_296
+    assert stored(run).data.params["model_parameters"] == "125239296"
+    assert not [name for name in metrics if name.startswith("model_")]
     assert metrics["weight_bytes"] == 250_478_592
     assert metrics["plan_fits"] == 1
     assert metrics["plan_device_needed_bytes"] == 300

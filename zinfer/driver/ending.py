@@ -80,6 +80,7 @@ class Watched:
             self.result["status"],
             metrics=self.result["metrics"],
             stability=self.result.get("stability"),
+            energy=self.result.get("energy"),
             weights=self.result.get("weights"),
             **fields,
         )

@@ -158,6 +158,7 @@ def outcome_in(job_dir: Path, job: JobRecord, result: Json) -> Outcome:
         problems=tuple(result.get("problems") or ()),
         metrics=result.get("metrics") or {},
         stability=result.get("stability"),
+        energy=result.get("energy"),
         weights=result.get("weights"),
         environment=environment_in(job_dir),
         job_dir=str(job_dir),

@@ -68,6 +68,8 @@ class Outcome:
     """A sample of what the model said: prompt, text (None without a tokenizer), token ids."""
     stability: Json | None = None
     """The verdict on the measurement (zinfer.job.stability); None where nothing was measured."""
+    energy: Json | None = None
+    """Joules for each new token, and the reasons where they are not known."""
     weights: Json | None = None
     """A verified checkpoint: number of tensors and bytes used, sha256 of its headers."""
     traceback: str | None = None
@@ -102,6 +104,7 @@ class Outcome:
             "deepspeed": self.deepspeed,
             "metrics": self.metrics,
             "stability": self.stability,
+            "energy": self.energy,
             "weights": self.weights,
             "warnings": list(self.warnings),
             "generated": self.generated,

@@ -35,16 +35,20 @@ HEADLINE = "generated_tokens_per_s"
 """The metric that runs are compared by first."""
 STEP_METRIC, REPEAT_METRIC = "decode_step_s_by_step", "total_s_by_repeat"
 """Metrics with steps: the median of each decode step, and each timed repeat."""
-MODEL_METRICS = {
+MODEL_PARAMS = {
     "model_parameters": "parameters",
     "model_active_parameters": "active_parameters",
-    "weight_bytes": "weight_bytes",
     "kv_cache_bytes_per_token": "kv_cache_bytes_per_token",
-    "kv_cache_bytes": "kv_cache_bytes",
     "kv_cache_bytes_paper": "kv_cache_bytes_paper",
     "hidden_bytes": "hidden_bytes",
 }
-"""Metric name -> key of Outcome.model."""
+"""Parameter name -> key of Outcome.model: numbers that follow from the choices.
+
+As metrics they would be flat lines in front of every chart of MLflow. Reports read them as
+numbers; runs of earlier versions have them as metrics.
+"""
+MODEL_METRICS = {"weight_bytes": "weight_bytes", "kv_cache_bytes": "kv_cache_bytes"}
+"""Metric name -> key of Outcome.model; a run that measured has the measured value instead."""
 PREDICTED_METRICS = ("predicted_", "ceiling_")
 """Beginnings of names of a plan's own metrics: logged also where nothing was measured."""
 PLAN_FITS_METRIC = "plan_fits"

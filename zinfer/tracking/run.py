@@ -269,9 +269,21 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
         for name, value in tags.items()
         if value is not None
     ]
-    client.log_batch(run_id, metrics=metrics[:METRICS_PER_BATCH], tags=known_tags)
+    client.log_batch(
+        run_id,
+        metrics=metrics[:METRICS_PER_BATCH],
+        tags=known_tags,
+        params=_params(model_params(outcome)),
+    )
     for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
+
+
+def model_params(outcome: Outcome) -> dict[str, str]:
+    """Return the sizes that follow from model and batch; a measurement cannot change them."""
+    model = outcome.model or {}
+    sizes = {name: model.get(key) for name, key in names.MODEL_PARAMS.items()}
+    return {name: str(value) for name, value in sizes.items() if value is not None}
 
 
 def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from zinfer.config import BatchConfig
 from zinfer.job.events import EventLog
 from zinfer.worker.cache_bytes import remembered_bytes
+from zinfer.worker.energy import Meter
 from zinfer.worker.engines import Engine
 from zinfer.worker.kv_cache.session import KvSession
 from zinfer.worker.samples import Generation, Sample
@@ -81,13 +82,15 @@ def generate_timed(
         sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index, events, kv)
         samples.append(_noted(sample, events))
     events.phase("generate", generations=batch.repeats)
-    yardstick = Yardstick()
+    yardstick, meter = Yardstick(), Meter(engine.device)
     before = look()
     yardstick_s = [yardstick.seconds()]
     totals_s: list[float] = []
     while _goes_on(totals_s, batch, engine.ranks):
         index = len(totals_s)
+        meter.start()
         sample, ids, kv_bytes = _generate_once(engine, mine, batch, "timed", index, events, kv)
+        meter.stop()
         samples.append(_noted(sample, events))
         totals_s.append(sample.total_s)
         yardstick_s.append(yardstick.seconds())
@@ -97,6 +100,7 @@ def generate_timed(
         samples=tuple(samples),
         token_ids=tuple(tuple(row) for row in ids.tolist()),
         yardstick_s=tuple(yardstick_s),
+        energy=meter.energy(),
         kv_cache_bytes=kv_bytes,
         kv_use=kv.use(batch.new_tokens - 1),
     )

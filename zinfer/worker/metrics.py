@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zinfer.config import BatchConfig
+from zinfer.worker.energy import Energy
 from zinfer.worker.ranks import RankResult
 from zinfer.worker.samples import Sample
 from zinfer.worker.surroundings import Surroundings
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 PERCENTILES = {50: 1, 90: 10, 95: 20, 99: 100}
 """Percentile -> how many decode steps it takes: at least one sample above it."""
+
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,10 @@ class Metrics:
     nvme_read_bytes: int | None
     peak_device_allocated_bytes: int | None
     peak_device_reserved_bytes: int | None
+    energy_j_per_token: float | None = None
+    """Of the accelerators, or of the host where the CPU computes; everything that ran there."""
+    host_energy_j_per_token: float | None = None
+    """Of the hosts' sockets and memory, beside the accelerator's."""
     weight_bytes: int
     """Tensors that hold the weights, all ranks."""
     kv_cache_bytes: int | None
@@ -153,10 +161,26 @@ def summarise(measured: Measured, batch: BatchConfig) -> Metrics:
         nvme_read_bytes=_total([use.nvme_read_bytes for use in memory]),
         peak_device_allocated_bytes=_total([use.peak_device_allocated_bytes for use in memory]),
         peak_device_reserved_bytes=_total([use.peak_device_reserved_bytes for use in memory]),
+        **energy_numbers(
+            [rank.energy for rank in measured.ranks],
+            tokens=len(timed) * batch.batch_size * batch.new_tokens,
+            on_gpu=memory[0].peak_device_allocated_bytes is not None,
+        ),
         weight_bytes=sum(rank.weight_bytes for rank in measured.ranks),
         kv_cache_bytes=_total([rank.kv_cache_bytes for rank in measured.ranks]),
         **_kv_numbers([rank.kv_use for rank in measured.ranks]),
     )
+
+
+def energy_numbers(ranks: Sequence[Energy], *, tokens: int, on_gpu: bool) -> dict[str, Any]:
+    """Divide the joules of all ranks by the new tokens of all timed generations."""
+    device = _total([rank.device_j for rank in ranks]) if on_gpu else None
+    host = _total([rank.host_j for rank in ranks])
+    main = device if on_gpu else host
+    return {
+        "energy_j_per_token": None if main is None else main / tokens,
+        "host_energy_j_per_token": None if host is None else host / tokens,
+    }
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
@@ -201,7 +225,7 @@ def _kv_numbers(uses: Sequence[KvUse | None]) -> dict[str, Any]:
     }
 
 
-def _total(values: Sequence[int | None]) -> int | None:
+def _total(values: Sequence[Number | None]) -> Number | None:
     """Sum the values; None if one of them is unknown."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from zinfer.worker.energy import Energy
 from zinfer.worker.process_use import MemoryUse
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class RankResult:
     kv_cache_bytes: int | None
     token_ids: tuple[tuple[int, ...], ...]
     """New tokens [rows of this rank][new_tokens]."""
+    energy: Energy = field(default_factory=Energy)
     kv_use: KvUse | None = None
     """This rank's KV cache in host memory; None for one on the device."""
 
@@ -38,6 +40,7 @@ def gather_over_ranks(
         memory=memory,
         weight_bytes=engine.weight_bytes,
         kv_cache_bytes=generation.kv_cache_bytes,
+        energy=generation.energy,
         kv_use=generation.kv_use,
         token_ids=generation.token_ids,
     )

@@ -177,9 +177,20 @@ def report(planned: Planned, measured: Measured, said: dict[str, Any], events: E
             status="ok",
             metrics={**known, **scores},
             stability=stability.document(),
+            energy=energy_document(measured, known),
             weights=measured.verified.document() if measured.verified else None,
         )
     return metrics
+
+
+def energy_document(measured: Measured, known: dict[str, float]) -> dict[str, Any]:
+    """Say how much energy a token took, and why a number is not known."""
+    reasons = [reason for rank in measured.ranks for reason in rank.energy.reasons]
+    return {
+        "j_per_token": known.get("energy_j_per_token"),
+        "host_j_per_token": known.get("host_energy_j_per_token"),
+        "reasons": list(dict.fromkeys(reasons)),
+    }
 
 
 def evidence_of(planned: Planned, measured: Measured) -> Evidence:

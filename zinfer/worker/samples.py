@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from zinfer.worker.kv_cache.session import KvUse
 
+from zinfer.worker.energy import Energy
 from zinfer.worker.surroundings import Surroundings
 
 
@@ -39,6 +40,8 @@ class Generation:
     """Time of the same fixed work, before each timed generation and after the last."""
     surroundings: Surroundings | None = None
     """What else the machine did during the timed generations."""
+    energy: Energy = field(default_factory=Energy)
+    """Used in the timed generations."""
     kv_cache_bytes: int | None
     """Bytes of this rank's cache at the end; None where the cache shows no tensors."""
     kv_use: KvUse | None = None
