@@ -1,6 +1,7 @@
 """Compare tokens/s of zero=tuned with the published derivation, in turn. `make bench-derivation`.
 
-The published NVMe buffers page-lock 20 GiB. So on NVMe tuned is compared with itself less one thing:
+The published NVMe buffers page-lock 20 GiB. So on NVMe tuned is compared with itself less one
+thing:
 fetching module by module, and without huge pages.
 """
 
@@ -92,7 +93,8 @@ def main() -> int:
                         after.append(tokens_per_s(config_of(*point), folder / "after"))
                         ratios.append(after[-1] / before)
                     lines.append(
-                        f"| {model} | {offload} | {batch} | {other} | {statistics.median(after):.1f} "
+                        f"| {model} | {offload} | {batch} | {other} "
+                        f"| {statistics.median(after):.1f} "
                         f"| {statistics.median(ratios):.2f} "
                         f"({min(ratios):.2f} to {max(ratios):.2f}) |"
                     )

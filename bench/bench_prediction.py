@@ -1,4 +1,6 @@
-"""Score the predictions: a fixed grid of small models is predicted and run. `make bench-prediction`.
+"""Predict and run a fixed grid of small models, and score the predictions.
+
+`make bench-prediction` runs it.
 
 Six architectures x weights in none, cpu, nvme x float32, bfloat16 x three batches. Three of them
 also in int8 and int4, scored apart. The calibration never saw two of the families, nor any of the
@@ -106,7 +108,8 @@ def grid(folder: Path, threads: int | None, swap: str) -> list[tuple[Row, RunCon
                         ):
                             continue
                         overrides = [
-                            "model=custom", f"model.source={source}", f"offload={offload}", f"dtype={dtype}",
+                            "model=custom", f"model.source={source}",
+                            f"offload={offload}", f"dtype={dtype}",
                             f"batch.batch_size={batch}",
                             *LENGTHS, "tracking=none", f"launcher.omp_threads={threads or 'null'}",
                             *([f"offload.nvme_path={swap}"] if offload == "nvme" else []),

@@ -74,7 +74,7 @@ def sweep_times(folder: Path, *settings: str) -> tuple[float, list[float], float
 
 
 def driver_share(folder: Path) -> tuple[float, float]:
-    """Return the driver's CPU time over wall time while its worker generates, and that wall time."""
+    """Return the driver's CPU time over wall time while its worker generates, and the wall time."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "zinfer", *LONG_JOB],
         cwd=folder,

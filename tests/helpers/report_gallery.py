@@ -1,4 +1,4 @@
-"""Stores for looking at reports: one run, one batch, many, failures, plans only, long generations."""
+"""Stores to look at reports: one run, one batch, many, failures, plans, long generations."""
 
 from __future__ import annotations
 

@@ -299,7 +299,8 @@ def _write_run(
 ) -> None:
     connection.execute(
         "INSERT INTO runs (run_uuid, name, source_type, source_name, user_id, status, start_time,"
-        " end_time, lifecycle_stage, artifact_uri, experiment_id) VALUES (?, ?, 'LOCAL', 'zinfer', '', ?, ?, ?, 'active', ?, ?)",
+        " end_time, lifecycle_stage, artifact_uri, experiment_id)"
+        " VALUES (?, ?, 'LOCAL', 'zinfer', '', ?, ?, ?, 'active', ?, ?)",
         (
             run.run_id,
             run.name,

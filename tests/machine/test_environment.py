@@ -26,7 +26,10 @@ from zinfer.machine.environment import (
 )
 from zinfer.machine.gpu import parse_nvidia_smi
 
-H100 = "0, GPU-8932f937, NVIDIA H100 80GB HBM3, 81559, 81076, 9.0, 700.00, 570.86.15, 1980, 2619, Disabled\n"
+H100 = (
+    "0, GPU-8932f937, NVIDIA H100 80GB HBM3, 81559, 81076, 9.0, 700.00, 570.86.15, 1980, 2619, "
+    "Disabled\n"
+)
 CONFIG = cast(RunConfig, SimpleNamespace(hardware=HardwareConfig(name="detect", accelerator="cpu")))
 """The only part of a configuration that the environment depends on."""
 
@@ -84,9 +87,12 @@ def test_the_hosts_name_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_heavy_is_imported() -> None:
     script = (
         "import sys; from types import SimpleNamespace\n"
-        "from zinfer.config import HardwareConfig; from zinfer.machine.environment import environment\n"
-        "environment(SimpleNamespace(hardware=HardwareConfig(name='detect', accelerator='cpu')), None)\n"
-        "print([name for name in ('torch', 'transformers', 'deepspeed', 'mlflow', 'numpy') if name in sys.modules])"
+        "from zinfer.config import HardwareConfig\n"
+        "from zinfer.machine.environment import environment\n"
+        "hardware = HardwareConfig(name='detect', accelerator='cpu')\n"
+        "environment(SimpleNamespace(hardware=hardware), None)\n"
+        "heavy = ('torch', 'transformers', 'deepspeed', 'mlflow', 'numpy')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -19,18 +19,29 @@ from zinfer.machine.hardware import detect_hardware
 from zinfer.units import GIB, KIB, MIB
 
 UNLIMITED_V1 = "9223372036854771712\n"
-MEMINFO = "MemTotal:       65536000 kB\nMemFree:         1024000 kB\nMemAvailable:   50000000 kB\nBuffers:           10000 kB\n"
+MEMINFO = (
+    "MemTotal:       65536000 kB\nMemFree:         1024000 kB\n"
+    "MemAvailable:   50000000 kB\nBuffers:           10000 kB\n"
+)
 CGROUP2_MOUNT = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 
-H100 = "0, GPU-8932f937-d72c-4106-c12f-20bd9faed9f6, NVIDIA H100 80GB HBM3, 81559, 81076, 9.0, 700.00, 570.86.15, 1980, 2619, Disabled\n"
+H100 = (
+    "0, GPU-8932f937-d72c-4106-c12f-20bd9faed9f6, NVIDIA H100 80GB HBM3, 81559, 81076, 9.0, "
+    "700.00, 570.86.15, 1980, 2619, Disabled\n"
+)
 TWO_A100 = (
-    "0, GPU-aaaa1111-0000-0000-0000-000000000000, NVIDIA A100-SXM4-40GB, 40960, 40330, 8.0, 400.00, 535.54.03, 1410, 1215, Disabled\n"
-    "1, GPU-bbbb2222-0000-0000-0000-000000000000, NVIDIA A100-SXM4-40GB, 40960, 12000, 8.0, 400.00, 535.54.03, 1410, 1215, Disabled\n"
+    "0, GPU-aaaa1111-0000-0000-0000-000000000000, NVIDIA A100-SXM4-40GB, 40960, 40330, 8.0, "
+    "400.00, 535.54.03, 1410, 1215, Disabled\n"
+    "1, GPU-bbbb2222-0000-0000-0000-000000000000, NVIDIA A100-SXM4-40GB, 40960, 12000, 8.0, "
+    "400.00, 535.54.03, 1410, 1215, Disabled\n"
 )
 LAPTOP = (
     "0, GPU-cccc, NVIDIA GeForce GTX 1650, 4096, 3900, 7.5, [N/A], 535.54.03, 2100, 4001, [N/A]\n"
 )
-SLICED = "0, GPU-dddd, NVIDIA A100-SXM4-40GB, 40960, 40000, 8.0, 400.00, 535.54.03, 1410, 1215, Enabled\n"
+SLICED = (
+    "0, GPU-dddd, NVIDIA A100-SXM4-40GB, 40960, 40000, 8.0, 400.00, "
+    "535.54.03, 1410, 1215, Enabled\n"
+)
 
 
 def file_system(root: Path, files: dict[str, str]) -> Path:
@@ -68,7 +79,7 @@ def test_without_cgroups_memory_is_what_meminfo_says(tmp_path: Path) -> None:
 
 
 def test_a_slurm_step_has_what_the_smallest_cgroup_above_it_leaves(tmp_path: Path) -> None:
-    """v2: the step has no limit, the job above it has 16 GiB of which 6 are in use, 2 of them page cache."""
+    """v2: the step has no limit; the job above it has 16 GiB, 6 in use, 2 of them page cache."""
     root = file_system(
         tmp_path,
         {
@@ -80,7 +91,9 @@ def test_a_slurm_step_has_what_the_smallest_cgroup_above_it_leaves(tmp_path: Pat
             "sys/fs/cgroup/system.slice/slurmstepd.scope/job_7/memory.max": f"{16 * GIB}\n",
             "sys/fs/cgroup/system.slice/slurmstepd.scope/job_7/memory.high": "max\n",
             "sys/fs/cgroup/system.slice/slurmstepd.scope/job_7/memory.current": f"{6 * GIB}\n",
-            "sys/fs/cgroup/system.slice/slurmstepd.scope/job_7/memory.stat": f"anon {4 * GIB}\ninactive_file {GIB}\nactive_file {GIB}\n",
+            "sys/fs/cgroup/system.slice/slurmstepd.scope/job_7/memory.stat": (
+                f"anon {4 * GIB}\ninactive_file {GIB}\nactive_file {GIB}\n"
+            ),
             "sys/fs/cgroup/system.slice/memory.max": f"{48 * GIB}\n",
             "sys/fs/cgroup/system.slice/memory.current": f"{10 * GIB}\n",
         },
@@ -137,13 +150,17 @@ def test_a_container_sees_its_limit_at_the_mount(
 
 CGROUP_V1 = {
     "proc/meminfo": MEMINFO,
-    "proc/self/cgroup": "9:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n1:name=systemd:/docker/1f\n",
+    "proc/self/cgroup": (
+        "9:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n1:name=systemd:/docker/1f\n"
+    ),
     "proc/self/mountinfo": (
         "32 31 0:29 /docker/1f /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
         "35 31 0:32 /docker/1f /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n"
     ),
     "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{3 * GIB}\n",
-    "sys/fs/cgroup/memory/memory.stat": f"inactive_file 5\nactive_file 5\ntotal_inactive_file {GIB}\ntotal_active_file 0\n",
+    "sys/fs/cgroup/memory/memory.stat": (
+        f"inactive_file 5\nactive_file 5\ntotal_inactive_file {GIB}\ntotal_active_file 0\n"
+    ),
     "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
 }
 
@@ -231,7 +248,8 @@ def test_cpuinfo_of_x86_and_arm_is_read(tmp_path: Path) -> None:
     intel = file_system(
         tmp_path / "intel",
         {
-            "proc/cpuinfo": "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Gold 6330\nflags\t\t: fpu avx2\n"
+            "proc/cpuinfo": "processor\t: 0\n"
+            "model name\t: Intel(R) Xeon(R) Gold 6330\nflags\t\t: fpu avx2\n"
         },
     )
     arm = file_system(
@@ -426,11 +444,16 @@ def test_a_path_that_does_not_exist_yet_is_on_its_parents_disk(tmp_path: Path) -
 
 def test_this_machine_is_described_without_importing_torch(tmp_path: Path) -> None:
     script = (
-        "import sys; from zinfer.config import HardwareConfig; from zinfer.machine.hardware import detect_hardware; from pathlib import Path\n"
-        f"box = detect_hardware(HardwareConfig(name='detect', accelerator='cpu'), Path({str(tmp_path / 'new')!r}))\n"
-        "assert box.host_total_bytes >= box.host_available_bytes > 0 and box.disk_total_bytes > 0 and box.disk_filesystem, box\n"
+        "import sys; from pathlib import Path\n"
+        "from zinfer.config import HardwareConfig\n"
+        "from zinfer.machine.hardware import detect_hardware\n"
+        "hardware = HardwareConfig(name='detect', accelerator='cpu')\n"
+        f"box = detect_hardware(hardware, Path({str(tmp_path / 'new')!r}))\n"
+        "assert box.host_total_bytes >= box.host_available_bytes > 0, box\n"
+        "assert box.disk_total_bytes > 0 and box.disk_filesystem, box\n"
         "assert box.rates_source is None and box.nvme_read_bytes_per_s is None, box\n"
-        "print([name for name in ('torch', 'transformers', 'deepspeed', 'numpy') if name in sys.modules])"
+        "heavy = ('torch', 'transformers', 'deepspeed', 'numpy')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -20,7 +20,8 @@ from zinfer.machine.native_ops import __main__ as command_line
 from zinfer.machine.native_ops import building, missing, requirements
 from zinfer.machine.native_ops import lock as build_lock
 
-# offload.device, accelerator, the ops that DeepSpeed 0.19.8 loads: torch.py build_shm_op, async_io.py
+# offload.device, accelerator, and the ops that DeepSpeed 0.19.8 loads
+# (torch.py build_shm_op, async_io.py)
 OPS_BY_OFFLOAD = [
     ("none", "cpu", ["deepspeed_shm_comm"]),
     ("cpu", "cpu", ["deepspeed_shm_comm"]),

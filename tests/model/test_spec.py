@@ -1,4 +1,4 @@
-"""ModelSpec against published counts, and its KV bytes against the tensors that transformers really caches."""
+"""ModelSpec against published counts; its KV bytes against tensors that transformers caches."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def by_conf(rows: list[dict[str, Any]]) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Count anew, not from what came with zinfer or what an earlier run left in the user's cache."""
+    """Count anew: neither zinfer's own counts nor those in the user's cache are used."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("ZINFER_CACHE", str(folder))
@@ -344,7 +344,7 @@ REDUCED: list[
 def real_cache_bytes(
     model: ModelConfig, batch_size: int, prompt_tokens: int, new_tokens: int
 ) -> int:
-    """Bytes of the tensors in the cache after generate() on the CPU in float32: it holds all tokens but the last one."""
+    """Return the bytes cached after generate() on the CPU in float32: all tokens but the last."""
     import torch
 
     config = load_hf_config(model)

@@ -19,7 +19,10 @@ def bound(*overrides: str) -> Ceiling:
 
 
 def test_products_of_opt_are_those_of_the_paper() -> None:
-    """OPT-125m: 12 layers of four 768 x 768 and two 768 x 3072 matrices, and a head of 50,272 x 768 that is the embedding."""
+    """OPT-125m: 12 layers of four 768 x 768 and two 768 x 3072 matrices, and a tied head.
+
+    The head of 50,272 x 768 is the embedding.
+    """
     spec = planned("model=opt-125m").spec
     products = matrix_products(spec)
     assert dict(products.dense) == {768 * 768: 48, 768 * 3072: 24}
@@ -49,14 +52,14 @@ def test_experts_are_counted_once_for_each_layer_and_role() -> None:
 
 
 def test_weights_in_host_memory_are_bound_by_the_link() -> None:
-    """OPT-30B float16: 59.95 GB over PCIe 3.0 x16 (15.75 GB/s), less the small parameters that stay."""
+    """OPT-30B float16: 59.95 GB over PCIe 3.0 x16 (15.75 GB/s), less small parameters that stay."""
     result = bound("model=opt-30b", "offload=cpu", "dtype=float16", "hardware=v100")
     assert result.decode_step.binding == "host_device_link"
     assert result.decode_step.ceiling_s == pytest.approx(29_974_540_288 * 2 / 15.75e9, rel=0.001)
 
 
 def test_weights_on_the_device_are_bound_by_its_memory() -> None:
-    """LLaMA-3-8B bfloat16 on 3.9 TB/s: the weights less the embedding, which is a lookup, and the cache."""
+    """LLaMA-3-8B bfloat16 on 3.9 TB/s: the cache and the weights less the embedding, a lookup."""
     result = bound("model=llama-3-8b", "offload=none", "dtype=bfloat16", "hardware=h100_2nvme")
     read = (8_030_261_248 - 128_256 * 4096) * 2
     assert result.decode_step.binding == "device_memory"

@@ -1,4 +1,4 @@
-"""The derived DeepSpeed configuration: the published one key for key, and rules that the tuned one must keep."""
+"""The published DeepSpeed JSON key for key, and rules that the tuned one must keep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ INT4 = {
 def published(
     hidden_size: int, batch: int, dtype: str, offload: dict[str, Any] | None, **more: Any
 ) -> dict[str, Any]:
-    """What DeepSpeedExamples' run_model.py builds (inference/huggingface/zero_inference, get_ds_model), written out by hand."""
+    """Build by hand the JSON of DeepSpeedExamples' run_model.py, get_ds_model.
+
+    Source: inference/huggingface/zero_inference.
+    """
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_prefetch_bucket_size": 2 * hidden_size * hidden_size,
@@ -127,7 +130,8 @@ def test_paper_emits_what_the_published_example_emits(
     assert deepspeed_json(config, spec) == expected
 
 
-SMALLEST_BUFFER = [  # model, elements: facts measured by running DeepSpeed 0.19.8 at N and N - 1 elements
+# model, elements: measured by running DeepSpeed 0.19.8 at N and N - 1 elements
+SMALLEST_BUFFER = [
     ("opt-30b", 360_349_696),  # embed_tokens 50272 x 7168
     ("opt-175b", 617_742_336),  # embed_tokens 50272 x 12288
     ("bloom-176b", 3_596_615_680),  # word_embeddings 250880 x 14336

@@ -19,7 +19,11 @@ FLAGS = [  # flags of /proc/cpuinfo, as they are called, types without arithmeti
     (AVX2, "avx2 only", ("bfloat16",)),
     (f"{AVX2} avx512f avx512bw", "avx512f only", ("bfloat16",)),
     (f"{AVX2} avx512f avx512_bf16", "avx512f, avx512_bf16", ()),
-    (f"{AVX2} avx512f avx512_bf16 avx512_fp16 amx_bf16", "avx512f, amx, avx512_bf16, avx512_fp16", ()),
+    (
+        f"{AVX2} avx512f avx512_bf16 avx512_fp16 amx_bf16",
+        "avx512f, amx, avx512_bf16, avx512_fp16",
+        (),
+    ),
     ("fp asimd fphp asimdhp sve bf16", "sve, bf16, fp16", ()),
     ("fp asimd", "asimd only", ("bfloat16",)),
     ("fpu", "no vectors only", ("bfloat16",)),

@@ -1,4 +1,4 @@
-"""The memory plan against arithmetic by hand, against real tensors, and against runs that a limit ends."""
+"""The memory plan against arithmetic by hand, real tensors, and runs that a limit ends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_buffers_that_hold_less_than_a_leaf_are_refused() -> None:
 
 
 def test_opt_175b_on_nvme_by_hand() -> None:
-    """174.6 G parameters in float16; 96 layers of KV for 32 rows of 543 cached tokens; buffers as derived."""
+    """174.6 G parameters in float16, KV of 32 rows of 543 cached tokens in 96 layers, buffers."""
     run = planned(
         "model=opt-175b",
         "offload=nvme",
@@ -69,7 +69,7 @@ def test_the_published_buffers_of_bloom_take_90_gib() -> None:
 
 
 def test_attention_that_materialises_scores_is_counted_as_such() -> None:
-    """BLOOM: rows x heads x prompt x prompt in float32, three times; LLaMA's fused attention keeps none."""
+    """BLOOM: rows x heads x prompt x prompt in float32, three times; LLaMA's fused one has none."""
     bloom = planned("model=bloom-560m", "dtype=bfloat16").spec
     assert prefill_bytes(bloom, 4, 2048)["attention scores"] == 3 * 4 * 16 * 2048 * 2048 * 4
     llama = planned("model=llama-3-8b", "dtype=bfloat16").spec
@@ -77,7 +77,7 @@ def test_attention_that_materialises_scores_is_counted_as_such() -> None:
 
 
 def test_logits_are_of_the_last_position_only() -> None:
-    """A prompt of one token: nothing is larger than the 250,880 logits, once in bfloat16 and twice in float32."""
+    """Prompt of one token: the 250,880 logits are largest, once bfloat16 and twice float32."""
     bloom = planned("model=bloom-560m", "dtype=bfloat16").spec
     assert prefill_bytes(bloom, 8, 1) == {"logits of the last position": 8 * 250_880 * (2 + 8)}
     assert "logits of the last position" not in prefill_bytes(bloom, 8, 512)
@@ -107,9 +107,10 @@ def test_a_gpu_pays_for_gathered_layers_and_a_context() -> None:
 
 
 def test_a_mapped_checkpoint_counts_with_the_size_of_its_files(tmp_path: Path) -> None:
-    """Two files of 3 and 5 MB; where nothing is there, the published type's two bytes an element."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
-                                                      "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}))  # fmt: skip
+    """Two files of 3 and 5 MB; where none is there, the published type's two bytes an element."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = {"model_type": "llama", **sizes, "num_attention_heads": 2, "vocab_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for name, size in (("model-1.safetensors", 3_000_000), ("model-2.safetensors", 5_000_000)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
@@ -224,7 +225,7 @@ def test_weights_cache_and_peak_are_what_the_plan_said(
 def test_a_plan_that_fits_finishes_under_its_own_limit_and_one_that_does_not_by_a_fifth_fails(
     tmp_path: Path, built_ops: list[str]
 ) -> None:
-    """The limit is on data (heap and private mappings), the part of resident memory that a run can be refused."""
+    """Limit data (heap and private mappings): the resident memory that a run can be refused."""
     size = ("hidden_size=1024", "intermediate_size=4096", "num_hidden_layers=12")
     model = ("model=tiny-llama", *(f"model.overrides.{setting}" for setting in size))
     overrides = (

@@ -34,7 +34,7 @@ def lines(*overrides: str, **changes: Any) -> str:
 
 
 def test_the_page_of_a_published_run() -> None:
-    """LLaMA-3-70B from NVMe on an H100: 141.1 GB at 13 GB/s are 10.9 s a pass; published are 8.6 to 8.9 tokens/s."""
+    """LLaMA-3-70B from NVMe on an H100: 141.1 GB at 13 GB/s are 10.9 s; published 8.6 to 8.9/s."""
     text = lines(
         "model=llama-3-70b",
         "offload=nvme",

@@ -1,4 +1,7 @@
-"""The model of streaming against every published row that one link decides: what it implies must be what the disks can do."""
+"""The model of streaming against every published row that one link decides.
+
+The bandwidth that it implies must be one that the disks have.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ MODELS = {
     "Llama-3-70B": "llama-3-70b",
     "Mixtral-8x22B": "mixtral-8x22b",
 }
-BOXES = [  # beginning of the row's hardware and source, conf/hardware, lowest and highest implied GB/s
+# beginning of the row's hardware and source, conf/hardware, lowest and highest implied GB/s
+BOXES = [
     ("1x H100 96GB VM", "DeepSpeedExamples deepnvme", "h100_2nvme", 12.65, 13.05),
     ("1x A6000 48GB", "DeepSpeedExamples zero_inference README (2023-09)", "a6000", 5.1, 5.2),
 ]
@@ -70,7 +74,8 @@ def test_no_published_nvme_row_is_faster_than_its_ceiling_and_none_far_below(
     for row in published(hardware, source):
         config = composed(
             f"model={MODELS[row['model']]}", "offload=nvme", "dtype=float16", f"hardware={box}",
-            f"batch.batch_size={row['batch_size']}", f"batch.prompt_tokens={row['prompt_len']}", f"batch.new_tokens={row['gen_len']}",
+            f"batch.batch_size={row['batch_size']}", f"batch.prompt_tokens={row['prompt_len']}",
+            f"batch.new_tokens={row['gen_len']}",
         )  # fmt: skip
         bound = ceiling(
             model_spec(config.model, compute_dtype="float16"),
@@ -79,7 +84,7 @@ def test_no_published_nvme_row_is_faster_than_its_ceiling_and_none_far_below(
         )
         assert bound.decode_step.binding == "nvme"
         assert bound.generated_tokens_per_s is not None
-        # 0.4% above: 8.876 tokens/s with GDS imply 13.05 GB/s on an array that is published as "about 13 GB/s"
+        # 0.4% above: 8.876 tokens/s with GDS imply 13.05 GB/s; published is "about 13 GB/s"
         assert 0.9 <= float(row["value"]) / bound.generated_tokens_per_s <= 1.005, row["model"]
 
 

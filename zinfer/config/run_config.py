@@ -206,7 +206,7 @@ class KvCacheConfig:
     pin_memory: bool | None = None
     """Page-lock the host's part, so that copies run beside the computation. None: on a GPU."""
     kernel: Literal["auto", "compiled", "torch"] = "auto"
-    """What computes attention on the host: our C++ kernel, or PyTorch. auto: the first if it can."""
+    """Code of attention on the host: our C++ kernel, or PyTorch. auto: the first if it can."""
     device_layers: Annotated[int, Limits(0, 1 << 16)] = 0
     """So many layers, from the first, keep their cache on the device."""
 

@@ -1,7 +1,8 @@
-"""What each layer of a model keeps in transformers' own KV cache, read from that cache on the meta device.
+"""Read from transformers' own KV cache how much each layer of a model keeps there.
 
-One forward pass of a few tokens over a model without storage fills a real cache object; its layers say what they hold. So MHA, GQA, sliding
-windows, latent attention and recurrent states need no formula of ours, and a family that cannot be read is reported with the reason.
+One forward pass of a few tokens, over a model without storage, fills a real cache object. Its
+layers say what they hold. So MHA, GQA, sliding windows, latent attention and recurrent states need
+no formula of ours. A family that cannot be read is reported with the reason.
 """
 
 from __future__ import annotations
@@ -17,33 +18,37 @@ if TYPE_CHECKING:
 GROWING_LAYERS = {"DynamicLayer", "DynamicIndexedLayer", "LinearAttentionAndFullAttentionLayer"}
 WINDOWED_LAYERS = {"DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
 CONSTANT_LAYERS = {"LinearAttentionLayer", "DummyLayer"}
-"""Class names in transformers.cache_utils whose growth is known. Any other class (compressed caches, say) is refused, not guessed."""
+"""Classes of transformers.cache_utils whose growth is known. Any other is refused, not guessed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvLayer:
-    """What one layer keeps for one sequence, in elements."""
+    """Size of one layer's cache for one sequence, in elements."""
 
     kind: str
-    """mha, gqa, mla, sliding, linear_state, hybrid (attention and a recurrent state), none (no attention, or another layer's cache)."""
+    """mha, gqa, mla, sliding, linear_state, hybrid or none.
+
+    hybrid: attention and a recurrent state. none: no attention, or it uses another layer's cache.
+    """
     values_per_token: int
     """Keys, values and whatever else grows with the sequence."""
     window: int | None = None
     """The attention window in tokens, None when the layer sees everything."""
     const_values: int = 0
-    """Convolution and recurrent state in the compute dtype: its size does not depend on the length."""
+    """Convolution and recurrent state in the compute dtype. The length does not change its size."""
     const_float32_values: int = 0
     """Recurrent state that stays in float32 whatever the compute dtype is."""
 
     def cached_tokens(self, tokens: int) -> int:
-        """Tokens of a sequence of `tokens` that this layer holds between two steps.
+        """Return how many tokens of a sequence of `tokens` this layer holds between two steps.
 
-        A sliding layer holds window - 1: the next token makes the window full (transformers' DynamicSlidingWindowLayer).
+        A sliding layer holds window - 1: the next token makes the window full.
+        Source: transformers' DynamicSlidingWindowLayer.
         """
         return tokens if self.window is None else min(tokens, self.window - 1)
 
     def cache_bytes(self, tokens: int, bytes_per_element: int) -> int:
-        """Bytes of this layer's cache for one sequence of `tokens` tokens."""
+        """Return the bytes of this layer's cache for one sequence of `tokens` tokens."""
         elements = self.values_per_token * self.cached_tokens(tokens) + self.const_values
         return elements * bytes_per_element + 4 * self.const_float32_values
 
@@ -51,7 +56,7 @@ class KvLayer:
 def kv_layout(
     model: PreTrainedModel, config: PretrainedConfig, done: MetaPass
 ) -> tuple[tuple[KvLayer, ...] | None, str | None]:
-    """Each layer's cache after that pass of `model`, or None and the reason why it could not be read."""
+    """Return each layer's cache after that pass, or None and the reason why it cannot be read."""
     name = type(model).__name__
     if done.failed:
         return None, done.failed
@@ -59,7 +64,8 @@ def kv_layout(
     if type(done.cache).__name__ != "DynamicCache" or len(layers) != config.num_hidden_layers:
         return (
             None,
-            f"{name} keeps no DynamicCache with one entry for each layer between steps (but {type(done.cache).__name__})",
+            f"{name} keeps no DynamicCache with one entry for each layer between steps "
+            f"(but {type(done.cache).__name__})",
         )
     try:
         return tuple(_kv_layer(layer, config, index) for index, layer in enumerate(layers)), None
@@ -68,7 +74,7 @@ def kv_layout(
 
 
 def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int) -> KvLayer:
-    """One layer of the filled cache."""
+    """Read one layer of the filled cache."""
     class_name = type(layer).__name__
     if class_name not in GROWING_LAYERS | WINDOWED_LAYERS | CONSTANT_LAYERS:
         raise ValueError(f"how {class_name} grows with the sequence is not known")
@@ -97,7 +103,8 @@ def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int) -> KvLayer
     held_tokens = PROBE_TOKENS if window is None else min(PROBE_TOKENS, window - 1)
     if keys.shape[-2] != held_tokens:
         raise ValueError(
-            f"{class_name} stores keys as {tuple(keys.shape)}, not [batch, heads, tokens, dimension]"
+            f"{class_name} stores keys as {tuple(keys.shape)}, "
+            "not [batch, heads, tokens, dimension]"
         )
     grown = [tensor for tensor in (keys, values, indexer_keys) if tensor is not None]
     if any(tensor.element_size() != 2 for tensor in grown):
@@ -128,7 +135,7 @@ def _attention_kind(
 
 
 def _unexplained(layer: Any, explained: list[Any]) -> list[str]:
-    """Names of the layer's tensors, counters apart, that the size of the cache would have to include too."""
+    """Return names of the layer's tensors, counters apart, that the size leaves out."""
     import torch
 
     known = {id(tensor) for tensor in explained}

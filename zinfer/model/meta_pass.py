@@ -1,4 +1,4 @@
-"""One forward pass of a few tokens over a model without storage: the cache that it fills, the operations that a decoder layer starts."""
+"""Run a few tokens through a model without storage, to see its cache and count its operations."""
 
 from __future__ import annotations
 
@@ -11,27 +11,37 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 8
 """More than the usual width of a convolution (4), so that its state has its full size."""
 FIRST, LAST = 8, 4
-"""Decoder layers of a long stack in which operations are counted: counting makes each of them ten times as slow."""
+"""In a long stack operations are counted in these layers only: counting is ten times as slow."""
 NOT_ELEMENTWISE = frozenset({
-    "mm", "addmm", "bmm", "baddbmm", "index", "_softmax", "_safe_softmax", "_scaled_dot_product_attention_math", "_unsafe_view",
+    "mm", "addmm", "bmm", "baddbmm", "index", "_softmax", "_safe_softmax",
+    "_scaled_dot_product_attention_math", "_unsafe_view",
 })  # fmt: skip
-"""Products and attention, which are counted from the model's sizes; `index` gathers whole experts here, which no real run does."""
+"""Products and attention, which are counted from the model's sizes.
+
+`index` gathers whole experts here, which no real run does.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetaPass:
-    """What the pass left. Where the model cannot run without storage, the reason why and nothing else."""
+    """Result of the pass; where the model cannot run without storage, only the reason why."""
 
     cache: Any = None
     layer_ops: float | None = None
-    """Operations of PyTorch's dispatcher (views too) that one decoder layer starts, the mean over the layers. None: not known."""
+    """Operations of PyTorch's dispatcher (views too) that a decoder layer starts, the mean.
+
+    None: not known.
+    """
     layer_values: float | None = None
-    """Elements that one decoder layer's elementwise operations (norms, activations, residuals, copies) write for each token, the mean."""
+    """Elements that a decoder layer's elementwise operations write for each token, the mean.
+
+    Elementwise are norms, activations, residuals and copies.
+    """
     failed: str | None = None
 
 
 def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
-    """Run PROBE_TOKENS tokens of one sequence. `model` is on the meta device; it is changed to bfloat16.
+    """Run PROBE_TOKENS tokens of one sequence; `model`, on the meta device, becomes bfloat16.
 
     Args:
         layers: the decoder layers, in which operations are counted.
@@ -72,7 +82,8 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
     except Exception as error:  # any family may do anything here; the reason is the result
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return MetaPass(
-            failed=f"{type(model).__name__} does not run on the meta device: {type(error).__name__}: {first_line[:200]}"
+            failed=f"{type(model).__name__} does not run on the meta device: "
+            f"{type(error).__name__}: {first_line[:200]}"
         )
     finally:
         counter.turn(False)
@@ -106,7 +117,7 @@ def run_probe(model: PreTrainedModel, device: str) -> Any:
 
 
 def _is_view(func: Any) -> bool:
-    """Whether the operation only looks at its argument's memory in another way."""
+    """Tell if an operation writes nothing and only looks at memory in another shape."""
     return any(
         found.alias_info is not None and not found.alias_info.is_write
         for found in func._schema.returns

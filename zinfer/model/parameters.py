@@ -1,4 +1,4 @@
-"""Every weight tensor of a model, its owner and its layer, counted on the meta device: no storage is allocated."""
+"""Count every weight tensor of a model, with its owner and layer, without allocating storage."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ class Parameter:
     module: str
     """Name of the module that owns it."""
     kind: Literal["linear", "embedding", "other"]
-    """linear and embedding: the weight of exactly nn.Linear or nn.Embedding, which DeepSpeed's quantised initialisation replaces."""
+    """linear and embedding: the weight of exactly nn.Linear or nn.Embedding.
+
+    DeepSpeed's quantised initialisation replaces these two.
+    """
     layer: int | None
     """Index of its decoder layer; None outside (embeddings, final norm, output head)."""
     is_expert: bool
-    """Of a routed expert: only experts_per_token of num_experts are used for a token."""
+    """True in a routed expert: a token uses only experts_per_token of num_experts."""
 
 
 def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
@@ -54,13 +57,13 @@ def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
 
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, ...]:
-    """The modules of the stack of decoder layers; none where the model has no such list."""
+    """Return the decoder layers; none where the model has no list of them."""
     prefix = _layers_prefix(model, num_layers)
     return () if prefix is None else tuple(model.get_submodule(prefix.removesuffix(".")).children())
 
 
 def weight_tensors(model: PreTrainedModel, num_layers: int) -> tuple[Parameter, ...]:
-    """Every weight of a model of `num_layers` decoder layers, in the order of its modules."""
+    """Return every weight of a model with `num_layers` decoder layers, in order of its modules."""
     from torch import nn
 
     kinds: dict[type, Literal["linear", "embedding"]] = {
@@ -94,7 +97,7 @@ def weight_tensors(model: PreTrainedModel, num_layers: int) -> tuple[Parameter, 
 
 
 def _layers_prefix(model: PreTrainedModel, num_layers: int) -> str | None:
-    """Name, with a dot, of the list of decoder layers: the biggest ModuleList of that length."""
+    """Return the name, with a dot, of the decoder layers: the biggest ModuleList of that length."""
     from torch import nn
 
     lists = {

@@ -1,9 +1,9 @@
 """Read the KV cache of families that cannot run without storage, from a small real instance.
 
-Some families look at values (BioGPT counts the tokens of its mask, JetMoE sends tokens to experts),
-and there are no values on the meta device. What their cache holds does not depend on the vocabulary,
-the feed-forward width or the number of experts, and each layer of such a stack holds the same. So a
-real instance of two layers, shrunk in those sizes, is run on the CPU, and its layer is repeated.
+Some families look at values: BioGPT counts the tokens of its mask, JetMoE sends tokens to experts.
+There are no values on the meta device. But the vocabulary, the feed-forward width and the number of
+experts do not change the cache, and each layer of such a stack holds the same. So a real instance
+of two layers, shrunk in those sizes, runs on the CPU, and its layer is repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHRUNK = {
     "n_routed_experts": 4,
     "moe_intermediate_size": 32,
 }
-"""Sizes that no cache depends on."""
+"""Sizes that do not change the cache, and what they are cut to."""
 MOST_NUMEL = 500_000_000
 """Parameters of the small instance: at most 2 GB while it is built in float32."""
 

@@ -1,7 +1,8 @@
-"""ModelSpec: what a model's architecture says before any weight exists. Parameters, their owners, and bytes of the KV cache.
+"""ModelSpec: parameters, their owners and KV-cache bytes of a model, before any weight exists.
 
-Counted on the meta device from transformers' own classes, then kept (spec_cache): the second plan of a model, and the first of a catalogue
-model, imports neither torch nor transformers and takes milliseconds.
+Counted on the meta device from transformers' own classes, then kept (spec_cache). So the second
+plan of a model, and the first of a catalogue model, imports neither torch nor transformers and
+takes milliseconds.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Architecture only: no weight has been read."""
+    """Architecture of one model; no weight has been read."""
 
     name: str
     model_type: str
     architecture: str
     """Class name in transformers."""
     dtype: str
-    """What the model computes in: as asked for, else as the checkpoint's config says, else float16."""
+    """Type of the computation: as asked for, else as the checkpoint's config says, else float16."""
     num_layers: int
     hidden_size: int
     num_attention_heads: int
-    """Here and in the next two: the most of any layer where layers differ, 0 in a model without attention."""
+    """Here and in the next two: the most of any layer, 0 in a model without attention."""
     num_kv_heads: int
     head_dim: int
     """Elements of one query or key head."""
@@ -66,7 +67,10 @@ class ModelSpec:
     num_parameters: int
     """Tied weights once; buffers not."""
     num_active_parameters: int | None
-    """Used for one token: all but the routed experts that are not chosen. None: it is not known how many are chosen."""
+    """Used for one token: all but the routed experts that are not chosen.
+
+    None: the config does not say how many are chosen.
+    """
     num_experts: int | None
     experts_per_token: int | None
     parameters: tuple[Parameter, ...]
@@ -75,7 +79,10 @@ class ModelSpec:
     layer_modules: float | None
     """Modules of a decoder layer, itself included, the mean. None: there is no list of layers."""
     layer_ops: float | None
-    """Operations that one decoder layer starts in a forward pass; None where it was not seen running (see meta_pass.MetaPass)."""
+    """Operations that one decoder layer starts in a forward pass (see meta_pass.MetaPass).
+
+    None: the layer was not seen running.
+    """
     layer_values: float | None
     """Elements that they write for each token, products and attention apart."""
     kv_layers: tuple[KvLayer, ...] | None
@@ -85,15 +92,17 @@ class ModelSpec:
 
     @property
     def bytes_per_element(self) -> int:
+        """Bytes of one element of the compute dtype."""
         return bytes_per_element(self.dtype)
 
     @property
     def weight_bytes(self) -> int:
-        """All parameters in the compute dtype."""
+        """Bytes of all parameters in the compute dtype."""
         return self.num_parameters * self.bytes_per_element
 
     @property
     def largest_parameter(self) -> Parameter:
+        """The weight tensor with the most elements."""
         return max(self.parameters, key=lambda parameter: parameter.numel)
 
     @property
@@ -107,7 +116,7 @@ class ModelSpec:
 
 
 def bytes_per_element(dtype: str) -> int:
-    """Bytes of one element of a compute dtype."""
+    """Return the bytes of one element of a compute dtype; ValueError for another dtype."""
     if dtype not in ITEMSIZE_BYTES:
         raise ValueError(
             f"compute dtype {dtype} is not one of {', '.join(ITEMSIZE_BYTES)}. Set dtype=bfloat16"
@@ -116,11 +125,13 @@ def bytes_per_element(dtype: str) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec) -> int | None:
-    """Bytes that one more token of one sequence adds to the KV cache, all layers, keys and values. None: not known.
+    """Return the bytes that one more token of one sequence adds to the KV cache. None: not known.
 
-    Layers with a sliding window are left out: once their window is full a token adds nothing to them. For multi-head attention this is
+    Keys and values of all layers count. Layers with a sliding window are left out: once their
+    window is full, a token adds nothing to them. For multi-head attention this is
     2 * num_layers * num_kv_heads * head_dim * bytes_per_element.
-    Source: Kwon et al. 2023 (arXiv:2309.06180) section 3, generalised to grouped-query and latent attention.
+    Source: Kwon et al. 2023 (arXiv:2309.06180) section 3, generalised to grouped-query and latent
+    attention.
     """
     if spec.kv_layers is None:
         return None
@@ -131,10 +142,15 @@ def kv_bytes_per_token(spec: ModelSpec) -> int | None:
 
 
 def kv_cache_bytes(spec: ModelSpec, batch_size: int, tokens: int) -> int | None:
-    """Bytes of the KV cache of `batch_size` sequences of `tokens` (prompt + new) tokens, recurrent states included. None: not known.
+    """Return the bytes of the KV cache, recurrent states included. None: not known.
 
-    The size of the tensors that transformers' DynamicCache hands on to the next step. A sliding layer is a view: the memory behind it
-    also holds the token that just left the window, and right after the prefill the whole prompt.
+    Counted are the tensors that transformers' DynamicCache hands on to the next step. A sliding
+    layer is a view: the memory behind it also holds the token that just left the window, and right
+    after the prefill the whole prompt.
+
+    Args:
+        batch_size: sequences.
+        tokens: prompt and new tokens of each sequence.
     """
     if spec.kv_layers is None:
         return None
@@ -144,21 +160,29 @@ def kv_cache_bytes(spec: ModelSpec, batch_size: int, tokens: int) -> int | None:
 
 
 def kv_cache_bytes_paper(spec: ModelSpec, batch_size: int, tokens: int) -> int:
-    """The published formula: right for multi-head attention, too much for grouped-query, latent and sliding attention.
+    """Return the KV-cache bytes of the published formula.
 
-    Source: cache_bytes in DeepSpeedExamples inference/huggingface/zero_inference/utils.py, the same in FlexGen's opt_config.py (there
-    always 2 bytes per element).
+    It is right for multi-head attention, and too much for grouped-query, latent and sliding ones.
+    Source: cache_bytes in DeepSpeedExamples inference/huggingface/zero_inference/utils.py; the same
+    in FlexGen's opt_config.py (there always 2 bytes per element).
     """
     return 2 * batch_size * tokens * spec.num_layers * spec.hidden_size * spec.bytes_per_element
 
 
 def hidden_bytes(spec: ModelSpec, batch_size: int, tokens: int) -> int:
-    """Bytes of one layer's hidden states of the whole batch. Source: hidden_bytes beside cache_bytes, as above."""
+    """Return the bytes of one layer's hidden states of the whole batch.
+
+    Source: hidden_bytes beside cache_bytes, as in kv_cache_bytes_paper.
+    """
     return batch_size * tokens * spec.hidden_size * spec.bytes_per_element
 
 
 def model_spec(model: ModelConfig, *, compute_dtype: str | None = None) -> ModelSpec:
-    """The architecture of `model`. ValueError, with what to type instead, when it cannot be read or is no causal language model."""
+    """Return the architecture of `model`, counted now or kept from before.
+
+    Raises:
+        ValueError: it cannot be read, or is no causal language model. Says what to set instead.
+    """
     key, is_stored = cache_key(model)
     fields = _COUNTED.get(key) or (read_counted(key) if is_stored else None)
     if fields is None:
@@ -174,7 +198,7 @@ def model_spec(model: ModelConfig, *, compute_dtype: str | None = None) -> Model
 
 
 def is_counted(model: ModelConfig) -> bool:
-    """Whether model_spec knows this architecture from before, and imports neither torch nor transformers for it."""
+    """Tell if model_spec knows this architecture from before, so that it imports no torch."""
     key, is_stored = cache_key(model)
     return key in _COUNTED or (is_stored and is_kept(key))
 
@@ -187,7 +211,11 @@ _COUNTED: dict[str, Fields] = {}
 
 
 def count(model: ModelConfig) -> Fields:
-    """Count this architecture now, whatever is kept of it. Imports torch and transformers. Raises ValueError as model_spec does."""
+    """Count this architecture now, even if it is kept. Imports torch and transformers.
+
+    Raises:
+        ValueError: as model_spec does.
+    """
     with _no_garbage_collection():
         config, text_part_of = causal_config(model)
         try:
@@ -195,14 +223,18 @@ def count(model: ModelConfig) -> Fields:
                 return _count(config, model) | {"text_part_of": text_part_of}
         except CountingTakesTooLong as error:
             raise ValueError(
-                f"model={model.name}: {error}. It has {config.num_hidden_layers} layers; real models "
-                "take seconds. Set a smaller model.overrides.num_hidden_layers"
+                f"model={model.name}: {error}. It has {config.num_hidden_layers} layers; "
+                "real models take seconds. Set a smaller model.overrides.num_hidden_layers"
             ) from error
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Importing transformers makes millions of objects that live on: looking through them for garbage takes a fifth of the time."""
+    """Stop collecting garbage while transformers is imported.
+
+    The import makes millions of objects that live on. Looking through them takes a fifth of the
+    time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -219,7 +251,8 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
         if not isinstance(_first(config, name), int)
     ]:
         raise ValueError(
-            f"model={model.name} ({config.model_type}) names no {', '.join(missing)}: it is not one stack of decoder layers"
+            f"model={model.name} ({config.model_type}) names no {', '.join(missing)}: "
+            "it is not one stack of decoder layers"
         )
     empty = meta_model(config, model)
     parameters = weight_tensors(empty, config.num_hidden_layers)
@@ -284,7 +317,7 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
 def _experts(
     config: PretrainedConfig, parameters: tuple[Parameter, ...]
 ) -> tuple[int | None, int | None]:
-    """Routed experts of a layer, and how many of them a token uses. (None, None) for a dense model."""
+    """Return the routed experts of a layer and how many a token uses; twice None if dense."""
     fused = [parameter for parameter in parameters if parameter.is_expert]
     if not fused:
         return None, None
@@ -314,7 +347,10 @@ def _intermediate_size(config: PretrainedConfig) -> int | None:
 
 
 def _first(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
-    """The first of these attributes that the config has and that is not None; the largest value of one that differs from layer to layer."""
+    """Return the first of these attributes that the config has and that is not None.
+
+    Where an attribute differs from layer to layer, its largest value counts.
+    """
     for name in names:
         try:
             value = getattr(config, name, None)

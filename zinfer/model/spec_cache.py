@@ -1,7 +1,7 @@
-"""Where counted architectures are kept: the catalogue's come with zinfer, every other one is kept on disk once it was counted.
+"""Keep counted architectures: those of the catalogue come with zinfer, others go to disk.
 
-Both are found by the same name, which covers what was asked for, the libraries' versions and the code that counts: where any of them
-differs from what counted the catalogue, its models are counted here like any other.
+Both are found by the same name. It covers what was asked for, the libraries' versions and the code
+that counts. Where one of them differs, a model of the catalogue is counted here like any other.
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ COUNTING = (
 """The modules whose code decides what is counted and how it is written down."""
 
 Fields = dict[str, Any]
-"""Of ModelSpec but name and dtype, and the config's own dtype as `config_dtype`."""
+"""Fields of ModelSpec except name and dtype, and the config's own dtype as `config_dtype`."""
 
 
 def cache_key(model: ModelConfig) -> tuple[str, bool]:
-    """What the counted numbers depend on, and whether that is all known here: a hub's files and a model's own code are not."""
+    """Return all that the counts depend on as a key, and True if the counts may be kept.
+
+    They may not where something is out of sight: files on a hub, or a model's own code.
+    """
     folder = Path(os.path.expanduser(model.source)) if model.source else None
     config_file = folder / "config.json" if folder else None
     config_hash = (
@@ -70,7 +73,10 @@ def cache_key(model: ModelConfig) -> tuple[str, bool]:
 
 @functools.cache
 def _origin() -> tuple[str, str]:
-    """The version of transformers, and a digest of what else counts: torch (whichever device it was built for) and our own code."""
+    """Return the version of transformers and a digest of torch's version and our own code.
+
+    The device that torch was built for is left out: counts do not depend on it.
+    """
     versions = {
         package: importlib.metadata.version(package).split("+")[0]
         for package in ("transformers", "torch")
@@ -82,7 +88,7 @@ def _origin() -> tuple[str, str]:
 
 
 def entry_name(key: str) -> str:
-    """The file that holds the counts of this key."""
+    """Return the name of the file that holds the counts of this key."""
     transformers, origin = _origin()
     return f"{transformers}-{hashlib.sha256((origin + key).encode()).hexdigest()[:32]}.json"
 
@@ -92,12 +98,12 @@ def _cache_file(key: str) -> Path:
 
 
 def is_kept(key: str) -> bool:
-    """Whether read_counted finds it."""
+    """Tell if read_counted finds counts for this key."""
     return _cache_file(key).is_file() or _catalogue_entry(key) is not None
 
 
 def read_counted(key: str) -> Fields | None:
-    """What was counted for this key, by this machine or with the catalogue. None: nobody did, or it cannot be read."""
+    """Return the counts of this key, from this machine or the catalogue. None: there are none."""
     try:
         text: str | bytes | None = _cache_file(key).read_text()
     except OSError:
@@ -117,7 +123,10 @@ def _catalogue_entry(key: str) -> bytes | None:
 
 
 def write_counted(key: str, fields: Fields) -> None:
-    """Whole or not at all. A cache that cannot be written costs the next plan a few seconds, nothing else."""
+    """Write the counts of this key, whole or not at all.
+
+    A cache that cannot be written costs the next plan a few seconds, nothing else.
+    """
     path = _cache_file(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +138,7 @@ def write_counted(key: str, fields: Fields) -> None:
 
 
 def write_catalogue(counted: Iterable[tuple[str, Fields]], path: Path = CATALOGUE) -> None:
-    """All of (key, fields) in one archive, the same bytes for the same counts."""
+    """Write all (key, fields) into one archive: the same bytes for the same counts."""
     entries = {entry_name(key): to_json(fields) for key, fields in counted}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, text in sorted(entries.items()):
@@ -137,7 +146,7 @@ def write_catalogue(counted: Iterable[tuple[str, Fields]], path: Path = CATALOGU
 
 
 def to_json(fields: Fields) -> str:
-    """As kept."""
+    """Return the fields as the text that is kept."""
     rows = fields | {
         "parameters": [dataclasses.astuple(parameter) for parameter in fields["parameters"]]
     }
@@ -147,7 +156,7 @@ def to_json(fields: Fields) -> str:
 
 
 def from_json(text: str | bytes) -> Fields:
-    """The counter's own types again. Raises ValueError for what is no JSON."""
+    """Return kept text as fields of their own types; ValueError for what is no JSON."""
     fields: Fields = json.loads(text)
     fields["parameters"] = tuple(
         Parameter(name, tuple(shape), *rest) for name, shape, *rest in fields["parameters"]

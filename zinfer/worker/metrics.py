@@ -35,7 +35,7 @@ class Measured:
     import_s: float
     ranks: tuple[RankResult, ...]
     threads: int = 1
-    """Threads that compute, of all ranks on this host; on a GPU the one of each rank that launches."""
+    """Threads that compute, of all ranks on this host; on a GPU one of each rank launches."""
     surroundings: Surroundings | None = None
     verified: VerifiedWeights | None = None
 

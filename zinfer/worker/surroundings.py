@@ -1,4 +1,4 @@
-"""Look at the machine around a run: who else uses its processors, and how fast they are allowed to be.
+"""Look at the machine around a run: who else uses its processors, and how fast they may be.
 
 One look before the timed generations and one after them; only their difference says something.
 Everything that this kernel does not show is None.
@@ -133,7 +133,7 @@ def _cpu_rows(root: Path, cores: list[int]) -> list[list[int]]:
 
 
 def _frequency_hz(root: Path, cores: list[int]) -> float | None:
-    """Return the mean of what the processors run at now. Source: cpufreq's scaling_cur_freq, kHz."""
+    """Return the mean speed of the processors now. Source: cpufreq's scaling_cur_freq, kHz."""
     folder = root / "sys/devices/system/cpu"
     found = [_number(folder / f"cpu{core}/cpufreq/scaling_cur_freq") for core in cores]
     known = [each for each in found if each is not None]

@@ -120,7 +120,7 @@ class HostLayer(CacheLayerMixin):
         self.past += key_states.shape[2]
 
     def _copy(self, into: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy from the device into a view of a host buffer, beside the computation where it can."""
+        """Copy from the device into a view of a host buffer, beside computation if it can."""
         lanes, memory = self.cache.lanes_of(source.device), self.cache.memory
         if source.device.type != "cpu":
             memory.traffic.to_host_bytes += source.numel() * into.element_size()

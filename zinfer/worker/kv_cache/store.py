@@ -145,7 +145,7 @@ class Stored:
 
 
 def pieces(first: int, count: int, capacity: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (slots, tokens) of `count` tokens from number `first` on: two where they wrap around."""
+    """Yield (slots, tokens) of `count` tokens from number `first`: two where they wrap around."""
     assert count <= capacity
     slot = first % capacity
     ahead = min(count, capacity - slot)
