@@ -104,7 +104,7 @@ def differing_choices(found: Sequence[Configuration]) -> tuple[str, ...]:
 
 
 def constants(found: Sequence[Configuration], shown: Sequence[str]) -> dict[str, str]:
-    """What was the same everywhere, of the choices that have a label and no column."""
+    """Return the choices that were the same everywhere, if they have a label and no column."""
     values = {
         name: {item.chosen(name) for item in found}
         for name in LABELS

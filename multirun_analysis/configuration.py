@@ -134,7 +134,7 @@ class Configuration:
 
     @cached_property
     def dtype(self) -> str:
-        """How weights are stored; of `auto`, what it came to."""
+        """Storage type of the weights; for `auto` the type that it came to."""
         wanted = self.choices.get("dtype.weights", "unknown")
         return self.newest.tags.get("zinfer.dtype", wanted) if wanted == "auto" else wanted
 
@@ -175,7 +175,7 @@ class Configuration:
 
     @property
     def binding_resource(self) -> str | None:
-        """What a decode step waits for, in words; None where no ceiling was logged."""
+        """Resource that a decode step waits for, in words; None where no ceiling was logged."""
         resource = self.tag("zinfer.binding_resource")
         return None if resource is None else binding_words(resource)
 

@@ -25,7 +25,7 @@ HEAD_PARTS = re.compile(r"[^ ._]*[ ._]|[^ ._]+$")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one table is set."""
+    """Layout of one table: its columns and their widths."""
 
     size: str
     indices: tuple[int, ...]

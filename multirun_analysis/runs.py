@@ -61,7 +61,7 @@ class Run:
 
     @property
     def method_version(self) -> str:
-        """How it was timed; `unknown` where it does not say."""
+        """Version of the timing method; `unknown` where the run does not say."""
         return self.tags.get("zinfer.method_version", "unknown")
 
     @property

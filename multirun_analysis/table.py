@@ -73,7 +73,7 @@ class Table:
 
     @cached_property
     def fraction_widths(self) -> tuple[int, ...]:
-        """Of each column of numbers, the most characters that a cell has behind the whole part."""
+        """For each column of numbers, count the most characters behind the whole part."""
         return tuple(
             max((len(row[index].fraction) for row in self.rows), default=0) if column.number else 0
             for index, column in enumerate(self.columns)

@@ -32,7 +32,7 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 class Ended:
-    """How the job of this process ended; Hydra gives a task's return value to nobody."""
+    """End of the job of this process, kept here: Hydra gives a task's return value to nobody."""
 
     outcome: ClassVar[Outcome | None] = None
     composed = False

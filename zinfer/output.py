@@ -26,7 +26,7 @@ class Output(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the stream below."""
+        """Encoding of the stream below."""
         return self._stream.encoding
 
     def write(self, text: str) -> int:

@@ -1,4 +1,4 @@
-"""How figures look and are stored: an SVG and a PNG of each panel, and the SVG for the report."""
+"""Look and storage of figures: an SVG and a PNG of each panel, and the SVG for the report."""
 
 from __future__ import annotations
 

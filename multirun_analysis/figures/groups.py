@@ -1,4 +1,4 @@
-"""What figures are drawn of: groups that may be compared, and the fastest of each."""
+"""Groups that figures are drawn of: they may be compared; and the fastest of each."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Published:
 
     @property
     def standing(self) -> Standing:
-        """How far the number can be relied on, as its notes say."""
+        """Reliability of the number, as its notes say."""
         notes = self.notes.lower()
         if "inconsistent" in notes or "do not use" in notes:
             return "inconsistent"
@@ -98,7 +98,7 @@ class Published:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of the box, or of one GPU where the metric says so."""
+        """Tokens/s of the box, or of one GPU where the metric says so."""
         if self.value is None or self.metric not in SPEED_METRICS:
             return None
         if self.metric == "latency_per_generated_token":

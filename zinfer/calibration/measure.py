@@ -86,7 +86,7 @@ def job_config(job: Job, config: RunConfig) -> RunConfig:
 
 @dataclass
 class Measurement:
-    """What a calibration has measured so far."""
+    """Numbers that a calibration has measured so far."""
 
     config: RunConfig
     folder: Path

@@ -1,6 +1,7 @@
 """Check a composed or stored tree, and write a configuration back as one.
 
-A wrong value is replaced by one that is right in itself, so that every problem is found in one pass.
+A wrong value is replaced by one that is right in itself, so that every problem is found in one
+pass.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def config_problems(config: RunConfig) -> list[Problem]:
 
 
 def _engine(config: RunConfig) -> Iterator[Problem]:
-    """What the engine cannot do, by its row of ENGINES."""
+    """List settings that the engine cannot do, by its row of ENGINES."""
     engine, offload, dtype = engine_of(config), config.offload.device, config.dtype
     if offload not in engine.places:
         places = " or ".join(PLACES[place] for place in engine.places)

@@ -137,7 +137,7 @@ class OffloadConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DtypeConfig:
-    """How weights are stored, and in which type the model computes."""
+    """Storage of the weights, and the type in which the model computes."""
 
     weights: Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"]
     compute: Literal["auto", "float32", "float16", "bfloat16"]
@@ -164,7 +164,7 @@ class DtypeConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BatchConfig:
-    """What is generated and how often it is timed.
+    """Rows, tokens and prompts that are generated, and how often that is timed.
 
     Every row has exactly these lengths; end-of-sequence tokens are ignored.
     """
@@ -228,7 +228,7 @@ class KvCacheConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ZeroConfig:
-    """How the DeepSpeed JSON is derived from the model.
+    """Rules that derive the DeepSpeed JSON from the model.
 
     A number that is None is derived; a number given wins (derivation=tuned only).
     """
@@ -295,7 +295,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LauncherConfig:
-    """How one job's worker is started. Hydra's own launcher (hydra/launcher=...) decides where."""
+    """Start of one job's worker. Hydra's own launcher (hydra/launcher=...) decides where."""
 
     ranks: Annotated[int, Limits(1, 1 << 10)] = 1
     """Processes on this host, data-parallel: each generates its share of the batch."""
@@ -324,7 +324,7 @@ class LauncherConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlanConfig:
-    """How strictly the memory plan is taken."""
+    """Strictness of the memory plan."""
 
     enforce: bool = True
     """Refuse a run that does not fit. false: warn, so that plans for other machines can be made."""
@@ -334,7 +334,7 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SweepConfig:
-    """How a multirun behaves."""
+    """Behaviour of a multirun."""
 
     parent_run_id: str | None = None
     resume: bool = True
@@ -359,7 +359,7 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CalibrateConfig:
-    """How long task=calibrate may take."""
+    """Time that task=calibrate may take."""
 
     budget_s: Annotated[float, Limits(0, 1e9, above=True)] | None = None
     """Measure what matters most for this machine in so many seconds. None: measure everything."""

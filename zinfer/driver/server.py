@@ -83,7 +83,7 @@ class WorkerServer:
 
     @property
     def alive(self) -> bool:
-        """Whether it can still fork."""
+        """True while it can still fork."""
         self._take_messages(0)
         return self._alive
 

@@ -1,4 +1,4 @@
-"""How far a run's numbers can be trusted: the verdict that travels from the worker to the store.
+"""Verdict on a run's numbers: can they be trusted? It travels from the worker to the store.
 
 The model is pyperf's "the benchmark result may be unstable", with its required number of processes.
 """

@@ -86,7 +86,7 @@ class FamilyCost:
 
 @dataclass(frozen=True)
 class Mode:
-    """How the weights of a run are held and fetched, as far as it decides fixed costs."""
+    """Way in which weights are held and fetched, where it decides fixed costs."""
 
     where: str
     """resident (plain transformers), or ZeRO-3's offload target: none, cpu, nvme."""

@@ -109,7 +109,7 @@ def _first_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_odd(name: str, value: Any, values: Mapping[str, Any], defaults: Any) -> bool:
-    """Whether a value is of another sort than the family's default, or no size at all."""
+    """Tell if a value is of another sort than the family's default, or no size at all."""
     if name.endswith("_token_id"):
         vocab_size = values.get("vocab_size")
         return isinstance(value, int) and isinstance(vocab_size, int) and value >= vocab_size

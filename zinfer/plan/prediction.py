@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def binding_resource(self) -> Binding | None:
-        """What a decode step waits for.
+        """Resource that a decode step waits for.
 
         Fixed cost (Python, launches) where it is predicted to take more than half of the step,
         else the resource that sets the ceiling. None: no rate of this hardware is known.

@@ -1,4 +1,4 @@
-"""What the head of a sweep decided: to refuse it, that all is done already, or to run its jobs.
+"""Decision of the head of a sweep: refuse it, find it all done already, or run its jobs.
 
 Hydra calls the head from a callback, drops what a callback returns, and turns its exceptions into
 warnings. So the decision is left in a context variable, and a sweep with nothing left to run

@@ -53,7 +53,7 @@ OVERLOAD = Limit(noisy=1.5, disturbed=4.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a run knows of its own circumstances."""
+    """Facts that a run knows of its own circumstances."""
 
     totals_s: Sequence[float]
     """Time of each timed generation."""

@@ -51,7 +51,7 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What happened between two looks. None: not known."""
+    """Changes on the machine between two looks. None: not known."""
 
     seconds: float
     cores: int

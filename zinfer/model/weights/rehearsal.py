@@ -40,7 +40,7 @@ MASKS = ("BOOL", "U8")
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """How a checkpoint becomes the model: with which renaming, and what is left over."""
+    """Way from a checkpoint to the model: the renaming, and the tensors left over."""
 
     key_mapping: Mapping[str, str]
     """Regular expression -> replacement, as from_pretrained takes it."""
@@ -78,7 +78,7 @@ class Differences:
 
     @property
     def count(self) -> int:
-        """How many tensors are concerned."""
+        """Number of tensors concerned."""
         return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
 

@@ -55,7 +55,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """What turns a query and keys into weights, beside their product.
+    """Settings that turn the product of a query and keys into weights.
 
     Attributes:
         scale: factor of the product, usually head_dim ** -0.5.

@@ -25,7 +25,7 @@ class SequenceTooLong(ValueError):
 
 
 class HostLayer(CacheLayerMixin):
-    """What both placements share: the store, and how many tokens are in it."""
+    """Part that both placements share: the store, and the number of tokens in it."""
 
     is_compileable = False
     is_croppable = True
@@ -250,5 +250,5 @@ class AttendedLayer(HostLayer):
 
 
 def _made_for(keys: torch.Tensor, values: torch.Tensor) -> tuple[object, ...]:
-    """What a store depends on beside its capacity."""
+    """Return all that a store depends on beside its capacity."""
     return keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device

@@ -17,7 +17,7 @@ class HostMemoryShort(MemoryError):
 
 @dataclass
 class Traffic:
-    """What moved between host and device since the last reset.
+    """Bytes moved between host and device since the last reset.
 
     Attributes:
         to_host_bytes, to_device_bytes: copied, counted on the side that is written.

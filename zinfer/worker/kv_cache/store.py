@@ -21,7 +21,7 @@ Copy = Callable[[torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How keys, or values, are stored.
+    """Storage format of keys, or of values.
 
     Attributes:
         bits: 16: as computed, in whatever floating type; 8 or 4: codes with a scale per group.
