@@ -105,7 +105,7 @@ def _metrics(result: Json) -> dict[str, Any]:
 
 def _tags(job_dir: Path, result: Json) -> dict[str, Any]:
     environment = json_file(job_dir / ENVIRONMENT_FILE) or {}
-    stability = result.get("stability") or {}
+    stability, quality = result.get("stability") or {}, result.get("quality") or {}
     return {
         "zinfer.status": result["status"],
         "zinfer.dtype": (result.get("model") or {}).get("dtype"),
@@ -117,6 +117,8 @@ def _tags(job_dir: Path, result: Json) -> dict[str, Any]:
         "zinfer.warnings": "\n".join(result.get("warnings") or []),
         "zinfer.stability": stability.get("verdict"),
         "zinfer.stability_reason": "; ".join(stability.get("reasons") or []),
+        "zinfer.quality": quality.get("verdict"),
+        "zinfer.quality_reason": "\n".join(quality.get("reasons") or []),
         "zinfer.job_dir": str(job_dir),
         "zinfer.tracked": "true" if result.get("run_id") else None,
     }

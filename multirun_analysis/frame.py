@@ -25,6 +25,8 @@ TAGS = {
     "zinfer.binding_resource": "binding_resource",
     "zinfer.stability": "stability",
     "zinfer.stability_reason": "stability_reason",
+    "zinfer.quality": "quality",
+    "zinfer.quality_reason": "quality_reason",
     "zinfer.warnings": "warnings",
     "mlflow.parentRunId": "parent_run_id",
 }

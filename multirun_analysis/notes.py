@@ -53,7 +53,7 @@ def run_notes(runs: Iterable[Run]) -> list[str]:
             f"{counted(len(running), 'run')} had not ended when this was written, or ended without "
             "being able to say so."
         )
-    return [*notes, *stability_notes(runs)]
+    return [*notes, *stability_notes(runs), *quality_notes(runs)]
 
 
 def stability_notes(runs: Sequence[Run]) -> list[str]:
@@ -71,6 +71,19 @@ def stability_notes(runs: Sequence[Run]) -> list[str]:
             said = "; ".join(reason for reason, _ in reasons.most_common(3))
             notes.append(f"{counted(len(found), 'run')} {verdict}: {said}. {advice}")
     return notes
+
+
+def quality_notes(runs: Sequence[Run]) -> list[str]:
+    """Name the runs whose text is worse than their own limits allow."""
+    found = [run for run in runs if run.tags.get("zinfer.quality") == "beyond_limits"]
+    if not found:
+        return []
+    reasons = [run.tags.get("zinfer.quality_reason") or "no reason was logged" for run in found]
+    said = "; ".join(dict.fromkeys("; ".join(reasons).splitlines()))
+    return [
+        f"{counted(len(found), 'run')} beyond the limits of quality: {said}. "
+        "Their speed is shown; their text is not the unquantised model's."
+    ]
 
 
 def mixtures(found: Sequence[Configuration]) -> list[str]:

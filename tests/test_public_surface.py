@@ -24,6 +24,7 @@ from tests.helpers.sweeping import TINY, document, job_runs, run
 from zinfer.config.engines import ENGINES
 from zinfer.config.tasks import TASKS
 from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Outcome
+from zinfer.job.quality import QUALITY_METRICS
 from zinfer.plan.prediction import scored
 from zinfer.plan.tiers import TIERS
 from zinfer.tracking.names import MODEL_METRICS, MODEL_PARAMS
@@ -40,6 +41,8 @@ SOMETIMES = {
     "zinfer.stability_reason",
     "zinfer.warnings",
     "zinfer.weights_sha256",
+    "zinfer.quality",
+    "zinfer.quality_reason",
 }
 """Tags that a run has or has not, by what happened to it."""
 
@@ -82,7 +85,8 @@ def metric_names() -> list[str]:
     }
     tiers = {f"plan_{tier}_{what}_bytes" for tier in TIERS for what in ("needed", "available")}
     by_index = {"total_s_by_repeat", "decode_step_s_by_step", "plan_fits"}
-    return sorted(measured.keys() | scores | MODEL_METRICS.keys() | tiers | by_index)
+    quality = set(QUALITY_METRICS)
+    return sorted(measured.keys() | quality | scores | MODEL_METRICS.keys() | tiers | by_index)
 
 
 def named_in_code() -> dict[str, Any]:

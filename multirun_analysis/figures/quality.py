@@ -8,8 +8,8 @@ from multirun_analysis.figures.groups import Group, circumstances
 from zinfer.units import GIB
 
 METRICS = (
-    ("perplexity", "perplexity (lower is better)"),
-    ("token_agreement", "tokens equal to the reference (share)"),
+    ("quality_perplexity", "perplexity (lower is better)"),
+    ("quality_token_agreement", "tokens equal to the reference (share)"),
 )
 
 
@@ -28,8 +28,8 @@ def quality(canvas: Canvas, found: Group) -> Figure:
             shown += known
     if not panels:
         missing = (
-            "No run logged perplexity or token_agreement, so what a smaller type does to the text "
-            "is not known."
+            "No run logged quality_perplexity or quality_token_agreement, so what a smaller type "
+            "does to the text is not known (quality.enabled=true scores it)."
         )
         return Figure(name="quality", title=title, caption="", missing=missing)
     return Figure(name="quality", title=title, caption=circumstances(shown), panels=tuple(panels))

@@ -67,8 +67,8 @@ def quality_tradeoff(canvas: Canvas, groups: Sequence[Named]) -> Figure:
         name="quality-tradeoff",
         title="Throughput against quality",
         label="perplexity (lower is better)",
-        cost=lambda item: item.value("perplexity"),
-        missing="No two runs logged perplexity, so what speed costs in quality is not known.",
+        cost=lambda item: item.value("quality_perplexity"),
+        missing="No two runs logged quality_perplexity: what speed costs in quality is unknown.",
     )
 
 

@@ -155,8 +155,8 @@ def test_one_folder_holds_everything(written: tuple[Report, Path]) -> None:
         for panel in figure.panels:
             assert (out / "figures" / f"{panel.name}.svg").stat().st_size > 1000
             assert (out / "figures" / f"{panel.name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert any("No run logged perplexity" in sentence for sentence in report.not_drawn)
-    assert "No run logged perplexity" in (out / "report.md").read_text()
+    assert any("No run logged quality_perplexity" in sentence for sentence in report.not_drawn)
+    assert "No run logged quality_perplexity" in (out / "report.md").read_text()
 
 
 def test_no_run_is_dropped(written: tuple[Report, Path]) -> None:

@@ -40,6 +40,7 @@ def config_problems(config: RunConfig) -> list[Problem]:
         _dtype,
         _kv_cache,
         _model,
+        _quality,
         _tracking,
     )
     return [problem for check in checks for problem in check(config)]
@@ -246,6 +247,15 @@ def _model(config: RunConfig) -> Iterator[Problem]:
             f"model={model.name} has no published checkpoint. "
             "Set weights=dummy, or model=custom model.source=/path/to/a/folder",
             ("model.source", "model.hub_id", "weights"),
+        )
+
+
+def _quality(config: RunConfig) -> Iterator[Problem]:
+    if config.quality.enabled and config.weights == "dummy":
+        yield Problem(
+            "quality.enabled=true scores the text that the model expects, and weights=dummy are "
+            "random: their text means nothing. Set weights=pretrained, or quality.enabled=false",
+            ("quality.enabled", "weights"),
         )
 
 

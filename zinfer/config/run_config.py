@@ -366,6 +366,20 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class QualityConfig:
+    """Whether a run scores its text against the unquantised model, and what is good enough."""
+
+    enabled: bool = False
+    """Score after the timed generations; only for weights=pretrained."""
+    tokens: Annotated[int, Limits(64, 1 << 16)] = 2048
+    """Tokens of the text that is read. Half of them are decoded, eight rows side by side."""
+    min_agreement: Annotated[float, Limits(0, 1)] = 0.9
+    """Least share of tokens for which both models' likeliest token is the same."""
+    max_perplexity_ratio: Annotated[float, Limits(0, 1e6, above=True)] = 1.05
+    """Largest perplexity, over the unquantised model's."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RunConfig:
     """Everything one run depends on, checked."""
 
@@ -386,6 +400,7 @@ class RunConfig:
     plan: PlanConfig
     sweep: SweepConfig
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
     from_environment: dict[tuple[str | int, ...], str] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -438,6 +453,8 @@ def config_key(config: RunConfig) -> str:
     tree = config_to_tree(config)
     for group in ("tracking", "sweep", "format", "plan", "calibrate"):
         tree.pop(group)
+    if not config.quality.enabled:
+        tree.pop("quality")
     tree["offload"].pop("nvme_path")
     for name in ("timeout_s", "stall_s", "master_port", "rendezvous", "node_rank", "fork_workers"):
         tree["launcher"].pop(name)

@@ -81,6 +81,7 @@ class Watched:
             metrics=self.result["metrics"],
             stability=self.result.get("stability"),
             energy=self.result.get("energy"),
+            quality=self.result.get("quality"),
             weights=self.result.get("weights"),
             **fields,
         )

@@ -159,6 +159,7 @@ def outcome_in(job_dir: Path, job: JobRecord, result: Json) -> Outcome:
         metrics=result.get("metrics") or {},
         stability=result.get("stability"),
         energy=result.get("energy"),
+        quality=result.get("quality"),
         weights=result.get("weights"),
         environment=environment_in(job_dir),
         job_dir=str(job_dir),

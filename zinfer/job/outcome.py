@@ -70,6 +70,8 @@ class Outcome:
     """The verdict on the measurement (zinfer.job.stability); None where nothing was measured."""
     energy: Json | None = None
     """Joules for each new token, and the reasons where they are not known."""
+    quality: Json | None = None
+    """The verdict on the text (zinfer.job.quality); None where it was not scored."""
     weights: Json | None = None
     """A verified checkpoint: number of tensors and bytes used, sha256 of its headers."""
     traceback: str | None = None
@@ -105,6 +107,7 @@ class Outcome:
             "metrics": self.metrics,
             "stability": self.stability,
             "energy": self.energy,
+            "quality": self.quality,
             "weights": self.weights,
             "warnings": list(self.warnings),
             "generated": self.generated,

@@ -29,6 +29,7 @@ VERSION_TAG, COMMIT_TAG, DIRTY_TAG = "zinfer.version", "zinfer.commit", "zinfer.
 HARDWARE_TAG, DEVICE_TAG, DTYPE_TAG = "zinfer.hardware", "zinfer.device", "zinfer.dtype"
 BINDING_TAG, WARNINGS_TAG = "zinfer.binding_resource", "zinfer.warnings"
 STABILITY_TAG, STABILITY_REASON_TAG = "zinfer.stability", "zinfer.stability_reason"
+QUALITY_TAG, QUALITY_REASON_TAG = "zinfer.quality", "zinfer.quality_reason"
 WEIGHTS_TAG, OVERRIDES_TAG = "zinfer.weights_sha256", "zinfer.overrides"
 
 HEADLINE = "generated_tokens_per_s"

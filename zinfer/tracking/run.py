@@ -139,6 +139,8 @@ def run_params(config: RunConfig) -> dict[str, str]:
         flat["batch.prompt_text"] = tree["batch"]["prompt_text"]
     if config.dtype.bits is None:
         del flat["dtype.group_size"]
+    if not config.quality.enabled:
+        flat = {name: value for name, value in flat.items() if not name.startswith("quality.")}
     return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flat.items()}
 
 
@@ -261,6 +263,8 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
         names.BINDING_TAG: ((outcome.plan or {}).get("prediction") or {}).get("binding_resource"),
         names.STABILITY_TAG: (outcome.stability or {}).get("verdict"),
         names.STABILITY_REASON_TAG: "\n".join((outcome.stability or {}).get("reasons", ())) or None,
+        names.QUALITY_TAG: (outcome.quality or {}).get("verdict"),
+        names.QUALITY_REASON_TAG: "\n".join((outcome.quality or {}).get("reasons", ())) or None,
         names.WEIGHTS_TAG: (outcome.weights or {}).get("sha256"),
         names.WARNINGS_TAG: "\n".join(outcome.warnings) or None,
     }

@@ -75,7 +75,7 @@ def generate_timed(
     """
     rows = batch.batch_size // engine.ranks
     mine = prompts[engine.rank * rows : (engine.rank + 1) * rows].to(engine.device)
-    _fix_lengths(engine.model, batch, engine.tokenizer)
+    fix_lengths(engine.model, batch, engine.tokenizer)
     samples: list[Sample] = []
     events.phase("warm-up", generations=batch.warmup)
     for index in range(batch.warmup):
@@ -125,7 +125,7 @@ def _noted(sample: Sample, events: EventLog) -> Sample:
     return sample
 
 
-def _fix_lengths(model: Any, batch: BatchConfig, tokenizer: Any | None) -> None:
+def fix_lengths(model: Any, batch: BatchConfig, tokenizer: Any | None) -> None:
     """Set greedy decoding of exactly new_tokens, end-of-sequence ignored.
 
     The checkpoint's own generation settings do not count.

@@ -38,8 +38,10 @@ from zinfer.worker.stability import warning as warning_of
 from zinfer.worker.watchdog import watched
 
 if TYPE_CHECKING:
+    from zinfer.job.quality import Quality
     from zinfer.worker.engines import Engine
     from zinfer.worker.metrics import Measured, Metrics
+    from zinfer.worker.quality import Pieces
 
 DRIVER_READY_WAIT_S = 30.0
 
@@ -68,11 +70,13 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     planned = prepare(config, job_dir, events)
     if not task_of(config).loads_model:
         return None
+    pieces = text_to_score(planned)
     limit_s = config.launcher.stall_s if config.offload.device == "nvme" else None
     with watched(limit_s, events):
         loaded = load_engine(planned, events)
         measured, said = measure(planned, loaded, job_dir, events)
-    return report(planned, measured, said, events)
+        quality = None if pieces is None else scored_text(planned, loaded, pieces, events)
+    return report(planned, measured, said, quality, events)
 
 
 def prepare(config: RunConfig, job_dir: Path, events: EventLog) -> Planned:
@@ -155,7 +159,29 @@ def measure(
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
 
 
-def report(planned: Planned, measured: Measured, said: dict[str, Any], events: EventLog) -> Metrics:
+def text_to_score(planned: Planned) -> Pieces | None:
+    """Prepare the text for quality.enabled=true. Raises ConfigError before anything is loaded."""
+    if not planned.config.quality.enabled:
+        return None
+    from zinfer.worker.quality import pieces_to_score
+
+    return pieces_to_score(planned)
+
+
+def scored_text(planned: Planned, loaded: Loaded, pieces: Pieces, events: EventLog) -> Quality:
+    """Score the text when all timing is over. Every rank takes part."""
+    from zinfer.worker.quality import score
+
+    return score(planned, loaded.engine, pieces, events)
+
+
+def report(
+    planned: Planned,
+    measured: Measured,
+    said: dict[str, Any],
+    quality: Quality | None,
+    events: EventLog,
+) -> Metrics:
     """Summarise the samples, score the prediction, and write the result (rank 0)."""
     from zinfer.worker.metrics import summarise
     from zinfer.worker.ranks import metrics_by_rank
@@ -166,6 +192,10 @@ def report(planned: Planned, measured: Measured, said: dict[str, Any], events: E
         known = {**metrics.known(), **metrics_by_rank(measured.ranks)}
         if measured.verified is not None:
             known |= measured.verified.metrics()
+        if quality is not None:
+            known |= quality.metrics()
+            for reason in quality.reasons:
+                events.warning(f"the text is worse than it may be: {reason}")
         scores = scored(known, planned.prediction, planned.plan)
         for warning in speed_warnings(scores):
             events.warning(warning)
@@ -178,6 +208,7 @@ def report(planned: Planned, measured: Measured, said: dict[str, Any], events: E
             metrics={**known, **scores},
             stability=stability.document(),
             energy=energy_document(measured, known),
+            quality=quality.document() if quality else None,
             weights=measured.verified.document() if measured.verified else None,
         )
     return metrics

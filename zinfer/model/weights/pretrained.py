@@ -161,6 +161,7 @@ def verify(
         tensors=tensors,
         bytes=size,
         sha256=opened.checkpoint.sha256 if opened.checkpoint else None,
+        fingerprint=opened.checkpoint.fingerprint() if opened.checkpoint else None,
         seconds=opened.seconds + time.perf_counter() - started_s,
     )
 

@@ -34,6 +34,11 @@ class VerifiedWeights:
     bytes: int
     sha256: str | None
     """Hash of the checkpoint's headers and sizes; None for GGUF."""
+    fingerprint: str | None = None
+    """Hash of the same, and of samples of the weights' bytes: fine-tuned weights have another one.
+
+    None for GGUF.
+    """
     seconds: float
     """How long checking took, before and after loading; not part of load_s."""
 

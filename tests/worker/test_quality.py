@@ -1,0 +1,269 @@
+"""Scores of a text: exact where nothing is rounded, worse where KV bits round, never hidden."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.composing import composed
+from tests.helpers.running import results
+from tests.helpers.tiny_models import VOCAB, tiny_model
+from zinfer.config import ConfigError, QualityConfig
+from zinfer.job.events import EventLog
+from zinfer.model.weights.checkpoint import read_checkpoint
+from zinfer.worker.engines import Engine
+from zinfer.worker.kv_cache.session import KvSession, host_cache
+from zinfer.worker.quality import ROWS, TEXT_FILE, Pieces, compared, cut, no_reference, read_text
+from zinfer.worker.quality_scores import Scores, divergence, read_scores, scores_of, write_scores
+
+PREFILLED, NEW = 9, 12
+
+
+def pieces() -> Pieces:
+    """A text of random tokens for tiny models."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, VOCAB, (ROWS, PREFILLED + NEW), generator=generator)
+    return Pieces(ids=ids, prefilled=PREFILLED)
+
+
+def read(tmp_path: Path, family: str, *overrides: str, reference: Scores | None = None) -> Scores:
+    """Read the pieces with a tiny model of this family and this KV cache."""
+    text = pieces()
+    config = composed("model=tiny-llama", *overrides).changed(
+        batch={"batch_size": ROWS, "prompt_tokens": PREFILLED, "new_tokens": NEW}
+    )
+    model = tiny_model(family)
+    engine = Engine(
+        model=model, tokenizer=None, device=torch.device("cpu"), rank=0, ranks=1, weight_bytes=0
+    )
+    events = EventLog(tmp_path, 0, "a")
+    if not config.kv_cache.is_offloaded:
+        return read_text(engine, text, config, KvSession(), events, reference)
+    from zinfer.worker.kv_cache.routes import attached
+
+    cache = host_cache(model, config, on_gpu=False)
+    with attached(model, cache):
+        return read_text(engine, text, config, KvSession(cache), events, reference)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_oss", "bloom"])
+def test_scores_are_those_of_one_forward_pass_over_the_whole_text(
+    family: str, tmp_path: Path
+) -> None:
+    ids = pieces().ids
+    with torch.no_grad():
+        logits = tiny_model(family)(input_ids=ids).logits[:, PREFILLED:-1]
+    expected = logits.log_softmax(-1).gather(2, ids[:, PREFILLED + 1 :, None])[..., 0]
+    found = read(tmp_path, family)
+    assert found.loss.shape == (ROWS, NEW - 1)
+    torch.testing.assert_close(found.loss, -expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.likeliest, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("placement", ["host", "host_attention"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "bloom"])
+def test_a_cache_in_host_memory_changes_nothing_in_float32(
+    family: str, placement: str, tmp_path: Path
+) -> None:
+    reference = read(tmp_path, family)
+    mine = read(tmp_path, family, f"kv_cache={placement}", reference=reference)
+    quality = compared(reference, mine, QualityConfig())
+    assert (quality.verdict, quality.token_agreement) == ("ok", 1.0)
+    assert quality.kl_divergence < 1e-6
+    assert quality.perplexity_ratio == pytest.approx(1, abs=1e-5)
+
+
+def test_fewer_bits_of_keys_or_values_cost_more(tmp_path: Path) -> None:
+    reference = read(tmp_path, "llama")
+    host, group = "kv_cache=host_attention", "kv_cache.group_size=16"
+    cost = {
+        (key, value): divergence(
+            reference,
+            read(
+                tmp_path,
+                "llama",
+                host,
+                group,
+                f"kv_cache.key_bits={key}",
+                f"kv_cache.value_bits={value}",
+                reference=reference,
+            ),
+        )
+        for key, value in ((16, 16), (8, 16), (16, 8), (4, 16), (16, 4))
+    }
+    assert cost[16, 16] < 1e-6
+    assert cost[16, 16] < cost[8, 16] < cost[4, 16]
+    assert cost[16, 16] < cost[16, 8] < cost[16, 4]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3, 257, 1000])
+def test_divergence_is_that_of_the_definition(vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    logits, target = torch.randn(2, 4, vocabulary), torch.zeros(4, dtype=torch.long)
+    first = scores_of(logits[0], target)
+    second = scores_of(logits[1], target, first.ids)
+    whole = torch.nn.functional.kl_div(
+        logits[1].log_softmax(-1), logits[0].log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert divergence(first, first) == 0
+    if vocabulary <= 257:
+        assert divergence(first, second) == pytest.approx(float(whole), rel=1e-4)
+    assert 0 < divergence(first, second) <= float(whole) * 1.0001
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"min_agreement": 0.0, "max_perplexity_ratio": 1e6}, ()),
+        ({"min_agreement": 1.0, "max_perplexity_ratio": 1e6}, ("quality.min_agreement",)),
+        ({"min_agreement": 0.0, "max_perplexity_ratio": 1e-6}, ("quality.max_perplexity_ratio",)),
+        (
+            {"min_agreement": 1.0, "max_perplexity_ratio": 1e-6},
+            ("quality.min_agreement", "quality.max_perplexity_ratio"),
+        ),
+    ],
+)
+def test_each_limit_that_is_passed_is_named(limits: dict[str, float], named: Any) -> None:
+    torch.manual_seed(0)
+    target = torch.zeros(50, dtype=torch.long)
+    first = scores_of(torch.randn(50, 9), target)
+    second = scores_of(torch.randn(50, 9), target, first.ids)
+    quality = compared(first, second, QualityConfig(**limits))
+    assert quality.verdict == ("beyond_limits" if named else "ok")
+    assert len(quality.reasons) == len(named)
+    assert all(name in reason for name, reason in zip(named, quality.reasons, strict=True))
+
+
+def test_a_model_whose_logits_are_no_numbers_is_beyond_the_limits() -> None:
+    target = torch.zeros(3, dtype=torch.long)
+    first = scores_of(torch.randn(3, 9), target)
+    broken = scores_of(torch.full((3, 9), torch.nan), target, first.ids)
+    quality = compared(first, broken, QualityConfig())
+    assert quality.verdict == "beyond_limits"
+    assert "quality_perplexity" not in quality.metrics()
+    json.dumps(quality.metrics(), allow_nan=False)
+
+
+def test_kept_scores_come_back_and_broken_files_do_not(tmp_path: Path) -> None:
+    found = read(tmp_path, "llama")
+    path = tmp_path / "quality" / "scores.safetensors"
+    assert read_scores(path, (ROWS, NEW - 1)) is None
+    write_scores(path, found, {"weights": "abc"})
+    back = read_scores(path, (ROWS, NEW - 1))
+    assert back is not None
+    for item in dataclasses.fields(Scores):
+        assert torch.equal(getattr(back, item.name), getattr(found, item.name))
+    assert read_scores(path, (ROWS, NEW)) is None
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert read_scores(path, (ROWS, NEW - 1)) is None
+    assert [each.name for each in path.parent.iterdir()] == [path.name], "nothing half-written"
+
+
+def test_weights_of_the_same_shapes_have_another_fingerprint(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    model.save_pretrained(tmp_path / "tuned")
+    one, same, tuned = (
+        read_checkpoint(tmp_path / name, allow_pickle=False) for name in ("one", "same", "tuned")
+    )
+    assert one.sha256 == tuned.sha256, "the headers alone do not tell them apart"
+    assert one.fingerprint() == same.fingerprint() != tuned.fingerprint()
+
+
+class Words:
+    """A tokenizer with a token for each word, and one before each text."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [len(word) + 2 for word in text.split()]
+        return {"input_ids": [1, *ids] if add_special_tokens else ids}
+
+
+def test_the_text_is_long_enough_for_every_tokenizer_and_cut_into_equal_rows() -> None:
+    assert len(TEXT_FILE.read_text(encoding="utf-8").split()) >= 2000
+    made = cut(Words(), 2048)
+    assert made.ids.shape == (ROWS, 1 + 2048 // ROWS)
+    assert (made.ids[:, 0] == 1).all()
+    assert cut(Words(), 2048, most=64).ids.shape == (ROWS, 64)
+    with pytest.raises(ConfigError, match=r"the text has \d+. Set quality.tokens="):
+        cut(Words(), 10_000)
+
+
+def test_quantised_weights_without_a_reference_say_how_to_make_one() -> None:
+    assert "Set dtype=bfloat16 once" in no_reference("bfloat16")
+
+
+def test_dummy_weights_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zinfer", "quality.enabled=true", "tracking=none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "weights=dummy are random" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SETTINGS = (
+    "model=smollm2-135m", "weights=pretrained", "quality.enabled=true", "quality.tokens=512",
+    "dtype=float32", "batch.batch_size=1", "batch.prompt_tokens=8", "batch.new_tokens=2",
+    "batch.warmup=0", "batch.repeats=1", "tracking=none",
+)  # fmt: skip
+ATTENTION = ("engine=resident", "kv_cache=host_attention")
+WAYS: dict[str, tuple[tuple[str, ...], float, float]] = {
+    "device": (("engine=resident",), 1.0, 0.0),
+    "host_attention": (ATTENTION, 1.0, 1e-6),
+    "offload": (("offload=cpu",), 1.0, 1e-6),
+    "8 bits": ((*ATTENTION, "kv_cache.bits=8"), 0.97, 0.001),
+    "4 bits": ((*ATTENTION, "kv_cache.bits=4", "quality.min_agreement=1"), 0.75, 0.2),
+    "keys 4 bits": ((*ATTENTION, "kv_cache.key_bits=4"), 0.75, 0.2),
+    "values 4 bits": ((*ATTENTION, "kv_cache.value_bits=4"), 0.9, 0.02),
+}
+"""Way -> settings, least agreement, largest divergence in nats a token."""
+
+
+@pytest.fixture(scope="module")
+def scored(
+    demo_model: Path, built_ops: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """The demo model, scored under every way."""
+    root = tmp_path_factory.mktemp("scored")
+    made = {}
+    for number, (way, (settings, _, _)) in enumerate(WAYS.items()):
+        (made[way],) = results(root / str(number), *settings, *SETTINGS)
+        assert made[way]["status"] == "ok", made[way]["reason"]
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_demo_model_keeps_its_text(way: str, scored: dict[str, dict[str, Any]]) -> None:
+    _, agreement, most = WAYS[way]
+    metrics = scored[way]["metrics"]
+    assert metrics["quality_token_agreement"] >= agreement
+    assert metrics["quality_kl_divergence"] <= most
+    assert metrics["quality_perplexity_ratio"] == pytest.approx(1, abs=most + 1e-4)
+    assert metrics["quality_scored_tokens"] == ROWS * 31
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_reference_is_made_once_and_bad_text_is_tagged(
+    scored: dict[str, dict[str, Any]],
+) -> None:
+    assert scored["device"]["quality"]["reference"] in ("this run", "kept")
+    assert {scored[way]["quality"]["reference"] for way in WAYS if way != "device"} == {"kept"}
+    beyond = scored["4 bits"]
+    assert beyond["quality"]["verdict"] == "beyond_limits"
+    assert any("quality.min_agreement is 1" in said for said in beyond["warnings"])
+    assert scored["8 bits"]["quality"]["verdict"] == "ok"
