@@ -1,4 +1,4 @@
-"""Runs out of job folders, where there is no store."""
+"""Read runs from job folders, where there is no store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Templates -> pages. User text is escaped here, once for each kind of page."""
+"""Fill templates to make pages. User text is escaped here, once for each kind of page."""
 
 from __future__ import annotations
 

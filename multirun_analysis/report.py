@@ -201,7 +201,7 @@ def status_counts(selection: Selection) -> tuple[tuple[str, str, int], ...]:
 
 
 def measured_between(selection: Selection) -> str | None:
-    """'2026-11-22 14:00 to 15:30 UTC'; None where no run says when it started."""
+    """Format the time: '2026-11-22 14:00 to 15:30 UTC'; None where no run says when it started."""
     started = [run.started for run in selection.runs if run.started]
     if not started:
         return None

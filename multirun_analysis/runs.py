@@ -94,7 +94,7 @@ class Selection:
 
 
 def counted(number: int, noun: str) -> str:
-    """'1 run', '3 runs'."""
+    """Format a count with its noun: '1 run', '3 runs'."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

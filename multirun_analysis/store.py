@@ -1,4 +1,4 @@
-"""Runs out of an MLflow store. Nothing is dropped without a sentence that says so."""
+"""Read runs from an MLflow store. Nothing is dropped without a sentence that says so."""
 
 from __future__ import annotations
 

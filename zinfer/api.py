@@ -241,5 +241,5 @@ def _run(config: RunConfig, folder: Path, *, forked: bool) -> Result:
 
 
 def _new_folder(root: str) -> Path:
-    """outputs/2026-01-31/23-59-59-123456, as the command names it."""
+    """Return a new folder, named as the command does: outputs/2026-01-31/23-59-59-123456."""
     return Path(root) / datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f")

@@ -47,15 +47,15 @@ class Output(io.TextIOBase):
                 self._lose(error)
 
     def isatty(self) -> bool:
-        """As the stream below."""
+        """Answer as the stream below does."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """As the stream below."""
+        """Answer as the stream below does."""
         return self._stream.fileno()
 
     def _lose(self, error: OSError) -> None:
-        """From now on write to nowhere; what lies in the stream's buffer goes there too."""
+        """Write to nowhere from now on; what lies in the stream's buffer goes there too."""
         self.lost = error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())

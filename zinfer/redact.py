@@ -69,7 +69,7 @@ T = TypeVar("T")
 
 
 def hide(value: str, shown_as: str) -> None:
-    """From now on, redact shows `shown_as` wherever this value stands.
+    """Make redact show `shown_as` wherever this value stands, from now on.
 
     Paths stay: job folders begin with them, and programs read those from our output.
     """

@@ -24,7 +24,7 @@ def format_rate(bytes_per_s: float | None) -> str:
 
 
 def format_times(ratio: float) -> str:
-    """A ratio as people say it: '147 times', '5.6 times', '1.12 times'."""
+    """Format a ratio as people say it: '147 times', '5.6 times', '1.12 times'."""
     digits = 0 if ratio >= 9.95 else 1 if ratio >= 1.995 else 2
     return f"{ratio:.{digits}f} times"
 
@@ -57,7 +57,7 @@ def format_roughly(seconds: float) -> str:
 
 
 def _long_duration(seconds: int) -> str:
-    """Minutes and seconds, from an hour on hours and minutes."""
+    """Format minutes and seconds, from an hour on hours and minutes."""
     if seconds >= 3600:
         hours, minutes = divmod(round(seconds / 60), 60)
         return f"{hours} h {minutes:02d} min"

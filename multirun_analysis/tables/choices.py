@@ -51,7 +51,7 @@ def known(measures: Sequence[Measure], found: Sequence[Configuration]) -> list[M
 
 
 def same_everywhere(same: Mapping[str, str]) -> str:
-    """' The same everywhere: prompt 512, new 32.', or nothing."""
+    """Say what is ' The same everywhere: prompt 512, new 32.', or nothing."""
     if not same:
         return ""
     parts = ", ".join(f"{LABELS[name]} {value}" for name, value in same.items())

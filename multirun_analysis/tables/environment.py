@@ -67,7 +67,10 @@ def _gib(count: object) -> str | None:
 
 
 def gpus(found: Json) -> str | None:
-    """'NVIDIA H100 80GB HBM3 (80 GiB, driver 550.54, power limit 700 W)'; None without a GPU."""
+    """Describe the GPUs; None without one.
+
+    'NVIDIA H100 80GB HBM3 (80 GiB, driver 550.54, power limit 700 W)'.
+    """
     lines = []
     for gpu in found.get("gpus") or []:
         watts = gpu.get("power_limit_watts")

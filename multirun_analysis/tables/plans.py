@@ -59,7 +59,7 @@ def _whole(value: float | None) -> int | None:
 
 
 def fits(item: Configuration) -> str:
-    """'yes', 'no', or what became of the plan."""
+    """Answer 'yes', 'no', or what became of the plan."""
     known_fit = item.value("plan_fits")
     if item.status == "planned" and known_fit is not None:
         return "yes" if known_fit else "no"

@@ -81,7 +81,7 @@ def _cells(item: Ratio | None) -> tuple[Cell, ...]:
 
 
 def ratio_cell(ratio: Spread) -> Cell:
-    """'1.02 ± 0.05 (within spread)'."""
+    """Show a ratio with its error: '1.02 ± 0.05 (within spread)'."""
     within = f" {WITHIN}" if ratio.around_one else ""
     kind = "within" if ratio.around_one else None
     return Cell(text=format_spread(ratio) + within, value=ratio.median, kind=kind)

@@ -80,7 +80,7 @@ def overrides_in(arguments: list[str]) -> list[str]:
 
 
 def override_problems(override: str) -> list[str]:
-    """A key that is no setting, a choice that no group has."""
+    """List keys that are no setting, and choices that no group has."""
     key, equals, value = override.partition("=")
     if not equals:
         return [] if override.startswith("~") else [_bare_word(override)]
@@ -99,7 +99,7 @@ def _extra_names() -> set[str]:
 
 
 def _choice_problems(group: str, value: str) -> list[str]:
-    """Each value of `model=a,b` that conf/ does not have, if it looks like a plain name."""
+    """List values of `model=a,b` that conf/ does not have, if they look like plain names."""
     if value in ("null", ""):
         if group == "experiment":
             return []
@@ -112,7 +112,7 @@ def _choice_problems(group: str, value: str) -> list[str]:
 
 
 def _no_choice(path: str, options: list[str]) -> str:
-    """model/facebook/opt-125m -> the catalogue's name, or model=custom; else the nearest choice."""
+    """Say what to set for a missing choice: a catalogue name, model=custom, or the nearest one."""
     group, _, value = path.partition("/")
     if group == "model":
         if name := name_of_hub_id(value):
@@ -145,7 +145,7 @@ def name_of_hub_id(hub_id: str) -> str | None:
 
 
 def _bare_word(word: str) -> str:
-    """`zinfer opt-125m`, `zinfer pln`: neither a setting nor a flag."""
+    """Answer a bare word, as in `zinfer opt-125m` or `zinfer pln`."""
     meant = nearest(word, [*WORDS, "report"])
     if meant is not None:
         return f"{word} is neither a word of zinfer's nor setting=value. Try zinfer {meant}"

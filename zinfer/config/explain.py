@@ -66,7 +66,7 @@ def _group(name: str) -> Iterator[str]:
 
 
 def attribute_docstrings(kind: type) -> dict[str, str]:
-    """The text that stands under each field of a class; Python itself does not keep it."""
+    """Return the text under each field of a class; Python itself does not keep it."""
     tree = ast.parse(inspect.getsource(run_config))
     body = next(
         node.body
@@ -86,7 +86,7 @@ def attribute_docstrings(kind: type) -> dict[str, str]:
 
 
 def _type(kind: Any) -> str:
-    """int from 1 to 64, or null."""
+    """Describe a setting's type: 'int from 1 to 64, or null'."""
     if get_origin(kind) is Literal:
         return ", ".join(str(choice) for choice in get_args(kind))
     arguments = get_args(kind)

@@ -69,7 +69,7 @@ def unknown_setting(path: tuple[Any, ...], given: str) -> str:
 
 
 def no_value(path: tuple[Any, ...]) -> str:
-    """A setting or a whole group that nothing was chosen for, with its choices."""
+    """Name a setting or a group that nothing was chosen for, with its choices."""
     name = ".".join(str(part) for part in path)
     choices = choices_of(str(path[0]))
     if choices:
@@ -127,7 +127,7 @@ def choices_of(group: str) -> list[str]:
 
 
 def choices_in(expected: str) -> list[str]:
-    """pydantic writes "'a', 'b' or 'c'"."""
+    """Read choices from pydantic's text: "'a', 'b' or 'c'"."""
     return expected.replace(" or ", ", ").replace("'", "").split(", ")
 
 

@@ -74,7 +74,7 @@ def build_library(source: Path) -> Path:
 
 
 def library_path(source: Path, compiler: str) -> Path:
-    """Where the library of this source lies on this machine."""
+    """Return the path of this source's library on this machine."""
     digest = hashlib.sha256(source.read_bytes())
     digest.update("\0".join((*FLAGS, _version(compiler), *_processor())).encode())
     return cache_dir() / FOLDER / f"{source.stem}-{digest.hexdigest()[:16]}.so"

@@ -62,11 +62,11 @@ def disk_bytes(path: Path) -> tuple[int, int]:
 
 
 def existing_parent(path: Path) -> Path:
-    """`path` itself, or the nearest folder above it that exists."""
+    """Return `path` itself, or the nearest folder above it that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _unescape(text: str) -> str:
-    r"""Spaces and the like are octal in mountinfo: `\040`."""
+    r"""Decode spaces and the like, which are octal in mountinfo: `\040`."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

@@ -146,7 +146,7 @@ def _is_checkout(folder: Path) -> bool:
 
 
 def _start_git(folder: Path, untracked: str) -> subprocess.Popen[str] | None:
-    """`git status` without touching the index: other git commands may be running."""
+    """Start `git status` without touching the index: other git commands may be running."""
     try:
         return subprocess.Popen(
             ["git", "-C", str(folder), "status", "--porcelain=v2", "--branch",
@@ -187,7 +187,7 @@ def parse_git_status(text: str) -> GitState:
 
 
 def operating_system() -> str:
-    """'Debian GNU/Linux 12 (bookworm)'."""
+    """Return the system's own name, such as 'Debian GNU/Linux 12 (bookworm)'."""
     try:
         return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
     except OSError:

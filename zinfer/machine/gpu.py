@@ -75,7 +75,7 @@ def usable_gpus(config: HardwareConfig) -> list[Gpu]:
 
 
 def chosen_accelerator(config: HardwareConfig) -> str:
-    """`auto`, `cpu` or `cuda`: hardware.accelerator, and where that is auto DS_ACCELERATOR.
+    """Return hardware.accelerator, or DS_ACCELERATOR where it is auto: `auto`, `cpu` or `cuda`.
 
     DeepSpeed obeys this variable of the environment, so the plan does too.
 
@@ -216,7 +216,7 @@ def torch_cuda_version() -> str | None:
 
 
 def _number(text: str) -> float | None:
-    """nvidia-smi's number; None for [N/A], [Not Supported], [Insufficient Permissions]."""
+    """Read nvidia-smi's number; None for [N/A], [Not Supported], [Insufficient Permissions]."""
     try:
         return float(text)
     except ValueError:

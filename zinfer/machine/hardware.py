@@ -62,7 +62,7 @@ class Hardware:
 
     @property
     def device_is_host(self) -> bool:
-        """Without an accelerator the device's memory is the host's."""
+        """True without an accelerator: the device's memory is then the host's."""
         return self.device_kind == "cpu"
 
 

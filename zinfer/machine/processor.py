@@ -11,7 +11,7 @@ from zinfer.machine.reading import ROOT, read_text
 
 
 def cpu_model_name(root: Path = ROOT) -> str | None:
-    """As /proc/cpuinfo names it; None where it does not (many Arm machines)."""
+    """Return the processor's name in /proc/cpuinfo; None on many Arm machines, which give none."""
     found = re.search(
         r"^(?:model name|Model|cpu model)\s*:\s*(.+)$",
         read_text(root / "proc/cpuinfo"),

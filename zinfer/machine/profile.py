@@ -51,7 +51,7 @@ class KernelTime:
 
 @dataclass(frozen=True, kw_only=True)
 class DequantiseTime:
-    """Unpacking one quantised matrix into `dtype`, as DeepSpeed does at each use of it."""
+    """Time to unpack one quantised matrix into `dtype`, as DeepSpeed does at each use of it."""
 
     bits: int
     dtype: str
@@ -62,7 +62,7 @@ class DequantiseTime:
 
 @dataclass(frozen=True, kw_only=True)
 class NvmeRate:
-    """Reading or writing one file through DeepSpeed's aio handle."""
+    """Rate of reading or writing one file through DeepSpeed's aio handle."""
 
     operation: Literal["read", "write"]
     block_bytes: int
@@ -132,7 +132,7 @@ class LoadCost:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamCost:
-    """Reading weights from NVMe while generating, as a whole run shows it."""
+    """Cost of reading weights from NVMe while generating, as a whole run shows it."""
 
     parameter_s: float
     """Wait for each parameter that is read, beside its bytes."""

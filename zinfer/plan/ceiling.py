@@ -50,7 +50,7 @@ class PhaseCeiling:
         return max(self.seconds, key=lambda name: self.seconds[name], default=None)
 
     def document(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return the bounds as JSON values."""
         return {
             "ceiling_s": self.ceiling_s,
             "binding": self.binding,
@@ -138,7 +138,7 @@ def _count_products(spec: ModelSpec) -> MatrixProducts:
 
 
 def _is_position_table(parameter: Parameter) -> bool:
-    """OPT's learned positions are a subclass of nn.Embedding: a lookup too."""
+    """Tell if it is OPT's table of learned positions, an nn.Embedding and so a lookup too."""
     return parameter.layer is None and parameter.kind == "other" and "embed" in parameter.name
 
 

@@ -95,7 +95,7 @@ def _paper(config: RunConfig, spec: ModelSpec) -> Json:
 
 
 def _paper_buffers(model_type: str, use_gds: bool) -> tuple[int, int]:
-    """(buffer_count, elements of each) of the published example."""
+    """Return (buffer_count, elements of each) of the published example."""
     if model_type == "bloom":
         return (3, 8 * GIB) if use_gds else (5, 9 * GIB)
     if model_type == "mixtral":
@@ -159,7 +159,7 @@ def _given(override: int | None, derived: int) -> int:
 
 
 def _persistence_threshold(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
-    """Elements; smaller parameters stay gathered.
+    """Return the threshold in elements; smaller parameters stay gathered.
 
     Under NVMe it must stay below every swapped partition: else DeepSpeed returns wrong tokens on
     one rank and crashes on two.

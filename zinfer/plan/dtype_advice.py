@@ -55,7 +55,7 @@ def _planned_in(run: Planned, dtype: str) -> Planned:
 
 
 def _measured_gain(run: Planned, other: Planned) -> tuple[float, str] | None:
-    """(gain in tokens/s, the sentence), from the calibration. None: unknown, or no gain."""
+    """Return (gain in tokens/s, sentence) from the calibration. None: unknown, or no gain."""
     mine, faster = run.prediction, other.prediction
     if not (mine.prefill_s and mine.decode_step_s and faster.prefill_s and faster.decode_step_s):
         return None

@@ -97,7 +97,7 @@ def _tier(rule: TierRule, run: Demand, items: list[Item], per_rank: dict[TierNam
 
 
 def _loading(run: Demand, device: list[Item]) -> tuple[Item, int]:
-    """(host memory that only the loader needs, by how much mapped files raise the peak).
+    """Return (bytes that only the loader needs, bytes that mapped files add to the peak).
 
     Where the device is host memory, loading is over before a generation takes its share: only
     what exceeds that share counts.
@@ -115,7 +115,7 @@ def _loading(run: Demand, device: list[Item]) -> tuple[Item, int]:
 
 
 def _buffer_problems(run: Demand) -> Iterator[str]:
-    """NVMe buffers on which DeepSpeed would fail."""
+    """List NVMe buffers on which DeepSpeed would fail."""
     if run.config.offload.device != "nvme":
         return
     buffers, largest = run.zero["offload_param"], run.layout.largest_swapped_numel

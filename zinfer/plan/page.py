@@ -49,7 +49,7 @@ def _largest_batch(plan: Mapping[str, Any], largest: int | None) -> str:
 
 
 def _checked(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Tiers that are needed and whose size is known."""
+    """Return the tiers that are needed and whose size is known."""
     tiers = plan["tiers"].values()
     return [tier for tier in tiers if tier["available_bytes"] and tier["needed_bytes"]]
 
@@ -66,7 +66,7 @@ def _unchecked(plan: Mapping[str, Any]) -> list[str]:
 
 
 def fit_lines(plan: Mapping[str, Any]) -> Iterator[str]:
-    """Yes or no, and by how much on the tier that decides."""
+    """Say if it fits, and by how much on the tier that decides."""
     short = [tier for tier in plan["tiers"].values() if not tier["fits"]]
     for problem in plan["problems"]:
         yield f"does not run: {problem}"

@@ -81,7 +81,7 @@ class Prediction:
         return {name: value for name, value in values.items() if value is not None}
 
     def document(self, plan: MemoryPlan) -> dict[str, Any]:
-        """JSON-able: metrics, what binds, and how the ceiling came about."""
+        """Return as JSON values the metrics, what binds, and how the ceiling came about."""
         return {
             **self.metrics(plan),
             "binding_resource": self.binding_resource,

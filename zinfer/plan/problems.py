@@ -22,7 +22,7 @@ def spec_problems(spec: ModelSpec, config: RunConfig) -> list[str]:
 
 
 def _size_problems(spec: ModelSpec) -> Iterator[str]:
-    """Sizes with which no layer can be built."""
+    """List sizes with which no layer can be built."""
     at_least = {
         "num_hidden_layers": (spec.num_layers, 1),
         "hidden_size": (spec.hidden_size, 1),
@@ -63,7 +63,7 @@ def has_position_table(spec: ModelSpec) -> bool:
 
 
 def _position_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
-    """More tokens than a table of positions has rows. Rotary positions have no such end."""
+    """Refuse more tokens than a table of positions has rows. Rotary positions have no such end."""
     last, most = last_position(config), spec.max_positions
     if most is None or last <= most or not has_position_table(spec):
         return
@@ -83,7 +83,7 @@ def _position_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
 
 
 def _text_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
-    """A tokenizer in the model's folder whose tokens the model has no embedding for."""
+    """Refuse a tokenizer in the model's folder with tokens that the model has no embedding for."""
     if config.batch.prompt == "synthetic" or not config.model.source:
         return
     path = Path(config.model.source).expanduser() / "tokenizer.json"
@@ -97,7 +97,7 @@ def _text_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
 
 
 def tokenizer_size(path: Path) -> int | None:
-    """Tokens of a tokenizer.json, its added special tokens apart. None: there is none to read."""
+    """Count the tokens of a tokenizer.json without added special ones. None: nothing to read."""
     try:
         vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))

@@ -30,7 +30,7 @@ class ComposedJob:
     folder: Path
 
     def checked(self) -> RunConfig:
-        """Resolve and check it.
+        """Resolve and check the job's configuration.
 
         Raises:
             ConfigError: with every problem found.

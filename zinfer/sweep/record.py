@@ -115,7 +115,7 @@ class Sweep:
     """Key -> earlier run that may stand for a job."""
 
     def write(self) -> None:
-        """Store it for the jobs."""
+        """Store the sweep's record for its jobs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / SWEEP_FILE, {**asdict(self), "folder": str(self.folder)})
 

@@ -59,7 +59,7 @@ class TrackingUnavailable(Exception):
 
 
 def advised(problem: str, remedy: str | None, settings: tuple[str, ...]) -> str:
-    """'PROBLEM. REMEDY, or set A or B'."""
+    """Join a problem and its remedies: 'PROBLEM. REMEDY, or set A or B'."""
     setting = " or ".join(settings)
     if remedy and setting:
         return f"{problem}. {remedy}, or set {setting}"

@@ -1,4 +1,4 @@
-"""From an exception to the status and the reason that a run ends with."""
+"""Turn an exception into the status and the reason that a run ends with."""
 
 from __future__ import annotations
 
