@@ -93,8 +93,11 @@ class Published:
 
     @property
     def kv_placement(self) -> str | None:
-        """kv_cache.placement that keeps the cache in the same place; None for any other."""
-        return {"gpu": "device", "cpu": "host"}.get(self.kv_location)
+        """kv_cache.placement that keeps the cache in the same place; None for any other.
+
+        All published caches in host memory are attended to by the host's processor.
+        """
+        return {"gpu": "device", "cpu": "host_attention"}.get(self.kv_location)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -168,9 +171,7 @@ class Published:
                 if self.weights_location
                 else "placement not published"
             )
-        if self.kv_placement == "host":
-            reasons.append("needs kv_cache=host")
-        elif self.kv_placement is None:
+        if self.kv_placement is None:
             reasons.append(
                 f"KV cache on {self.kv_location}"
                 if self.kv_location

@@ -16,8 +16,8 @@ from zinfer.job.calibration import DISK, ESSENTIAL, LARGE, Job, jobs
 from zinfer.machine.hardware import detect_hardware
 from zinfer.machine.profile import Mode, document_of
 from zinfer.model.spec import model_spec
+from zinfer.plan.kv_seconds import attention_seconds
 from zinfer.plan.prediction import (
-    attention_seconds,
     elementwise_seconds,
     layer_parts,
     products_seconds,

@@ -69,7 +69,7 @@ def planned(config: RunConfig) -> tuple[bool, str]:
 
 
 def test_each_preset_has_a_small_sibling_and_no_sibling_is_alone() -> None:
-    assert len(PRESETS) == 7
+    assert len(PRESETS) == 10
     assert TINY == PRESETS
 
 
@@ -138,6 +138,8 @@ def settings_of(name: str) -> RunConfig:
 def sweeps(name: str, row: Published) -> bool:
     """Whether a job of the preset is this row."""
     fixed, values = settings_of(name), swept(name)
+    if (row.kv_placement, row.weights_bits) != (fixed.kv_cache.placement, fixed.dtype.bits or 16):
+        return False
     return all(
         str(wanted) in values.get(setting, [str(default)])
         for setting, wanted, default in (

@@ -12,7 +12,8 @@ from zinfer.job.outcome import Json
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import min_buffer_count
 from zinfer.plan.dtype_advice import faster_dtypes, with_dtype
-from zinfer.plan.fit import can_quantise, largest_fitting_batch
+from zinfer.plan.fit import can_quantise, largest_fitting_batch, other_kv_placements
+from zinfer.plan.kv_advice import kv_document
 from zinfer.plan.planned import Planned, plan_run
 from zinfer.plan.prediction import Prediction
 from zinfer.plan.process_memory import mode_of
@@ -46,6 +47,7 @@ def advice_document(run: Planned) -> Json:
             {"override": entry.override, "gain": entry.gain, "saved_bytes": entry.saved_bytes}
             for entry in suggestions(run, largest)
         ],
+        "kv_cache": kv_document(run),
         "rates_source": run.hardware.rates_source,
         "calibrated": run.hardware.profile is not None,
     }
@@ -121,6 +123,8 @@ def candidates(run: Planned, largest_batch: int | None) -> Iterator[tuple[str, R
     yield from _other_offloads(config)
     if config.zero.derivation == "paper":
         yield "zero=tuned", replace(config, zero=replace(config.zero, derivation="tuned"))
+    if run.hardware.host_memory_bytes_per_s or run.hardware.device_is_host or not run.fits:
+        yield from other_kv_placements(run)  # else what attention on the host takes is unknown
     for dtype in faster_dtypes(run) if spec.dtype in run.hardware.emulated_dtypes else ():
         yield f"dtype={dtype}", with_dtype(config, dtype)
     yield from _other_dtypes(spec, config)

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.config import RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec, Parameter
 from zinfer.plan.binding import RESOURCES, Resource
+from zinfer.plan.kv_placement import moved_layers
+from zinfer.plan.kv_traffic import kv_traffic
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 
 
@@ -27,6 +29,7 @@ class Demand:
     device_flops: float
     device_memory_bytes: float
     host_device_link_bytes: float
+    """One way: the way that carries more. Both work at once."""
     nvme_bytes: float
     host_memory_bytes: float
 
@@ -153,21 +156,23 @@ def touched_experts(spec: ModelSpec, tokens: int) -> float:
     return spec.num_experts * (1 - (1 - share) ** tokens)
 
 
-def pass_flops(spec: ModelSpec, rows: int, new: int, context: float) -> float:
+def pass_flops(spec: ModelSpec, rows: int, new: int, context: float, *, on_host: int = 0) -> float:
     """Operations of one forward pass: `new` tokens of each of `rows` sequences.
 
     Each token attends to `context` tokens. Two operations for each weight and token, and
     4 * heads * head_dim for each pair of tokens and layer (queries by keys, weights by values).
     Source: Kaplan et al. 2020 (arXiv:2001.08361) section 2.1.
+
+    Args:
+        on_host: layers whose attention the host computes.
     """
     products = matrix_products(spec)
     dense = sum(numel * count for numel, count in products.dense.items())
     expert = sum(numel * count for numel, count in products.experts.items()) * (
         spec.experts_per_token or 0
     )
-    attention = (
-        4 * spec.num_layers * spec.num_attention_heads * spec.head_dim * context * new * rows
-    )
+    layers = spec.num_layers - on_host
+    attention = 4 * layers * spec.num_attention_heads * spec.head_dim * context * new * rows
     return 2.0 * (dense + expert) * rows * new + 2.0 * products.head * rows + attention
 
 
@@ -182,19 +187,6 @@ def touched_weight_bytes(spec: ModelSpec, tokens: int, itemsize_bytes: float) ->
         spec, tokens
     )
     return (dense + expert) * itemsize_bytes
-
-
-def kv_read_bytes(spec: ModelSpec, rows: int, context: float) -> float:
-    """Bytes of keys and values of `context` tokens of each row.
-
-    0 where the cache is unknown: a lower bound stays one.
-    """
-    layers = spec.kv_layers or ()
-    return (
-        rows
-        * sum(layer.values_per_token * layer.cached_tokens(int(context)) for layer in layers)
-        * ITEMSIZE_BYTES[spec.dtype]
-    )
 
 
 def _pass_demand(
@@ -215,18 +207,18 @@ def _pass_demand(
     aliased = hardware.device_is_host
     link = 0 if resident or aliased else on_host / config.launcher.ranks
     weights = touched_weight_bytes(spec, rows * new, stored / max(1, spec.num_parameters))
-    device = (
-        weights
-        + kv_read_bytes(spec, rows, context)
-        + rows * new * spec.hidden_size * size * 2 * spec.num_layers
-    )
-    host = link + nvme
+    kv = kv_traffic(spec, config, rows, new=new, context=context, aliased=aliased)
+    on_host = 0
+    if config.kv_cache.placement == "host_attention" and new == 1 and not aliased:
+        on_host = sum(1 for _ in moved_layers(spec, config))
+    device = weights + kv.device_bytes + rows * new * spec.hidden_size * size * 2 * spec.num_layers
+    attended = context if new == 1 else context / 2
     return Demand(
-        device_flops=pass_flops(spec, rows, new, context if new == 1 else context / 2),
+        device_flops=pass_flops(spec, rows, new, attended, on_host=on_host),
         device_memory_bytes=device,
-        host_device_link_bytes=link,
+        host_device_link_bytes=max(link + kv.to_device_bytes, kv.to_host_bytes),
         nvme_bytes=nvme,
-        host_memory_bytes=host,
+        host_memory_bytes=link + nvme + kv.host_bytes,
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from zinfer.config import RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.model.spec import ModelSpec
+from zinfer.plan.kv_advice import PLACEMENTS, can_place, with_kv
 from zinfer.plan.memory import memory_plan
 from zinfer.plan.planned import Planned
 from zinfer.plan.tiers import MemoryPlan, Tier
@@ -89,9 +90,24 @@ def _changes(run: Planned) -> Iterator[tuple[str, RunConfig]]:
     if offload.pin_memory:
         pageable = replace(offload, pin_memory=False)
         yield "offload.pin_memory=false", replace(config, offload=pageable)
+    yield from other_kv_placements(run)
     if can_quantise(config, run.spec):
         quantised = replace(config.dtype, weights="int4", compute="bfloat16")
         yield "dtype=int4", replace(config, dtype=quantised)
+
+
+def other_kv_placements(run: Planned) -> Iterator[tuple[str, RunConfig]]:
+    """The KV cache elsewhere, or in fewer bits, where this engine and model can."""
+    kv, on_cpu = run.config.kv_cache, run.hardware.device_is_host
+    tried: list[tuple[str, RunConfig]] = []
+    for placement in PLACEMENTS:
+        # without an accelerator `host` only copies from host memory to host memory
+        if placement != kv.placement and not (placement == "host" and on_cpu):
+            moved = with_kv(run.config, placement, 16 if placement == "device" else kv.bits)
+            tried.append((f"kv_cache={placement}", moved))
+    if kv.is_offloaded and min(kv.bits_of_keys, kv.bits_of_values) > 8:
+        tried.append(("kv_cache.bits=8", with_kv(run.config, kv.placement, 8)))
+    yield from ((name, config) for name, config in tried if can_place(run, config))
 
 
 def can_quantise(config: RunConfig, spec: ModelSpec) -> bool:

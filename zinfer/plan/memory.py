@@ -9,7 +9,6 @@ from zinfer.config import RunConfig
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import min_buffer_count
-from zinfer.plan.kv_placement import kv_problems
 from zinfer.plan.memory_items import Demand, device_items, disk_items, host_items, pinned_items
 from zinfer.plan.process_memory import loading_bytes, mapped_bytes
 from zinfer.plan.tiers import Item, ItemKind, Lifetime, MemoryPlan, Tier, TierName
@@ -75,7 +74,7 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
         weight_bytes=run.layout.stored_numel * run.layout.itemsize_bytes,
         device_is_host=hardware.device_is_host,
         mapped_checkpoint_bytes=mapped,
-        problems=(*_buffer_problems(run), *kv_problems(spec, config)),
+        problems=tuple(_buffer_problems(run)),
     )
 
 

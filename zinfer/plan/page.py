@@ -24,6 +24,7 @@ def page(outcome: Outcome) -> Iterator[str]:
     prediction, advice = plan.get("prediction") or {}, plan.get("advice") or {}
     yield from time_lines(prediction, advice)
     yield from byte_lines(prediction)
+    yield from kv_lines(advice.get("kv_cache"))
     if "largest_batch_size" in advice:
         yield f"largest batch that fits: {_largest_batch(plan, advice['largest_batch_size'])}"
     helpful = advice.get("suggestions") or []
@@ -121,6 +122,27 @@ def byte_lines(prediction: Mapping[str, Any]) -> Iterator[str]:
     if moved:
         parts = [f"{format_bytes(count)} ({binding_words(name)})" for name, count in moved.items()]
         yield f"{'a new token':<12} moves {', '.join(parts)}"
+
+
+def kv_lines(advice: Mapping[str, Any] | None) -> Iterator[str]:
+    """A table of the places for the KV cache, and which is fastest."""
+    if not advice:
+        return
+    yield "where the KV cache could be:"
+    yield f"  {'kv_cache':<25}{'tokens/s':<10}{'prefill':<13}{'step':<13}{'device':<12}host"
+    for entry in advice["placements"]:
+        bits = "" if entry["bits"] == 16 else f", {entry['bits']} bits"
+        rate = "-" if entry["tokens_per_s"] is None else f"{entry['tokens_per_s']:.4g}"
+        star = "*" if entry["leaves_out_host_memory"] else ""
+        yield (
+            f"  {entry['placement'] + bits:<25}{rate + star:<10}"
+            f"{format_seconds(entry['prefill_s']):<13}{format_seconds(entry['decode_step_s']):<13}"
+            f"{format_bytes(entry['device_bytes']):<12}{format_bytes(entry['host_bytes'])}"
+            f"{'' if entry['fits'] else ' does not fit'}"
+        )
+    if any(entry["leaves_out_host_memory"] for entry in advice["placements"]):
+        yield "  * without what host memory takes: its rate is unknown"
+    yield f"  {advice['why']}"
 
 
 def verdict_line(outcome: Outcome) -> str | None:

@@ -23,8 +23,15 @@ from zinfer.machine.profile import (
 )
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.binding import Binding
-from zinfer.plan.ceiling import Ceiling, ceiling, kv_read_bytes, matrix_products, touched_experts
+from zinfer.plan.ceiling import Ceiling, ceiling, matrix_products, touched_experts
 from zinfer.plan.deepspeed_json import leaf_layers, staging_limit_bytes
+from zinfer.plan.kv_seconds import (
+    HOST_ATTENTION,
+    KV_TO_DEVICE,
+    KV_TO_HOST,
+    attention_seconds,
+    kv_copy_seconds,
+)
 from zinfer.plan.process_memory import mode_of
 from zinfer.plan.tiers import MemoryPlan
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
@@ -148,7 +155,7 @@ def _together(
     """Add up the parts of a pass, never below its ceiling.
 
     A processor does one thing after the other. A GPU works while the host launches kernels and the
-    link copies: the longest of the three counts.
+    link copies each way: the longest of these counts. The device waits for attention on the host.
     """
     if parts is None:
         return None
@@ -156,9 +163,13 @@ def _together(
         return max(sum(parts.values()), ceiling_s or 0.0)
     host = parts["loop"] + parts["layers"]
     device = sum(
-        parts[name] for name in ("matrix products", "dequantisation", "attention", "elementwise")
-    )
-    return max(host, device, parts["streaming"], ceiling_s or 0.0)
+        parts.get(name, 0.0)
+        for name in (
+            "matrix products", "dequantisation", "attention", "elementwise", HOST_ATTENTION,
+        )
+    )  # fmt: skip
+    to_device = parts["streaming"] + parts.get(KV_TO_DEVICE, 0.0)
+    return max(host, device, to_device, parts.get(KV_TO_HOST, 0.0), ceiling_s or 0.0)
 
 
 def pass_parts(
@@ -186,6 +197,7 @@ def pass_parts(
     products_s = products_seconds(spec, profile, rows, new)
     unpacking_s = dequantise_seconds(spec, config, profile, rows * new)
     streaming_s = streaming_seconds(config, profile, layout)
+    copies_s = kv_copy_seconds(spec, config, profile, new, context)
     if (
         family is None
         or mode is None
@@ -193,6 +205,7 @@ def pass_parts(
         or products_s is None
         or unpacking_s is None
         or streaming_s is None
+        or copies_s is None
     ):
         return None
     factor = (
@@ -203,9 +216,10 @@ def pass_parts(
         "layers": factor * layers_seconds(spec, layout, family, mode),
         "matrix products": (factor if rows * new <= THIN_ROWS else 1.0) * products_s,
         "dequantisation": unpacking_s,
-        "attention": attention_seconds(spec, profile, rows, new, context),
+        "attention": attention_seconds(spec, profile, rows, new, context, config=config),
         "elementwise": elementwise_seconds(spec, family.value_s, profile, rows, new),
         "streaming": streaming_s,
+        **copies_s,
     }
     return {name: profile.disturbance * seconds for name, seconds in parts.items()}
 
@@ -316,22 +330,6 @@ def quantised_matrices(spec: ModelSpec) -> dict[int, tuple[int, int]]:
                 (outside, of_experts + 1) if parameter.is_expert else (outside + times, of_experts)
             )
     return uses
-
-
-def attention_seconds(
-    spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int, context: float
-) -> float:
-    """Seconds of scores and weighted values.
-
-    In decode also the copy of the whole cache into one that is a token longer (torch.cat).
-    """
-    flops = 4 * spec.num_layers * spec.num_attention_heads * spec.head_dim * rows * new * context
-    if new > 1:
-        rate = profile.attention_flops.get(spec.dtype)
-        return flops / rate.median if rate else 0.0
-    kv = kv_read_bytes(spec, rows, context)
-    rate = profile.attention.get(spec.dtype)
-    return (kv / rate.median if rate else 0.0) + kv / profile.host_copy.median
 
 
 def elementwise_seconds(

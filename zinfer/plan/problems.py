@@ -8,6 +8,7 @@ from pathlib import Path
 
 from zinfer.config import RunConfig
 from zinfer.model.spec import ModelSpec
+from zinfer.plan.kv_placement import kv_problems
 
 FIXED_POSITION_FAMILIES = frozenset({"codegen", "ctrl", "gptj", "mpt"})
 """Families with a buffer, not a parameter, of one row per position: transformers 5.23 fails beyond
@@ -18,7 +19,12 @@ POSITION_OFFSETS = (0, 2)
 
 def spec_problems(spec: ModelSpec, config: RunConfig) -> list[str]:
     """List every reason why this model cannot generate this batch, with what to set instead."""
-    return [*_size_problems(spec), *_position_problems(spec, config), *_text_problems(spec, config)]
+    return [
+        *_size_problems(spec),
+        *_position_problems(spec, config),
+        *_text_problems(spec, config),
+        *kv_problems(spec, config),
+    ]
 
 
 def _size_problems(spec: ModelSpec) -> Iterator[str]:

@@ -51,6 +51,7 @@ def plan_warnings(run: Planned) -> list[str]:
         *_beyond_the_knee(run),
         *_beyond_training(run),
         *dtype_warnings(run),
+        *_kv_placement(run),
         *_no_kv(run.spec),
     ]
 
@@ -157,6 +158,24 @@ def _beyond_training(run: Planned) -> Iterator[str]:
         yield (
             f"{last} positions are beyond the {most} that {run.spec.name} is made for: speed and "
             "memory are real, the text is not"
+        )
+
+
+def _kv_placement(run: Planned) -> Iterator[str]:
+    """Warn of a copy that gains nothing, and of keys in too few bits."""
+    kv = run.config.kv_cache
+    if not kv.is_offloaded:
+        return
+    if kv.placement == "host" and run.hardware.device_is_host:
+        yield (
+            "kv_cache=host on a machine without an accelerator only costs time: the cache is in "
+            "host memory anyway, and each step copies it. Set kv_cache=host_attention, or "
+            "kv_cache=device"
+        )
+    if kv.bits_of_keys == 4:
+        yield (
+            "keys in 4 bits suffer first: greedy tokens of a small model differed after 2 to 15 "
+            "tokens. Set kv_cache.key_bits=8"
         )
 
 

@@ -1,0 +1,83 @@
+"""Predict what attention and the KV cache's copies take in a pass, from measured rates."""
+
+from __future__ import annotations
+
+from zinfer.config import RunConfig
+from zinfer.machine.profile import CalibrationProfile, Rate
+from zinfer.model.spec import ModelSpec
+from zinfer.plan.kv_traffic import (
+    host_attention_share,
+    kv_read_bytes,
+    kv_traffic,
+    moved_read_bytes,
+)
+
+HOST_ATTENTION = "attention on the host"
+KV_TO_DEVICE = "kv cache to the device"
+KV_TO_HOST = "kv cache to the host"
+
+
+def attention_seconds(
+    spec: ModelSpec,
+    profile: CalibrationProfile,
+    rows: int,
+    new: int,
+    context: float,
+    *,
+    config: RunConfig | None = None,
+) -> float:
+    """Seconds of scores and weighted values on the device.
+
+    In decode also the copy of transformers' own cache into one that is a token longer (torch.cat).
+    A cache in host memory is not copied so: it was allocated for the last token.
+
+    Args:
+        config: where the cache is placed; None: transformers' own cache, on the device.
+    """
+    flops = 4 * spec.num_layers * spec.num_attention_heads * spec.head_dim * rows * new * context
+    if new > 1:
+        rate = profile.attention_flops.get(spec.dtype)
+        return flops / rate.median if rate else 0.0
+    kv = kv_read_bytes(spec, rows, context)
+    attended = grown = kv
+    if config is not None and config.kv_cache.is_offloaded:
+        moved, _ = moved_read_bytes(spec, config, rows, context)
+        grown = max(0.0, kv - moved)
+        attended = grown if config.kv_cache.placement == "host_attention" else kv
+    rate = profile.attention.get(spec.dtype)
+    return (attended / rate.median if rate else 0.0) + grown / profile.host_copy.median
+
+
+def kv_copy_seconds(
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, new: int, context: float
+) -> dict[str, float] | None:
+    """Seconds by cause that a cache in host memory adds to a pass; empty for one on the device.
+
+    None: the link was not measured. Packing codes of 8 or 4 bits is not counted: not measured.
+    """
+    if not config.kv_cache.is_offloaded:
+        return {}
+    rows, on_cpu = config.batch.batch_size, profile.device_kind == "cpu"
+    plain, stored = moved_read_bytes(spec, config, rows, context)
+    moved = kv_traffic(spec, config, rows, new=new, context=context, aliased=on_cpu)
+    to_device, to_host = _links(config, profile)
+    if not on_cpu and (to_device is None or to_host is None):
+        return None
+    out_s = moved.to_host_bytes / to_host.median if to_host else 0.0
+    in_s = moved.to_device_bytes / to_device.median if to_device else 0.0
+    if new > 1:
+        return {KV_TO_HOST: stored / profile.host_copy.median if on_cpu else out_s}
+    if config.kv_cache.placement == "host":
+        # on a CPU the device's slot is host memory too
+        return {KV_TO_DEVICE: plain / profile.host_copy.median if on_cpu else in_s}
+    rate = profile.host_read.median * host_attention_share(spec, config)
+    return {HOST_ATTENTION: stored / rate + out_s + in_s}
+
+
+def _links(config: RunConfig, profile: CalibrationProfile) -> tuple[Rate | None, Rate | None]:
+    """Rates of the link (to the device, to the host). None on a CPU, and where not measured."""
+    if profile.device_kind == "cpu":
+        return None, None
+    if config.kv_cache.pin_memory is False:  # pageable copies were measured one way only
+        return profile.host_to_device_pageable, profile.host_to_device_pageable
+    return profile.host_to_device_pinned, profile.device_to_host_pinned
