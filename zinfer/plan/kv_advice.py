@@ -31,7 +31,7 @@ class PlacedKv:
 
     @property
     def override(self) -> str:
-        """What to set to get it."""
+        """Return the settings that choose it."""
         bits = "" if self.bits == 16 else f" kv_cache.bits={self.bits}"
         return f"kv_cache={self.placement}{bits}"
 

@@ -135,7 +135,7 @@ def _new_token_bytes(spec: ModelSpec, config: RunConfig, rows: int) -> int:
 
 
 def _cached_bytes(spec: ModelSpec, config: RunConfig, rows: int, context: float) -> int:
-    """What kv_read_bytes counts for the layers in host memory."""
+    """Count the share of kv_read_bytes that layers in host memory have."""
     size, tokens = ITEMSIZE_BYTES[spec.dtype], int(context)
     return rows * sum(
         layer.values_per_token * layer.cached_tokens(tokens) * size
