@@ -53,7 +53,20 @@ def run_notes(runs: Iterable[Run]) -> list[str]:
             f"{counted(len(running), 'run')} had not ended when this was written, or ended without "
             "being able to say so."
         )
-    return [*notes, *stability_notes(runs), *quality_notes(runs)]
+    return [*notes, *stability_notes(runs), *quality_notes(runs), *profile_notes(runs)]
+
+
+def profile_notes(runs: Sequence[Run]) -> list[str]:
+    """Name the most expensive operations of the runs that profiled a decode step."""
+    profiled = [run for run in runs if run.tags.get("zinfer.profile")]
+    notes = [
+        f"{run.name}, most expensive operations of a decode step: "
+        f"{'; '.join(run.tags['zinfer.profile'].splitlines())}."
+        for run in profiled[:NAMED]
+    ]
+    if len(profiled) > NAMED:
+        notes.append(f"{len(profiled) - NAMED} more runs profiled a decode step (zinfer.profile).")
+    return notes
 
 
 def stability_notes(runs: Sequence[Run]) -> list[str]:

@@ -37,6 +37,7 @@ FROZEN = ROOT / "tests" / "data" / "public_surface.json"
 
 SOMETIMES = {
     "zinfer.binding_resource",
+    "zinfer.profile",
     "zinfer.reason",
     "zinfer.stability_reason",
     "zinfer.warnings",

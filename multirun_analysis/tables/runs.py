@@ -61,7 +61,7 @@ MEASURES: tuple[Measure, ...] = (
         digits=2,
         optional=True,
     ),
-    metric("joules_per_token", "J/token", "Energy over generated tokens", optional=True),
+    metric("energy_j_per_token", "J/token", "Energy over new tokens", optional=True),
     (
         Column(key="binding_resource", head="bound by", screen_only=True),
         lambda item: text_cell(item.binding_resource),

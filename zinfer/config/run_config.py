@@ -387,6 +387,8 @@ class RunConfig:
     """One of TASKS."""
     format: Literal["text", "json"]
     weights: Literal["dummy", "pretrained"]
+    profile: bool = False
+    """Trace one decode step after the timing, and name its most expensive operations."""
     model: ModelConfig
     offload: OffloadConfig
     dtype: DtypeConfig
@@ -455,6 +457,8 @@ def config_key(config: RunConfig) -> str:
         tree.pop(group)
     if not config.quality.enabled:
         tree.pop("quality")
+    if not tree["profile"]:
+        tree.pop("profile")
     tree["offload"].pop("nvme_path")
     for name in ("timeout_s", "stall_s", "master_port", "rendezvous", "node_rank", "fork_workers"):
         tree["launcher"].pop(name)

@@ -82,6 +82,7 @@ class Watched:
             stability=self.result.get("stability"),
             energy=self.result.get("energy"),
             quality=self.result.get("quality"),
+            profile=self.result.get("profile"),
             weights=self.result.get("weights"),
             **fields,
         )

@@ -160,6 +160,7 @@ def outcome_in(job_dir: Path, job: JobRecord, result: Json) -> Outcome:
         stability=result.get("stability"),
         energy=result.get("energy"),
         quality=result.get("quality"),
+        profile=result.get("profile"),
         weights=result.get("weights"),
         environment=environment_in(job_dir),
         job_dir=str(job_dir),

@@ -72,6 +72,8 @@ class Outcome:
     """Joules for each new token, and the reasons where they are not known."""
     quality: Json | None = None
     """The verdict on the text (zinfer.job.quality); None where it was not scored."""
+    profile: list[Json] | None = None
+    """With profile=true: the operations with most time of a decode step, the longest first."""
     weights: Json | None = None
     """A verified checkpoint: number of tensors and bytes used, sha256 of its headers."""
     traceback: str | None = None
@@ -108,6 +110,7 @@ class Outcome:
             "stability": self.stability,
             "energy": self.energy,
             "quality": self.quality,
+            "profile": self.profile,
             "weights": self.weights,
             "warnings": list(self.warnings),
             "generated": self.generated,

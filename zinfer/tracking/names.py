@@ -30,6 +30,8 @@ HARDWARE_TAG, DEVICE_TAG, DTYPE_TAG = "zinfer.hardware", "zinfer.device", "zinfe
 BINDING_TAG, WARNINGS_TAG = "zinfer.binding_resource", "zinfer.warnings"
 STABILITY_TAG, STABILITY_REASON_TAG = "zinfer.stability", "zinfer.stability_reason"
 QUALITY_TAG, QUALITY_REASON_TAG = "zinfer.quality", "zinfer.quality_reason"
+PROFILE_TAG = "zinfer.profile"
+"""The most expensive operations of a decode step, one a line."""
 WEIGHTS_TAG, OVERRIDES_TAG = "zinfer.weights_sha256", "zinfer.overrides"
 
 HEADLINE = "generated_tokens_per_s"
@@ -55,7 +57,7 @@ PREDICTED_METRICS = ("predicted_", "ceiling_")
 PLAN_FITS_METRIC = "plan_fits"
 TIER_METRICS = ("plan_{tier}_needed_bytes", "plan_{tier}_available_bytes")
 NOT_PARAMETERS = frozenset({
-    "format", "tracking", "sweep", "calibrate", "offload.nvme_path",
+    "format", "profile", "tracking", "sweep", "calibrate", "offload.nvme_path",
     "launcher.master_port", "launcher.timeout_s", "batch.prompt_text", "batch.prompt_file",
     "hardware.source", "hardware.profile", "hardware.device_flops_per_s",
     "model.overrides", "model.config_source", "model.tokenizer_id", "model.checkpoint_dtype",

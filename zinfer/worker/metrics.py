@@ -38,6 +38,8 @@ class Measured:
     """Threads that compute, of all ranks on this host; on a GPU one of each rank launches."""
     surroundings: Surroundings | None = None
     verified: VerifiedWeights | None = None
+    profile: list[dict[str, Any]] | None = None
+    """The most expensive operations of a decode step; None where none was profiled."""
 
     @property
     def totals_s(self) -> list[float]:

@@ -145,7 +145,13 @@ def measure(
     read_before = block_read_bytes()
     with kv_session(engine.model, planned, events) as kv:
         generation = generate_timed(engine, prompts, batch, events, kv)
-    ranks = gather_over_ranks(engine, generation, memory_use(engine.device, read_before))
+        memory = memory_use(engine.device, read_before)  # before a profile takes more
+        profiled = None
+        if planned.config.profile:
+            from zinfer.worker.step_profile import profile_step
+
+            profiled = profile_step(engine, prompts, batch, kv, job_dir, events)
+    ranks = gather_over_ranks(engine, generation, memory)
     measured = Measured(
         samples=generation.samples,
         yardstick_s=generation.yardstick_s,
@@ -155,6 +161,7 @@ def measure(
         threads=planned.config.launcher.ranks * engine.threads,
         surroundings=generation.surroundings,
         verified=engine.verified,
+        profile=profiled,
     )
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
 
@@ -209,6 +216,7 @@ def report(
             stability=stability.document(),
             energy=energy_document(measured, known),
             quality=quality.document() if quality else None,
+            profile=measured.profile,
             weights=measured.verified.document() if measured.verified else None,
         )
     return metrics
