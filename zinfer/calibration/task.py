@@ -101,7 +101,7 @@ def expectation(chosen: list[Job], budget_s: float | None) -> str:
             f"{usual} on two quiet cores. Set calibrate.budget_s=60 for what matters most"
         )
     return (
-        f"what matters most in {format_roughly(budget_s)} (all of it takes {usual} on two quiet "
+        f"what matters most in {budget_s:g} s (all of it takes {usual} on two quiet "
         "cores); kernels and the essential models are always measured"
     )
 
