@@ -367,7 +367,7 @@ class CalibrateConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class QualityConfig:
-    """Whether a run scores its text against the unquantised model, and what is good enough."""
+    """Scoring of a run's text against the unquantised model, and what is good enough."""
 
     enabled: bool = False
     """Score after the timed generations; only for weights=pretrained."""

@@ -1,4 +1,4 @@
-"""How well a model predicts a fixed text, beside the unquantised model of the same weights."""
+"""Score how well a model predicts a fixed text, beside the unquantised model of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model says of each token of a text, small enough to keep for every model and text."""
+"""Score each token of a text by a model, small enough to keep for every model and text."""
 
 from __future__ import annotations
 
