@@ -45,7 +45,8 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 
-template <class V> inline V load(const void* from) {
+template <class V>
+inline V load(const void* from) {
     V value;
     std::memcpy(&value, from, sizeof value);
     return value;
@@ -111,7 +112,9 @@ inline vf codes_of_4(const void* from, bool high) {
     return widen(_mm_and_si128(high ? _mm_srli_epi16(bytes, 4) : bytes, _mm_set1_epi8(15)));
 }
 #else
-inline vf widen(vb codes) { return __builtin_convertvector(__builtin_convertvector(codes, vi), vf); }
+inline vf widen(vb codes) {
+    return __builtin_convertvector(__builtin_convertvector(codes, vi), vf);
+}
 inline vf codes_of_8(const void* from) { return widen(load<vb>(from)); }
 inline vf codes_of_4(const void* from, bool high) {
     vb bytes = load<vb>(from);
@@ -197,18 +200,22 @@ namespace {
 
 int64_t row_bytes(int32_t kind, int64_t dim) {
     switch (kind) {
-        case FLOAT32: return dim * 4;
-        case BITS8: return dim;
-        case BITS4: return dim / 2;
-        default: return dim * 2;
+        case FLOAT32:
+            return dim * 4;
+        case BITS8:
+            return dim;
+        case BITS4:
+            return dim / 2;
+        default:
+            return dim * 2;
     }
 }
 
 // Where the running softmax of one KV head's query heads stands.
 struct State {
     int group, dim, value_dim;
-    const float* q;      // [group][dim]
-    const int16_t* q16;  // [group][dim], for codes
+    const float* q;          // [group][dim]
+    const int16_t* q16;      // [group][dim], for codes
     const float* q16_scale;  // [group][dim / k_group]: q = q16 * q16_scale
     const float* q_sum;      // [group][dim / k_group]: sum of q over the group
     float* scores;           // [group][BLOCK]
@@ -275,7 +282,8 @@ void score_floats(State& s, const char* keys, const uint16_t*, int, int n, Next 
                 float eight[8];
                 sums8(&a[h][0], eight);
                 for (int e = 0; e < 2; e++)
-                    std::memcpy(s.scores + (g + h + e) * BLOCK + t, eight + 4 * e, sizeof(float) * std::min(4, n - t));
+                    std::memcpy(s.scores + (g + h + e) * BLOCK + t, eight + 4 * e,
+                                sizeof(float) * std::min(4, n - t));
             }
         }
         for (; g < s.group; g++) {
@@ -310,13 +318,17 @@ inline vf as_floats(Products sum) {
 }
 struct Codes8 {
     static constexpr int BYTES = 16;  // of sixteen codes
-    template <int H> static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at, int) {
+    template <int H>
+    static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at,
+                    int) {
         __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)codes));
         for (int h = 0; h < H; h++) sum[h] = multiply(sum[h], wide, q[h] + at);
     }
 };
 struct Codes4 {  // sixteen bytes hold 32 codes: the low halves, then those `half` values further
-    template <int H> static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at, int half) {
+    template <int H>
+    static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at,
+                    int half) {
         __m128i bytes = _mm_loadu_si128((const __m128i*)codes);
         __m128i mask = _mm_set1_epi8(15);
         __m256i low = _mm256_cvtepu8_epi16(_mm_and_si128(bytes, mask));
@@ -334,13 +346,17 @@ inline Products none() { return Products{}; }
 inline vf as_floats(Products sum) { return __builtin_convertvector(sum, vf); }
 inline void add_pair(Products& sum, int code, int16_t query, int i) { sum[i & 7] += code * query; }
 struct Codes8 {
-    template <int H> static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at, int) {
+    template <int H>
+    static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at,
+                    int) {
         for (int h = 0; h < H; h++)
             for (int i = 0; i < 16; i++) add_pair(sum[h], codes[i], q[h][at + i], i);
     }
 };
 struct Codes4 {
-    template <int H> static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at, int half) {
+    template <int H>
+    static void add(Products (&sum)[H], const uint8_t* codes, const int16_t* const (&q)[H], int at,
+                    int half) {
         for (int h = 0; h < H; h++)
             for (int i = 0; i < 16; i++) {
                 add_pair(sum[h], codes[i] & 15, q[h][at + i], i);
@@ -352,7 +368,8 @@ struct Codes4 {
 
 // Scores of H heads and R tokens whose keys are codes.
 template <class C, bool FOUR, int H, int R>
-inline void score_tile(State& s, const uint8_t* const (&row)[R], const uint16_t* const (&scale)[R], int size, int g, float (&to)[H][R]) {
+inline void score_tile(State& s, const uint8_t* const (&row)[R], const uint16_t* const (&scale)[R],
+                       int size, int g, float (&to)[H][R]) {
     const int groups = s.dim / size, width = FOUR ? size / 2 : size;
     vf a[H * R < 8 ? 8 : H * R] = {};
     float minima[H][R] = {};
@@ -363,8 +380,10 @@ inline void score_tile(State& s, const uint8_t* const (&row)[R], const uint16_t*
         for (int i = 0; i < R; i++) {
             Products sum[H];
             for (int h = 0; h < H; h++) sum[h] = none();
-            for (int at = 0; at < width; at += 16) C::add(sum, row[i] + part * width + at, q, part * size + at, size / 2);
-            const float by = half_to_float(scale[i][2 * part]), least = half_to_float(scale[i][2 * part + 1]);
+            for (int at = 0; at < width; at += 16)
+                C::add(sum, row[i] + part * width + at, q, part * size + at, size / 2);
+            const float by = half_to_float(scale[i][2 * part]),
+                        least = half_to_float(scale[i][2 * part + 1]);
             for (int h = 0; h < H; h++) {
                 a[h * R + i] += as_floats(sum[h]) * all(by * s.q16_scale[(g + h) * groups + part]);
                 minima[h][i] += least * s.q_sum[(g + h) * groups + part];
@@ -410,7 +429,9 @@ void score_codes(State& s, const char* keys, const uint16_t* scales, int size, i
         for (; g + 2 <= s.group; g += 2) {
             float to[2][4];
             score_tile<C, FOUR, 2, 4>(s, row, scale, size, g, to);
-            for (int h = 0; h < 2; h++) std::memcpy(s.scores + (g + h) * BLOCK + t, to[h], sizeof(float) * std::min(4, n - t));
+            for (int h = 0; h < 2; h++)
+                std::memcpy(s.scores + (g + h) * BLOCK + t, to[h],
+                            sizeof(float) * std::min(4, n - t));
         }
         if (g < s.group) {
             float to[1][4];
@@ -421,7 +442,8 @@ void score_codes(State& s, const char* keys, const uint16_t* scales, int size, i
 }
 
 // Values: rows of floats, or codes of W values at `d` with the scale of their group.
-template <class E> struct FloatValues {
+template <class E>
+struct FloatValues {
     using T = typename E::T;
     static vf get(const char* row, int, int d, int, int) { return E::get((const T*)row + d); }
 };
@@ -438,14 +460,15 @@ struct Values4 {
 
 // acc[g .. g + H) += p V over n tokens, for the columns of `size` values that share weights p.
 template <class V, int H>
-inline void add_values(State& s, const char* values, int64_t bytes, int n, int g, int part, int size, const float* p, int stride,
-                       Next& next, int64_t share) {
+inline void add_values(State& s, const char* values, int64_t bytes, int n, int g, int part,
+                       int size, const float* p, int stride, Next& next, int64_t share) {
     const int first = part * size, last = std::min(s.value_dim, first + size);
     int d = first;
     for (; d + 2 * W <= last; d += 2 * W) {
         vf a[H][2];
         for (int h = 0; h < H; h++)
-            for (int e = 0; e < 2; e++) a[h][e] = load<vf>(s.acc + (int64_t)(g + h) * s.value_dim + d + e * W);
+            for (int e = 0; e < 2; e++)
+                a[h][e] = load<vf>(s.acc + (int64_t)(g + h) * s.value_dim + d + e * W);
         for (int t = 0; t < n; t += 4) {
             next.rows(share);
             const int stop = std::min(n, t + 4);
@@ -461,19 +484,22 @@ inline void add_values(State& s, const char* values, int64_t bytes, int n, int g
             }
         }
         for (int h = 0; h < H; h++)
-            for (int e = 0; e < 2; e++) store(s.acc + (int64_t)(g + h) * s.value_dim + d + e * W, a[h][e]);
+            for (int e = 0; e < 2; e++)
+                store(s.acc + (int64_t)(g + h) * s.value_dim + d + e * W, a[h][e]);
     }
     for (; d < last; d += W)
         for (int h = 0; h < H; h++) {
             vf a = load<vf>(s.acc + (int64_t)(g + h) * s.value_dim + d);
-            for (int u = 0; u < n; u++) a += all(p[h * stride + u]) * V::get(values + u * bytes, part, d, size, 0);
+            for (int u = 0; u < n; u++)
+                a += all(p[h * stride + u]) * V::get(values + u * bytes, part, d, size, 0);
             store(s.acc + (int64_t)(g + h) * s.value_dim + d, a);
         }
 }
 
 // One query head: eight rows at a time go through all columns, in the order in which they lie.
 template <class V>
-inline void add_rows(State& s, const char* values, int64_t bytes, int n, int part, int size, const float* p, Next& next, int64_t share) {
+inline void add_rows(State& s, const char* values, int64_t bytes, int n, int part, int size,
+                     const float* p, Next& next, int64_t share) {
     const int first = part * size, last = std::min(s.value_dim, first + size);
     for (int t = 0; t < n; t += ROWS) {
         const char* row[ROWS];
@@ -496,14 +522,18 @@ inline void add_rows(State& s, const char* values, int64_t bytes, int n, int par
 }
 
 template <class V>
-void values_of(State& s, const char* values, const uint16_t* scales, int size, int64_t bytes, int n, Next next) {
+void values_of(State& s, const char* values, const uint16_t* scales, int size, int64_t bytes, int n,
+               Next next) {
     const bool codes = scales != nullptr;
     const int parts = codes ? s.value_dim / size : 1;
     const int width = codes ? size : s.value_dim;
     const int64_t left = next.end - next.at;
     alignas(64) float weighted[VALUE_HEADS * BLOCK];
     for (int g = 0; g < s.group;) {
-        const int heads = s.group - g >= VALUE_HEADS ? VALUE_HEADS : s.group - g >= 4 ? 4 : s.group - g >= 2 ? 2 : 1;
+        const int heads = s.group - g >= VALUE_HEADS ? VALUE_HEADS
+                          : s.group - g >= 4         ? 4
+                          : s.group - g >= 2         ? 2
+                                                     : 1;
         for (int part = 0; part < parts; part++) {
             const float* p = s.scores + g * BLOCK;
             if (codes) {
@@ -523,17 +553,26 @@ void values_of(State& s, const char* values, const uint16_t* scales, int size, i
                 p = weighted;
             }
             if (s.group == 1) {
-                add_rows<V>(s, values, bytes, n, part, width, p, next, left / std::max(1, n * s.value_dim / ROWS) + 1);
+                add_rows<V>(s, values, bytes, n, part, width, p, next,
+                            left / std::max(1, n * s.value_dim / ROWS) + 1);
                 continue;
             }
-            const int64_t share = left * 8 * W / std::max<int64_t>(1, (int64_t)n * s.value_dim * s.group / heads) + 1;
+            const int64_t share =
+                left * 8 * W / std::max<int64_t>(1, (int64_t)n * s.value_dim * s.group / heads) + 1;
             switch (heads) {
 #if defined(__AVX512F__)
-                case 8: add_values<V, 8>(s, values, bytes, n, g, part, width, p, BLOCK, next, share); break;
+                case 8:
+                    add_values<V, 8>(s, values, bytes, n, g, part, width, p, BLOCK, next, share);
+                    break;
 #endif
-                case 4: add_values<V, 4>(s, values, bytes, n, g, part, width, p, BLOCK, next, share); break;
-                case 2: add_values<V, 2>(s, values, bytes, n, g, part, width, p, BLOCK, next, share); break;
-                default: add_values<V, 1>(s, values, bytes, n, g, part, width, p, BLOCK, next, share);
+                case 4:
+                    add_values<V, 4>(s, values, bytes, n, g, part, width, p, BLOCK, next, share);
+                    break;
+                case 2:
+                    add_values<V, 2>(s, values, bytes, n, g, part, width, p, BLOCK, next, share);
+                    break;
+                default:
+                    add_values<V, 1>(s, values, bytes, n, g, part, width, p, BLOCK, next, share);
             }
         }
         g += heads;
@@ -543,23 +582,36 @@ void values_of(State& s, const char* values, const uint16_t* scales, int size, i
 using ScoreBlock = void (*)(State&, const char*, const uint16_t*, int, int, Next);
 using ValueBlock = void (*)(State&, const char*, const uint16_t*, int, int64_t, int, Next);
 
-template <int DIM> ScoreBlock score_of(int32_t kind) {
+template <int DIM>
+ScoreBlock score_of(int32_t kind) {
     switch (kind) {
-        case FLOAT32: return score_floats<Float32, DIM>;
-        case BFLOAT16: return score_floats<BFloat16, DIM>;
-        case FLOAT16: return score_floats<Float16, DIM>;
-        case BITS8: return score_codes<Codes8, false>;
-        default: return score_codes<Codes4, true>;
+        case FLOAT32:
+            return score_floats<Float32, DIM>;
+        case BFLOAT16:
+            return score_floats<BFloat16, DIM>;
+        case FLOAT16:
+            return score_floats<Float16, DIM>;
+        case BITS8:
+            return score_codes<Codes8, false>;
+        default:
+            return score_codes<Codes4, true>;
     }
 }
-ScoreBlock score_of(int32_t kind, int64_t dim) { return dim == 128 ? score_of<128>(kind) : dim == 64 ? score_of<64>(kind) : score_of<0>(kind); }
+ScoreBlock score_of(int32_t kind, int64_t dim) {
+    return dim == 128 ? score_of<128>(kind) : dim == 64 ? score_of<64>(kind) : score_of<0>(kind);
+}
 ValueBlock value_of(int32_t kind) {
     switch (kind) {
-        case FLOAT32: return values_of<FloatValues<Float32>>;
-        case BFLOAT16: return values_of<FloatValues<BFloat16>>;
-        case FLOAT16: return values_of<FloatValues<Float16>>;
-        case BITS8: return values_of<Values8>;
-        default: return values_of<Values4>;
+        case FLOAT32:
+            return values_of<FloatValues<Float32>>;
+        case BFLOAT16:
+            return values_of<FloatValues<BFloat16>>;
+        case FLOAT16:
+            return values_of<FloatValues<Float16>>;
+        case BITS8:
+            return values_of<Values8>;
+        default:
+            return values_of<Values4>;
     }
 }
 
@@ -571,7 +623,8 @@ void soften(State& s, const Problem& p, int64_t row, int64_t head, int64_t from,
         if (p.softcap > 0)
             for (int t = 0; t < n; t++) score[t] = p.softcap * std::tanh(score[t] / p.softcap);
         if (p.bias) {
-            const float* bias = p.bias + row * p.bias_batch_stride + (head + g) * p.bias_head_stride + from;
+            const float* bias =
+                p.bias + row * p.bias_batch_stride + (head + g) * p.bias_head_stride + from;
             for (int t = 0; t < n; t++) score[t] = std::max(score[t] + bias[t], MASKED);
         }
         for (int t = n; t < padded; t++) score[t] = -INFINITY;
@@ -600,13 +653,16 @@ void soften(State& s, const Problem& p, int64_t row, int64_t head, int64_t from,
     }
 }
 
-// Attention of one KV head of one row over the tokens [from, to). State is left in acc, most, total.
+// Attention of one KV head of one row over the tokens [from, to). State is left in acc, most,
+// total.
 void attend(const Problem& p, int64_t item, int64_t from, int64_t to, State& s) {
     const int64_t row = item / p.kv_heads, head = item % p.kv_heads * p.group;
-    const int64_t k_bytes = row_bytes(p.k_kind, p.head_dim), v_bytes = row_bytes(p.v_kind, p.value_dim);
+    const int64_t k_bytes = row_bytes(p.k_kind, p.head_dim),
+                  v_bytes = row_bytes(p.v_kind, p.value_dim);
     const char* k = (const char*)p.k + item * p.capacity * k_bytes;
     const char* v = (const char*)p.v + item * p.capacity * v_bytes;
-    const int64_t k_pairs = p.k_scales ? 2 * p.head_dim / p.k_group : 0, v_pairs = p.v_scales ? 2 * p.value_dim / p.v_group : 0;
+    const int64_t k_pairs = p.k_scales ? 2 * p.head_dim / p.k_group : 0,
+                  v_pairs = p.v_scales ? 2 * p.value_dim / p.v_group : 0;
     const uint16_t* ks = p.k_scales ? p.k_scales + item * p.capacity * k_pairs : nullptr;
     const uint16_t* vs = p.v_scales ? p.v_scales + item * p.capacity * v_pairs : nullptr;
     const ScoreBlock score = score_of(p.k_kind, p.head_dim);
@@ -615,9 +671,11 @@ void attend(const Problem& p, int64_t item, int64_t from, int64_t to, State& s) 
         const int n = (int)std::min<int64_t>(BLOCK, to - t);
         const int64_t after = std::min(to, t + n + BLOCK);
         const char* values = v + t * v_bytes;
-        score(s, k + t * k_bytes, ks ? ks + t * k_pairs : nullptr, (int)p.k_group, n, Next{values, values + n * v_bytes});
+        score(s, k + t * k_bytes, ks ? ks + t * k_pairs : nullptr, (int)p.k_group, n,
+              Next{values, values + n * v_bytes});
         soften(s, p, row, head, t, n);
-        add(s, values, vs ? vs + t * v_pairs : nullptr, (int)p.v_group, v_bytes, n, Next{k + (t + n) * k_bytes, k + after * k_bytes});
+        add(s, values, vs ? vs + t * v_pairs : nullptr, (int)p.v_group, v_bytes, n,
+            Next{k + (t + n) * k_bytes, k + after * k_bytes});
     }
 }
 
@@ -628,12 +686,20 @@ struct Workspace {
     State state;
 
     explicit Workspace(const Problem& p) {
-        const int64_t g = p.group, k_groups = p.k_scales ? p.head_dim / p.k_group : 0, v_groups = p.v_scales ? p.value_dim / p.v_group : 0;
-        floats.resize(g * (p.head_dim + BLOCK + W + 2 + p.value_dim + 2 * k_groups + v_groups) + 2 * W);
+        const int64_t g = p.group, k_groups = p.k_scales ? p.head_dim / p.k_group : 0,
+                      v_groups = p.v_scales ? p.value_dim / p.v_group : 0;
+        floats.resize(g * (p.head_dim + BLOCK + W + 2 + p.value_dim + 2 * k_groups + v_groups) +
+                      2 * W);
         codes.resize(k_groups ? g * p.head_dim + 32 : 0);
         float* at = floats.data();
-        auto take = [&](int64_t count) { float* here = at; at += count; return here; };
-        state = State{(int)p.group, (int)p.head_dim, (int)p.value_dim, nullptr, codes.data(), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+        auto take = [&](int64_t count) {
+            float* here = at;
+            at += count;
+            return here;
+        };
+        state =
+            State{(int)p.group, (int)p.head_dim, (int)p.value_dim, nullptr, codes.data(), nullptr,
+                  nullptr,      nullptr,         nullptr,          nullptr, nullptr,      nullptr};
         state.scores = take(g * BLOCK);
         state.acc = take(g * p.value_dim);
         state.most = take(g);
@@ -677,14 +743,16 @@ struct Workspace {
         if (!p.v_scales) return;
         const int64_t groups = p.value_dim / p.v_group;
         for (int64_t g = 0; g < p.group; g++)
-            for (int64_t d = 0; d < p.value_dim; d++) state.acc[g * p.value_dim + d] += state.minima[g * groups + d / p.v_group];
+            for (int64_t d = 0; d < p.value_dim; d++)
+                state.acc[g * p.value_dim + d] += state.minima[g * groups + d / p.v_group];
     }
 };
 
 // Either half of attention alone, for one query head per item.
 // Rows are [items][stride rows][dim]. Scores: out [items][tokens] = rows times q [items][dim].
 template <bool SCORES>
-void half_of(int32_t kind, const float* in, const char* rows, float* out, int64_t items, int64_t dim, int64_t tokens, int64_t stride, int32_t threads) {
+void half_of(int32_t kind, const float* in, const char* rows, float* out, int64_t items,
+             int64_t dim, int64_t tokens, int64_t stride, int32_t threads) {
     const int64_t bytes = row_bytes(kind, dim);
     const ScoreBlock score = score_of(kind, dim);
     const ValueBlock add = value_of(kind);
@@ -717,10 +785,12 @@ void half_of(int32_t kind, const float* in, const char* rows, float* out, int64_
 }  // namespace
 
 // Scores (1) of one query per item against rows of floats, or the sum (0) of rows by weights.
-extern "C" int32_t zinfer_attention_half(int32_t scores, int32_t kind, const float* in, const void* rows, float* out, int64_t items,
-                                         int64_t dim, int64_t tokens, int64_t stride, int32_t threads) {
+extern "C" int32_t zinfer_attention_half(int32_t scores, int32_t kind, const float* in,
+                                         const void* rows, float* out, int64_t items, int64_t dim,
+                                         int64_t tokens, int64_t stride, int32_t threads) {
     if (dim % 16 || dim > MAX_DIM || kind > FLOAT16) return 1;
-    (scores ? half_of<true> : half_of<false>)(kind, in, (const char*)rows, out, items, dim, tokens, stride, threads);
+    (scores ? half_of<true> : half_of<false>)(kind, in, (const char*)rows, out, items, dim, tokens,
+                                              stride, threads);
     return 0;
 }
 
@@ -739,7 +809,9 @@ extern "C" int32_t zinfer_vector_bits() {
 // Returns 0, or 1 where a size is not supported.
 extern "C" int32_t zinfer_decode_attention(const Problem* problem) {
     const Problem& p = *problem;
-    if (p.head_dim % 16 || p.value_dim % 16 || p.head_dim > MAX_DIM || p.value_dim > MAX_DIM || p.tokens < 1) return 1;
+    if (p.head_dim % 16 || p.value_dim % 16 || p.head_dim > MAX_DIM || p.value_dim > MAX_DIM ||
+        p.tokens < 1)
+        return 1;
     for (int keys = 0; keys < 2; keys++) {
         const int32_t kind = keys ? p.k_kind : p.v_kind;
         const int64_t size = keys ? p.k_group : p.v_group, dim = keys ? p.head_dim : p.value_dim;
@@ -748,7 +820,8 @@ extern "C" int32_t zinfer_decode_attention(const Problem* problem) {
     }
     const int64_t items = p.batch * p.kv_heads;
     const int64_t wanted = (4 * p.threads + items - 1) / items, longest = (p.tokens + 255) / 256;
-    const int64_t splits = items >= 4 * p.threads ? 1 : std::max<int64_t>(1, std::min(wanted, longest));
+    const int64_t splits =
+        items >= 4 * p.threads ? 1 : std::max<int64_t>(1, std::min(wanted, longest));
     const int64_t each = (p.tokens + splits - 1) / splits, heads = p.kv_heads * p.group;
     std::vector<float> partial(splits > 1 ? items * splits * p.group * (p.value_dim + 2) : 0);
 
@@ -769,7 +842,8 @@ extern "C" int32_t zinfer_decode_attention(const Problem* problem) {
         Workspace work(p);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t unit = 0; unit < items * splits; unit++) {
-            const int64_t item = unit / splits, from = unit % splits * each, to = std::min(p.tokens, from + each);
+            const int64_t item = unit / splits, from = unit % splits * each,
+                          to = std::min(p.tokens, from + each);
             work.begin(p, item);
             if (from < to) attend(p, item, from, to, work.state);
             work.finish(p);
@@ -790,7 +864,9 @@ extern "C" int32_t zinfer_decode_attention(const Problem* problem) {
     std::vector<float> acc(p.value_dim);
     for (int64_t item = 0; item < items; item++)
         for (int64_t g = 0; g < p.group; g++) {
-            auto part = [&](int64_t split) { return partial.data() + ((item * splits + split) * p.group + g) * (p.value_dim + 2); };
+            auto part = [&](int64_t split) {
+                return partial.data() + ((item * splits + split) * p.group + g) * (p.value_dim + 2);
+            };
             float most = -INFINITY, total = 0;
             for (int64_t split = 0; split < splits; split++) most = std::max(most, part(split)[0]);
             std::fill(acc.begin(), acc.end(), 0.f);
