@@ -67,7 +67,7 @@ def pinned_config(model: ModelConfig) -> PretrainedConfig:
     except Exception:  # some families have no defaults that pass their own checks
         default = None
     if default is not None:
-        _refuse_unknown(model.overrides, default.get_text_config(decoder=True), {})
+        _refuse_unknown(model.overrides, default.get_text_config(decoder=True), default.to_dict())
     try:
         # a copy, because transformers adds to nested values
         return AutoConfig.for_model(model.model_type, **copy.deepcopy(model.overrides))

@@ -19,7 +19,7 @@ ALIASES = {
     "embed_dim": "hidden_size",
     "num_heads": "num_attention_heads",
 }
-"""What the code of some models calls a field."""
+"""Names that the code of some models uses for a field."""
 MOST_FIELDS = 4
 
 
@@ -54,7 +54,7 @@ def guilty_fields(
     named = {
         name: value
         for name, value in fields.items()
-        if (leaf := name.split(".")[-1]) in words
+        if ((leaf := name.split(".")[-1]) in words and leaf.isidentifier())
         or ("_" in leaf and leaf.replace("_", " ") in text)
     }
     if any(word in ROPE_FIELDS or word == "rope_type" for word in words):

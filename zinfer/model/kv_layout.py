@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zinfer.model.meta_pass import PROBE_TOKENS, MetaPass
+from zinfer.model.parameters import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -56,40 +57,85 @@ class KvLayer:
 def kv_layout(
     model: PreTrainedModel, config: PretrainedConfig, done: MetaPass
 ) -> tuple[tuple[KvLayer, ...] | None, str | None]:
-    """Return each layer's cache after that pass, or None and the reason why it cannot be read."""
-    name = type(model).__name__
+    """Return each layer's cache after that pass of `model`, or None and why it cannot be read."""
     if done.failed:
         return None, done.failed
-    layers = getattr(done.cache, "layers", [])
-    if type(done.cache).__name__ != "DynamicCache" or len(layers) != config.num_hidden_layers:
+    name = type(model).__name__
+    layers, states = _held(done.cache, config.num_hidden_layers)
+    if layers is None and not any(states):
         return (
             None,
-            f"{name} keeps no DynamicCache with one entry for each layer between steps "
+            f"{name} keeps no cache with one entry for each layer between steps "
             f"(but {type(done.cache).__name__})",
         )
+    for index, held in enumerate(_module_states(model, config.num_hidden_layers)):
+        states[index] += held
+    layers = layers or [None] * config.num_hidden_layers
     try:
-        return tuple(_kv_layer(layer, config, index) for index, layer in enumerate(layers)), None
+        return tuple(
+            _kv_layer(layer, config, index, states[index]) for index, layer in enumerate(layers)
+        ), None
     except ValueError as error:
         return None, f"{name}: {error}"
 
 
-def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int) -> KvLayer:
-    """Read one layer of the filled cache."""
+def _held(cache: Any, num_layers: int) -> tuple[list[Any] | None, list[list[Any]]]:
+    """Return what each layer has in a cache, and which states each has beside it."""
+    import torch
+
+    states: list[list[Any]] = [[] for _ in range(num_layers)]
+    if (
+        isinstance(cache, list | tuple)
+        and cache
+        and all(
+            isinstance(state, torch.Tensor) and state.shape[-1] == num_layers for state in cache
+        )
+    ):  # RWKV: the last dimension of each state is the layer
+        for index in range(num_layers):
+            states[index] = [state[..., index] for state in cache]
+        return None, states
+    if type(cache).__name__ == "MiniMaxCache":
+        for index, state in enumerate(cache.linear_cache):
+            states[index] = [state] if isinstance(state, torch.Tensor) else []
+        attention = [*cache.layers, *[None] * num_layers][:num_layers]
+        return [None if states[i] else layer for i, layer in enumerate(attention)], states
+    layers = getattr(cache, "layers", [])
+    known = type(cache).__name__ == "DynamicCache" and len(layers) == num_layers
+    return (layers if known else None), states
+
+
+def _module_states(model: PreTrainedModel, num_layers: int) -> list[list[Any]]:
+    """Return the states that modules of each decoder layer keep themselves (RecurrentGemma)."""
+    import torch
+
+    return [
+        [
+            value
+            for module in layer.modules()
+            for name, value in vars(module).items()
+            if "state" in name and isinstance(value, torch.Tensor) and value.dim() > 1
+        ]
+        for layer in decoder_layers(model, num_layers)
+    ]
+
+
+def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int, beside: list[Any]) -> KvLayer:
+    """Describe one layer: its entry in the filled cache, if any, and the states beside it."""
     class_name = type(layer).__name__
-    if class_name not in GROWING_LAYERS | WINDOWED_LAYERS | CONSTANT_LAYERS:
+    if layer is not None and class_name not in GROWING_LAYERS | WINDOWED_LAYERS | CONSTANT_LAYERS:
         raise ValueError(f"how {class_name} grows with the sequence is not known")
-    states = [
+    inside = [
         *getattr(layer, "conv_states", {}).values(),
         *getattr(layer, "recurrent_states", {}).values(),
     ]
-    states = [state for state in states if state is not None]
+    states = [state for state in [*inside, *beside] if state is not None]
     const_float32_values = sum(state.numel() for state in states if state.element_size() == 4)
     const_values = sum(state.numel() for state in states) - const_float32_values
     has_state = bool(states)
     keys, values, indexer_keys = (
         getattr(layer, name, None) for name in ("keys", "values", "indexer_keys")
     )
-    if extra := _unexplained(layer, [*states, keys, values, indexer_keys]):
+    if layer is not None and (extra := _unexplained(layer, [*states, keys, values, indexer_keys])):
         raise ValueError(f"{class_name} also holds {', '.join(extra)}")
     if keys is None or keys.numel() == 0:
         kind = "linear_state" if has_state else "none"
@@ -101,6 +147,8 @@ def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int) -> KvLayer
         )
     window = int(layer.sliding_window) if class_name in WINDOWED_LAYERS else None
     held_tokens = PROBE_TOKENS if window is None else min(PROBE_TOKENS, window - 1)
+    if window is None and keys.shape[-2] == held_tokens + getattr(config, "prompt_length", 0):
+        held_tokens = keys.shape[-2]  # CPM-Ant puts a learned prompt before every sequence
     if keys.shape[-2] != held_tokens:
         raise ValueError(
             f"{class_name} stores keys as {tuple(keys.shape)}, "
@@ -109,11 +157,13 @@ def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int) -> KvLayer
     grown = [tensor for tensor in (keys, values, indexer_keys) if tensor is not None]
     if any(tensor.element_size() != 2 for tensor in grown):
         raise ValueError(f"{class_name} does not store keys and values in the compute dtype")
+    values_per_token = sum(tensor.numel() for tensor in grown) // held_tokens
+    prompt_tokens = max(0, held_tokens - PROBE_TOKENS)
     return KvLayer(
         kind="hybrid" if has_state else _attention_kind(config, layer_index, keys.shape[1], window),
-        values_per_token=sum(tensor.numel() for tensor in grown) // held_tokens,
+        values_per_token=values_per_token,
         window=window,
-        const_values=const_values,
+        const_values=const_values + values_per_token * prompt_tokens,
         const_float32_values=const_float32_values,
     )
 

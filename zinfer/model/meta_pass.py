@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,23 +98,31 @@ def meta_pass(model: PreTrainedModel, layers: tuple[Any, ...]) -> MetaPass:
 
 
 def run_probe(model: PreTrainedModel, device: str) -> Any:
-    """Run PROBE_TOKENS tokens of one sequence and return the cache that they fill, if any."""
+    """Run PROBE_TOKENS tokens of one sequence and return what they fill: a cache or states."""
     import torch
     from transformers import DynamicCache
 
-    cache = (
-        {"past_key_values": DynamicCache(config=model.config)}
-        if model._supports_default_dynamic_cache()
-        else {}
-    )
-    with torch.no_grad():
-        output = model(
-            input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
-            use_cache=True,
-            **cache,
-        )
-    filled = output.get("past_key_values")
-    return filled if filled is not None else output.get("cache_params")
+    def filled_by(**cache: Any) -> Any:
+        with torch.no_grad():
+            output = model(
+                input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
+                use_cache=True,
+                **cache,
+            )
+        found = (output.get(name) for name in ("past_key_values", "cache_params", "state"))
+        return next((each for each in found if each is not None), None)
+
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    has_default = model._supports_default_dynamic_cache()
+    filled = None if has_default else filled_by()
+    if filled is None and (has_default or takes_cache):
+        given = DynamicCache(config=model.config)
+        filled = filled_by(past_key_values=given)
+        if filled is None and any(
+            getattr(layer, "keys", None) is not None for layer in given.layers
+        ):
+            return given  # RecurrentGemma fills the cache that it is given, and returns none
+    return filled
 
 
 def _is_view(func: Any) -> bool:

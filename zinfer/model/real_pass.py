@@ -52,13 +52,13 @@ def real_kv_layout(config: PretrainedConfig) -> tuple[KvLayer, ...] | None:
 
     Layers of different types cannot be told from two, so such a stack is left out.
     """
-    small = _shrunk(config)
-    if small is None:
-        return None
     import torch
 
-    cls = model_class(small)
     try:
+        small = _shrunk(config)
+        if small is None:
+            return None
+        cls = model_class(small)
         with torch.device("meta"):
             numel = sum(parameter.numel() for parameter in cls(small).parameters())
         if numel > MOST_NUMEL:

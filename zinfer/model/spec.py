@@ -332,9 +332,8 @@ def _experts(
 
 
 def _num_kv_heads(config: PretrainedConfig, num_heads: int) -> int:
-    if getattr(config, "multi_query", False) and not getattr(
-        config, "new_decoder_architecture", False
-    ):  # Falcon, GPT-BigCode
+    is_new_falcon = getattr(config, "new_decoder_architecture", False)
+    if getattr(config, "multi_query", False) and not is_new_falcon:  # Falcon, GPT-BigCode
         return 1
     return _first(config, "num_key_value_heads", "num_kv_heads", default=num_heads)
 

@@ -37,7 +37,7 @@ COUNTING = (
     "hf.py",
     "config_reading.py",
 )
-"""The modules whose code decides what is counted and how it is written down."""
+"""Modules whose code decides what is counted and how it is written down."""
 
 Fields = dict[str, Any]
 """Fields of ModelSpec except name and dtype, and the config's own dtype as `config_dtype`."""
