@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.helpers.composing import composed
 from tests.helpers.running import results
@@ -101,6 +102,55 @@ def test_fewer_bits_of_keys_or_values_cost_more(tmp_path: Path) -> None:
     assert cost[16, 16] < 1e-6
     assert cost[16, 16] < cost[8, 16] < cost[4, 16]
     assert cost[16, 16] < cost[16, 8] < cost[16, 4]
+
+
+class Rounding(DynamicCache):
+    """Keeps keys and values rounded by the plain formula; the prefill attends to exact ones."""
+
+    bits = (16, 16)
+    group = 16
+
+    def rounded(self, values: torch.Tensor, bits: int) -> torch.Tensor:
+        if bits == 16:
+            return values
+        groups = values.unflatten(-1, (-1, self.group))
+        least = groups.amin(-1, keepdim=True).half().float()
+        step = ((groups.amax(-1, keepdim=True) - least) / (2**bits - 1)).half().float()
+        return (((groups - least) / step).round().clamp(0, 2**bits - 1) * step + least).flatten(-2)
+
+    def update(self, keys: Any, values: Any, layer: int, *more: Any, **named: Any) -> Any:
+        is_prefill = self.get_seq_length(layer) == 0
+        kept = super().update(
+            self.rounded(keys, self.bits[0]), self.rounded(values, self.bits[1]), layer
+        )
+        return (keys, values) if is_prefill else kept
+
+
+@pytest.mark.parametrize("placement", ["host", "host_attention"])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (4, 16), (16, 4)])
+def test_scores_of_fewer_bits_are_those_of_the_plain_formula(
+    bits: tuple[int, int], placement: str, tmp_path: Path
+) -> None:
+    ids, model = pieces().ids, tiny_model("llama")
+    cache = Rounding(config=model.config)
+    cache.bits = bits
+    losses = []
+    with torch.no_grad():
+        model(input_ids=ids[:, :PREFILLED], past_key_values=cache)
+        for place in range(PREFILLED, ids.shape[1] - 1):
+            logits = model(input_ids=ids[:, place : place + 1], past_key_values=cache).logits
+            expected = logits[:, 0].log_softmax(-1)
+            losses.append(-expected.gather(1, ids[:, place + 1, None])[:, 0])
+    key, value = (
+        f"kv_cache.{name}_bits={n}" for name, n in zip(("key", "value"), bits, strict=True)
+    )
+    found = read(tmp_path, "llama", f"kv_cache={placement}", key, value, "kv_cache.group_size=16")
+    # A value midway between two codes may be rounded either way: a few predictions differ a little.
+    apart = (found.loss - torch.stack(losses, 1)).abs()
+    if placement == "host_attention":  # `host` attends to the newest token as it was computed
+        assert apart.median() < 1e-3
+        assert (apart < 0.02).double().mean() > 0.95
+    assert found.loss.mean() == pytest.approx(float(torch.stack(losses, 1).mean()), abs=0.05)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 3, 257, 1000])
@@ -219,16 +269,20 @@ SETTINGS = (
     "batch.warmup=0", "batch.repeats=1", "tracking=none",
 )  # fmt: skip
 ATTENTION = ("engine=resident", "kv_cache=host_attention")
-WAYS: dict[str, tuple[tuple[str, ...], float, float]] = {
-    "device": (("engine=resident",), 1.0, 0.0),
-    "host_attention": (ATTENTION, 1.0, 1e-6),
-    "offload": (("offload=cpu",), 1.0, 1e-6),
-    "8 bits": ((*ATTENTION, "kv_cache.bits=8"), 0.97, 0.001),
-    "4 bits": ((*ATTENTION, "kv_cache.bits=4", "quality.min_agreement=1"), 0.75, 0.2),
-    "keys 4 bits": ((*ATTENTION, "kv_cache.key_bits=4"), 0.75, 0.2),
-    "values 4 bits": ((*ATTENTION, "kv_cache.value_bits=4"), 0.9, 0.02),
+WAYS: dict[str, tuple[tuple[str, ...], float, tuple[float, float], tuple[float, float]]] = {
+    "device": (("engine=resident",), 1.0, (0.0, 0.0), (1.0, 1.0)),
+    "host_attention": (ATTENTION, 1.0, (0.0, 1e-6), (0.9999, 1.0001)),
+    "offload": (("offload=cpu",), 1.0, (0.0, 1e-6), (0.9999, 1.0001)),
+    "8 bits": ((*ATTENTION, "kv_cache.bits=8"), 0.97, (1e-4, 0.005), (0.98, 1.02)),
+    "4 bits": ((*ATTENTION, "kv_cache.bits=4"), 0.6, (0.2, 0.8), (1.2, 2.0)),
+    "keys 4 bits": ((*ATTENTION, "kv_cache.key_bits=4"), 0.6, (0.2, 0.8), (1.15, 1.7)),
+    "values 4 bits": ((*ATTENTION, "kv_cache.value_bits=4"), 0.88, (0.015, 0.1), (0.97, 1.08)),
 }
-"""Way -> settings, least agreement, largest divergence in nats a token."""
+"""Way -> settings, least agreement, range of the divergence in nats a token, and of the ratio.
+
+Measured: 8 bits 0.996, 0.0016, 0.995; 4 bits 0.694, 0.425, 1.561; keys alone 0.694, 0.422, 1.373;
+values alone 0.927, 0.045, 1.026. So keys suffer first, and almost all of it is theirs.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +292,8 @@ def scored(
     """The demo model, scored under every way."""
     root = tmp_path_factory.mktemp("scored")
     made = {}
-    for number, (way, (settings, _, _)) in enumerate(WAYS.items()):
-        (made[way],) = results(root / str(number), *settings, *SETTINGS)
+    for number, (way, (settings, *_)) in enumerate(WAYS.items()):
+        (made[way],) = results(root / str(number), *settings, *SETTINGS, timeout_s=900)
         assert made[way]["status"] == "ok", made[way]["reason"]
     return made
 
@@ -248,11 +302,11 @@ def scored(
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_demo_model_keeps_its_text(way: str, scored: dict[str, dict[str, Any]]) -> None:
-    _, agreement, most = WAYS[way]
+    _, agreement, (least, most), (smallest, largest) = WAYS[way]
     metrics = scored[way]["metrics"]
     assert metrics["quality_token_agreement"] >= agreement
-    assert metrics["quality_kl_divergence"] <= most
-    assert metrics["quality_perplexity_ratio"] == pytest.approx(1, abs=most + 1e-4)
+    assert least <= metrics["quality_kl_divergence"] <= most
+    assert smallest <= metrics["quality_perplexity_ratio"] <= largest
     assert metrics["quality_scored_tokens"] == ROWS * 31
 
 
@@ -265,5 +319,5 @@ def test_the_reference_is_made_once_and_bad_text_is_tagged(
     assert {scored[way]["quality"]["reference"] for way in WAYS if way != "device"} == {"kept"}
     beyond = scored["4 bits"]
     assert beyond["quality"]["verdict"] == "beyond_limits"
-    assert any("quality.min_agreement is 1" in said for said in beyond["warnings"])
+    assert any("quality.min_agreement is 0.9" in said for said in beyond["warnings"])
     assert scored["8 bits"]["quality"]["verdict"] == "ok"
