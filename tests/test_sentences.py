@@ -17,6 +17,7 @@ SOURCES = sorted(
 )
 PAGES = sorted(path for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.md"))
 CPP = sorted((ROOT / "zinfer").rglob("*.cpp"))
+CHOICES = sorted((ROOT / "conf").rglob("*.yaml"))
 
 Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -115,3 +116,42 @@ def test_a_long_line_of_prose_is_found_and_code_is_not() -> None:
 def test_lines_of_our_kernels_fit(path: Path) -> None:
     lines = enumerate(path.read_text().splitlines(), 1)
     assert [number for number, line in lines if len(line) > MOST_CHARACTERS] == []
+
+
+def comment_faults(text: str) -> list[str]:
+    """List comment lines of YAML that are too long or say "Type", and a head that is missing.
+
+    A line may be longer when it ends with a link: links cannot be broken.
+    """
+    lines = text.removeprefix("# @package _global_\n").splitlines()
+    comments = [line for line in lines if re.search(r"(^|\s)# ", line)]
+    found = [
+        line
+        for line in comments
+        if len(line) > MOST_CHARACTERS and not re.search(r"# (Source: )?https?://\S+$", line)
+    ]
+    found += [line for line in comments if re.search(r"\b[Tt]ype [\w.]+=", line)]
+    return found + [line for line in lines[:1] if not line.startswith("# ")]
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_choices_begin_with_a_comment_and_comments_fit_a_line(path: Path) -> None:
+    assert comment_faults(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_fault"),
+    [
+        ("# " + "a word " * 20, True),
+        ("key: 1  # " + "a word " * 20, True),
+        ("# For four disks type a.b=4", True),
+        ("# Source: https://host/" + "x" * 100, False),
+        ("key: a long value " + "x" * 100, False),
+    ],
+)
+def test_each_fault_of_a_comment_is_found(line: str, is_fault: bool) -> None:
+    assert comment_faults(f"# A choice.\n{line}\n") == ([line] if is_fault else [])
+
+
+def test_a_choice_without_a_head_is_found() -> None:
+    assert comment_faults("# @package _global_\nkey: 1\n") == ["key: 1"]

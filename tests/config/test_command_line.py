@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.helpers.composing import choices
+from tests.helpers.composing import CONF, choices, composed
 from zinfer import __version__
 from zinfer.config.command_line import (
+    WORDS,
     argument_problems,
     name_of_hub_id,
     normalised,
@@ -22,6 +24,7 @@ from zinfer.config.command_line import (
 from zinfer.config.explain import attribute_docstrings, explain
 from zinfer.config.run_config import RunConfig
 from zinfer.config.sentences import settings
+from zinfer.config.tasks import TASKS
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,43 @@ def test_flags_are_checked_before_hydra_sees_them() -> None:
     assert argument_problems(["--resolve"])
     assert not argument_problems(["--cfg", "job", "--resolve"])
     assert wants_json(["a=b", "++format=json"]) and not wants_json(["format=text"])
+
+
+HELP: str = yaml.safe_load((CONF / "hydra/help/zinfer.yaml").read_text())["template"]
+DEFAULTS = composed()
+
+
+@pytest.mark.parametrize("word", [*WORDS, "report", "--version", "--explain", "--cfg job"])
+def test_help_says_each_word_and_option_in_a_line(word: str) -> None:
+    lines = [line for line in HELP.splitlines() if line.startswith(f"{word} ")]
+    assert len(lines) == 1
+    assert (
+        word not in TASKS
+        or lines[0].endswith(f"task={word}: {TASKS[word].summary}")
+        or (word == "run" and lines[0].endswith(TASKS[word].summary))
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("weights", "format", "profile", "plan.enforce"),
+        *(name for name in settings() if name.startswith("sweep.") and "parent" not in name),
+    ],
+)
+def test_help_says_each_setting_of_a_sweep_with_its_default(name: str) -> None:
+    room, _, field = name.rpartition(".")
+    value = getattr(getattr(DEFAULTS, room) if room else DEFAULTS, field)
+    assert f"\n{name}={str(value).lower()} " in HELP
+
+
+def test_help_fits_a_line() -> None:
+    assert max(map(len, HELP.splitlines())) <= 100
+
+
+def test_an_experiment_is_explained_by_its_sentence() -> None:
+    said = explain("experiment")
+    assert "experiment=demo" in said and "@package" not in said
 
 
 @pytest.mark.parametrize("name", [*settings(), "offload", "engine", "model", "experiment"])

@@ -56,7 +56,8 @@ def _group(name: str) -> Iterator[str]:
         yield f"{name}: {inspect.getdoc(kind)}"
     for choice in choices_of(name):
         text = (Path(conf_dir()) / name / f"{choice}.yaml").read_text()
-        comment = next((line for line in text.splitlines() if line.startswith("# ")), "#")
+        comments = (line for line in text.splitlines() if line.startswith("# "))
+        comment = next((line for line in comments if not line.startswith("# @package")), "#")
         yield f"  {name}={choice:<14} {comment.removeprefix('#').strip()}".rstrip()
     if is_dataclass(kind):
         yield "settings:"
