@@ -12,7 +12,7 @@ from zinfer.tracking.run import log_outcome
 def tags_of(outcome: Outcome) -> dict[str, str]:
     logged: dict[str, str] = {}
 
-    def log_batch(run_id: str, *, metrics: Any = (), tags: Any = ()) -> None:
+    def log_batch(run_id: str, *, tags: Any = (), **others: Any) -> None:
         logged.update({tag.key: tag.value for tag in tags})
 
     log_outcome(SimpleNamespace(log_batch=log_batch), "run", outcome)  # type: ignore[arg-type]
