@@ -6,6 +6,7 @@ the keys and values to attend to after new ones came (`update`).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,9 +109,9 @@ class HostLayer(CacheLayerMixin):
             return key_states, value_states
         return self.continued(key_states, value_states)
 
+    @abstractmethod
     def continued(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pair:
         """Store tokens that follow others; return what to attend to."""
-        raise NotImplementedError
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Copy new tokens into the store."""
