@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Two tests at a time where there are two cores; groups of tests that must not meet run in turn.
 TWO_AT_A_TIME := $(shell [ "$$(nproc)" -ge 2 ] && echo "-n 2 --dist loadgroup")
 
-.PHONY: help setup setup-nvme demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-kv bench-plan bench-report bench-sweep test-slurm clean
+.PHONY: help setup setup-nvme demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-kv bench-plan bench-report bench-sweep test-slurm docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -82,6 +82,10 @@ test-slurm: setup  ## a sweep on a real Slurm of one node, which this installs a
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt hydra-joblib-launcher hydra-submitit-launcher psycopg2-binary
 	apt-get update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm slurmdbd mariadb-server >/dev/null
 	$(BIN)/python -m pytest tests/sweep/test_launchers.py tests/driver/test_upload.py
+
+docs: $(INSTALLED)  ## these pages as a site in site/, with a search that works offline
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open site/index.html"
 
 clean:  ## remove the environment and tool caches; runs, reports and ~/.cache/zinfer stay
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -75,7 +75,7 @@ def diagram() -> str:
         for room, targets in without_implied(found).items()
         for target in sorted(targets)
     ]
-    lines += [f"    {source} -. {what} .-> {target}" for source, target, what in WAY]
+    lines += [f"    {source} -.->|{what}| {target}" for source, target, what in WAY]
     return "\n".join([*lines, "```"])
 
 
