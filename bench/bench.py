@@ -99,7 +99,7 @@ STARTS = (  # what, arguments, at most this many times an empty Hydra applicatio
 
 
 def start_up(folder: Path, runs: int) -> list[Row]:
-    """CPU time of what must answer at once, over that of an empty Hydra application."""
+    """Measure the CPU time of what must answer at once, over that of an empty Hydra application."""
     empty = [sys.executable, str(HERE / "empty_app.py"), "--help"]
     commands = [[sys.executable, "-m", "zinfer", *arguments] for _, arguments, _ in STARTS]
     for command in (empty, *commands):

@@ -41,12 +41,12 @@ BATCHES = (1, 8)
 
 
 def config_of(*overrides: str) -> RunConfig:
-    """The run that these overrides of the defaults make."""
+    """Compose the run that these overrides of the defaults make."""
     return parse_config(compose("config", overrides=[*SHARED, *overrides]))
 
 
 def tokens_per_s(config: RunConfig, job_dir: Path) -> float:
-    """Of one job.
+    """Return the generated tokens/s of one job.
 
     Raises:
         RuntimeError: it did not end well.

@@ -86,13 +86,13 @@ def copied(rows: Rows) -> Rows:
 
 
 def bytes_of(*rows: Rows) -> int:
-    """Bytes of keys and values, with their scales."""
+    """Return the bytes of keys and values, with their scales."""
     parts = [part for each in rows for part in (each.data, each.scales) if part is not None]
     return sum(part.numel() * part.element_size() for part in parts)
 
 
 def timed(run: Callable[[int], object], turns: int) -> float:
-    """Seconds of one call, the mean over as many as rotate through memory."""
+    """Return the seconds of one call, the mean over as many as rotate through memory."""
     started_s = time.perf_counter()
     for turn in range(turns):
         run(turn)
@@ -207,7 +207,7 @@ def run_table(models: list[str], batches: list[int], lengths: list[int], rounds:
 
 
 def row(model: str, batch: int, length: int, found: dict[str, list[float]]) -> str:
-    """One line of the table of runs: tokens/s, and times those of the cache on the device."""
+    """Write a line of the table of runs: tokens/s, and their ratio to the cache on the device."""
     plain = statistics.median(found["device"]) if found["device"] else None
     cells = []
     for rates in found.values():

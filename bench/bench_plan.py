@@ -56,7 +56,7 @@ def plan_times_s(cache: Path, *arguments: str) -> tuple[float, float]:
 
 
 def cold_times_s(*arguments: str) -> tuple[float, float]:
-    """The same with an empty cache."""
+    """Measure the same with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         return plan_times_s(Path(cache), *arguments)
 

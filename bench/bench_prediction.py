@@ -87,7 +87,7 @@ Row = dict[str, Any]
 
 
 def grid(folder: Path, threads: int | None, swap: str) -> list[tuple[Row, RunConfig]]:
-    """Every point with its names."""
+    """Return every point with its names."""
     points = []
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         for name, architecture in ARCHITECTURES.items():
@@ -120,7 +120,7 @@ def grid(folder: Path, threads: int | None, swap: str) -> list[tuple[Row, RunCon
 
 
 def measured(names: Row, config: RunConfig, job_dir: Path) -> Row:
-    """One point, run and scored."""
+    """Run and score one point."""
     quiet = Terminal("text", out=io.StringIO(), err=io.StringIO())
     outcome = run_job(config, job_dir, quiet, forked=True)
     row = {**names, "status": outcome.status, "reason": outcome.reason, **outcome.metrics}
@@ -154,18 +154,18 @@ def merged(passes: Sequence[Row]) -> Row:
 
 
 def error(row: Row, metric: str) -> float | None:
-    """How far predicted / measured is from 1."""
+    """Return the distance of predicted / measured from 1."""
     return abs(row[metric] - 1) if row.get(metric) else None
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 95th percentile (nearest rank), largest."""
+    """Return the median, the 95th percentile (nearest rank) and the largest."""
     ordered = sorted(values)
     return statistics.median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1], ordered[-1]
 
 
 def table(rows: list[Row]) -> list[str]:
-    """The errors over the whole grid, with the goals."""
+    """Write the errors over the whole grid, with the goals."""
     lines = [
         "| quantity | points | median error | 95th percentile | largest | goal | reached |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -191,7 +191,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def apart(rows: list[Row]) -> list[str]:
-    """How far the runs of one point lie from each other: no prediction can be nearer than that."""
+    """Say by how much the runs of one point differ: no prediction can be nearer than that."""
     lines = []
     for offload in OFFLOADS:
         ratios = [
@@ -207,7 +207,7 @@ def apart(rows: list[Row]) -> list[str]:
 
 
 def speed(rows: list[Row]) -> str:
-    """Of the machine itself while the runs were timed."""
+    """Say how fast the machine itself was while the runs were timed."""
     slowdowns = [row["slowdown"] for row in rows if row.get("slowdown")]
     if len(slowdowns) < 2:
         return ""
@@ -220,7 +220,7 @@ def speed(rows: list[Row]) -> str:
 
 
 def by_kind(rows: list[Row]) -> list[str]:
-    """Where the errors are: tokens/s and peak host RSS by architecture and by offload."""
+    """Say where errors are: tokens/s and peak host RSS by architecture and by offload."""
     lines = [
         "| | points | tokens/s: median, 95th | bias "
         "| at the speed then | bias | peak host RSS | bias |",

@@ -48,7 +48,7 @@ CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def zinfer(folder: Path, *arguments: str) -> tuple[float, str]:
-    """Wall seconds and stdout."""
+    """Run zinfer; return wall seconds and stdout."""
     started_s = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "zinfer", *arguments, "format=json"],
@@ -63,7 +63,7 @@ def zinfer(folder: Path, *arguments: str) -> tuple[float, str]:
 
 
 def sweep_times(folder: Path, *settings: str) -> tuple[float, list[float], float]:
-    """(seconds in all, seconds of each job after the first, seconds in all when run again)."""
+    """Return the seconds in all, those of each job after the first, and those when run again."""
     total_s, out = zinfer(folder, "-m", *SWEEP, *settings)
     jobs = json.loads(out)["jobs"]
     assert all("peak_host_rss_bytes" in job["metrics"] for job in jobs)
@@ -93,7 +93,7 @@ def driver_share(folder: Path) -> tuple[float, float]:
 
 
 def interruption_s(folder: Path) -> float:
-    """Wall seconds from Ctrl-C, in the middle of a job, to the end of the driver."""
+    """Return the wall seconds from Ctrl-C, in the middle of a job, to the end of the driver."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "zinfer", *LONG_JOB],
         cwd=folder,
@@ -109,7 +109,7 @@ def interruption_s(folder: Path) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time. Source: proc(5), fields 14 and 15 of /proc/PID/stat."""
+    """Return user and system time. Source: proc(5), fields 14 and 15 of /proc/PID/stat."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_PER_S
 

@@ -51,7 +51,7 @@ class Pair:
         return self.before.measured and self.now.status not in ("ok", "planned", "running")
 
     def fails(self, allowed: float) -> bool:
-        """True where it is slower by more than `allowed` (a share) and beyond its error."""
+        """Tell if it is slower by more than `allowed` (a share) and beyond its error."""
         if self.broken:
             return True
         return self.slower and self.ratio is not None and self.ratio.median < 1 - allowed
@@ -81,7 +81,7 @@ class Against:
     """Sentences on predictions that are not what they were."""
 
     def failed(self, allowed: float) -> tuple[Pair, ...]:
-        """Pairs that are slower than allowed, or no longer run."""
+        """Return the pairs that are slower than allowed, or no longer run."""
         return tuple(pair for pair in self.pairs if pair.fails(allowed))
 
 

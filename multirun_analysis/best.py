@@ -75,7 +75,7 @@ def _reason(
     unmeasured: int,
     names: Sequence[str],
 ) -> str:
-    """'Fastest of 24 measured (3 more were not); 1.8 ± 0.1 times the best with ...'."""
+    """Say 'Fastest of 24 measured (3 more were not); 1.8 ± 0.1 times the best with ...'."""
     counted = (
         f"fastest of {len(measured)} measured" if len(measured) > 1 else "the only one measured"
     )
@@ -126,7 +126,7 @@ def _differs_only_in_batch(item: Configuration, other: Configuration) -> bool:
 
 
 def implied_bytes_per_s(item: Configuration) -> float | None:
-    """Weight bytes over the time of a decode step, since each step reads every weight once.
+    """Divide the weights' bytes by the time of a decode step, since each step reads them all once.
 
     The worker's own count of streamed bytes wins where it logged one: mixtures of experts touch
     only some weights. None where weights stay on the device.

@@ -26,7 +26,7 @@ def configurations(runs: Iterable[Run]) -> tuple[Configuration, ...]:
 
 
 def _telling_devices(contexts: Iterable[Context]) -> dict[Context, Context]:
-    """Context -> the same, with the fingerprint behind a device that two machines are called."""
+    """Add the fingerprint to a device's name where two machines have the same name."""
     contexts = list(contexts)
     machines: dict[str, set[str]] = {}
     for item in contexts:
@@ -40,7 +40,7 @@ def _telling_devices(contexts: Iterable[Context]) -> dict[Context, Context]:
 
 
 def context(run: Run) -> Context:
-    """The circumstances of a run, `unknown` where it does not say.
+    """Return the circumstances of a run, `unknown` where it does not say.
 
     A plan for a published box has that box as its machine, wherever it was planned.
     """
@@ -64,7 +64,7 @@ def _choices(run: Run) -> dict[str, str]:
 
 
 def varied(found: Sequence[Configuration]) -> tuple[str, ...]:
-    """Choices that differ among these, in the order of LABELS.
+    """Return the choices that differ among these, in the order of LABELS.
 
     What only follows from another choice is left out: sizes from the model's name, bandwidths
     from the box, dtype.compute from dtype.weights.
@@ -83,7 +83,7 @@ def varied(found: Sequence[Configuration]) -> tuple[str, ...]:
 
 
 def _follows_from_group(name: str, found: Sequence[Configuration]) -> bool:
-    """True where each value of the group's main choice leaves this setting one value."""
+    """Tell if each value of the group's main choice leaves this setting one value."""
     main = next((label for label in LABELS if label.split(".")[0] == name.split(".")[0]), None)
     if main is None:
         return False
@@ -94,12 +94,12 @@ def _follows_from_group(name: str, found: Sequence[Configuration]) -> bool:
 
 
 def shown_choices(found: Sequence[Configuration]) -> tuple[str, ...]:
-    """Columns of a table: what varies, and what a reader asks for first."""
+    """Return the columns of a table: what varies, and what a reader asks for first."""
     return tuple(sorted({*varied(found), *ALWAYS_SHOWN}, key=column_order))
 
 
 def differing_choices(found: Sequence[Configuration]) -> tuple[str, ...]:
-    """Columns of a narrow table: the model, and what varies."""
+    """Return the columns of a narrow table: the model, and what varies."""
     return tuple(sorted({*varied(found), "model.name"}, key=column_order))
 
 

@@ -154,22 +154,22 @@ class Configuration:
         return self.number("batch.batch_size")
 
     def chosen(self, choice: str) -> str:
-        """The value of a choice; of dtype.weights, what `auto` came to."""
+        """Return the value of a choice; of dtype.weights, what `auto` came to."""
         return self.dtype if choice == "dtype.weights" else self.choices.get(choice, "-")
 
     def number(self, choice: str) -> int | None:
-        """A choice that is a whole number; None for any other."""
+        """Return a choice that is a whole number; None for any other."""
         text = self.choices.get(choice, "")
         return int(text) if text.isdecimal() else None
 
     def value(self, metric: str) -> float | None:
-        """Median over the runs that ended well, or over all runs where none did."""
+        """Return the median over the runs that ended well, or over all runs where none did."""
         runs = self.ok_runs or self.runs
         values = [run.metrics[metric] for run in runs if metric in run.metrics]
         return statistics.median(values) if values else None
 
     def tag(self, name: str) -> str | None:
-        """A tag of the newest run that has it."""
+        """Return a tag of the newest run that has it."""
         runs = reversed(self.ok_runs or self.runs)
         return next((run.tags[name] for run in runs if name in run.tags), None)
 
@@ -180,13 +180,13 @@ class Configuration:
         return None if resource is None else binding_words(resource)
 
     def spread(self, metric: str) -> Spread | None:
-        """Median and spread over repeats and reruns; None if no run that ended well has it."""
+        """Return median and spread over repeats and reruns; None if no good run has it."""
         return merge(
             [spread for run in self.ok_runs if (spread := run_spread(run, metric)) is not None]
         )
 
     def label(self, choices: Iterable[str]) -> str:
-        """'weights on NVMe, bfloat16, batch 8'."""
+        """Say 'weights on NVMe, bfloat16, batch 8'."""
         return ", ".join(filter(None, (self._part(choice) for choice in choices)))
 
     def _part(self, choice: str) -> str:
@@ -204,7 +204,7 @@ class Configuration:
 
 
 def run_spread(run: Run, metric: str) -> Spread | None:
-    """Median of one run, and the spread of its timed repeats where it logged one."""
+    """Return the median of one run, and the spread of its timed repeats where it logged one."""
     if metric not in run.metrics:
         return None
     median = run.metrics[metric]

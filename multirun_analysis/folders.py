@@ -136,7 +136,7 @@ def _hydra_config(job_dir: Path) -> Json:
 
 
 def _history(job_dir: Path, metric: str) -> History:
-    """Medians of the decode steps over the timed generations, from the worker's events."""
+    """Return the median of each decode step over the timed generations, from the events."""
     if metric != STEP_HISTORY or not (job_dir / EVENTS_FILE).is_file():
         return ()
     lines = (job_dir / EVENTS_FILE).read_text(errors="replace").splitlines()
@@ -150,7 +150,7 @@ def _history(job_dir: Path, metric: str) -> History:
 
 
 def json_file(path: Path) -> Json | None:
-    """Content of a JSON file; None where it is missing, broken, or no object."""
+    """Return the content of a JSON file; None where it is missing, broken, or no object."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

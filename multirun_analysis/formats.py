@@ -30,14 +30,14 @@ def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
 
 
 def to_csv(table: Table) -> str:
-    """Plain values in the metrics' own units; unknown is empty. No cell is a formula."""
+    """Write plain values in the metrics' own units; unknown is empty. No cell is a formula."""
     rows = [[column.key for column in table.columns]]
     rows += [["" if cell.value is None else cell.value for cell in row] for row in table.rows]  # type: ignore[misc]
     return csv_text(rows)
 
 
 def csv_text(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as CSV; text that a spreadsheet would run is marked as text."""
+    """Write rows as CSV; text that a spreadsheet would run is marked as text."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for row in rows:
@@ -46,7 +46,7 @@ def csv_text(rows: Sequence[Sequence[object]]) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """A GitHub table that is aligned in its source too; numbers meet at the decimal point."""
+    """Write a table that is aligned in its source too; numbers meet at the decimal point."""
     shown = table.shown
     heads = [table.columns[index] for index in shown]
     cells = [[_markdown(table, row, index) for index in shown] for row in table.rows]

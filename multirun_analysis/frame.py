@@ -71,7 +71,7 @@ def frame_of(runs: Iterable[Run]) -> pandas.DataFrame:
 
 
 def tidy(runs: Iterable[Run]) -> list[Row]:
-    """One dict a run; what a run does not have is absent."""
+    """Return one dict a run; what a run does not have is absent."""
     return [tidy_row(run) for run in runs]
 
 
@@ -95,7 +95,7 @@ def tidy_row(run: Run) -> Row:
 
 
 def typed(text: str) -> bool | int | float | str:
-    """A choice as what it was before MLflow made text of it."""
+    """Return a choice as what it was before MLflow made text of it."""
     if text in WORDS:
         return WORDS[text]
     for kind in (int, float):
@@ -108,7 +108,7 @@ def typed(text: str) -> bool | int | float | str:
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every column that any row has: facts first, then choices, metrics and tags by name."""
+    """Return every column that any row has: facts first, then choices, metrics and tags by name."""
     tags = set(TAGS.values())
     names = {name for row in rows for name in row} - set(FIRST)
     choices = sorted(name for name in names - tags if "." in name or name in ("task", "weights"))

@@ -112,7 +112,7 @@ def _layout(
 
 
 def _widths(table: Table, indices: Sequence[int], room: float) -> list[float]:
-    """Characters of each column: broken ones share what the others leave."""
+    """Return the characters of each column: broken ones share what the others leave."""
     natural = [_characters(table, index) for index in indices]
     breakable = [
         width > WRAPPED_CHARACTERS and not table.columns[index].number
@@ -136,7 +136,7 @@ def _column(table: Table, index: int, width: float, point: float) -> str:
 
 
 def _characters(table: Table, index: int) -> int:
-    """Widest line of a column: of its head, or of its cells."""
+    """Return the widest line of a column: of its head, or of its cells."""
     head = max(map(len, head_lines(table, index)))
     return max(head, _content_characters(table, index))
 

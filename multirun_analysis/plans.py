@@ -20,7 +20,7 @@ def grid_runs(grid: Run, artifact: Callable[[Run, str], Json | None]) -> Iterato
 
 
 def plan_run(grid: Run, number: int, point: Json) -> Run:
-    """One point of a grid as a run of its own, under the grid's circumstances."""
+    """Return one point of a grid as a run of its own, under the grid's circumstances."""
     params, metrics = point.get("params") or {}, point.get("metrics") or {}
     said = {"zinfer.binding_resource": "binding_resource", "zinfer.dtype": "dtype"}
     return replace(

@@ -123,7 +123,7 @@ def _ratio(candidate: Configuration, reference: Configuration | None, baseline: 
 
 
 def _others(item: Configuration, baseline: Baseline) -> tuple[object, ...]:
-    """Everything but the baseline's own group: offload.pin_memory goes with offload.device.
+    """Return all but the baseline's own group: offload.pin_memory goes with offload.device.
 
     A batch's lengths do not go with its size.
     """

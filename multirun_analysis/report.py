@@ -72,7 +72,7 @@ class Report:
     not_claimed: tuple[str, ...] = NOT_CLAIMED
 
     def table(self, name: str) -> Table | None:
-        """One of `tables`, or None."""
+        """Return one of `tables`, or None."""
         return next((table for table in self.tables if table.name == name), None)
 
 
@@ -163,7 +163,7 @@ def _report(compared: Compared, figures: Sequence[Figure], notes: Sequence[str])
 
 
 def all_tables(compared: Compared) -> list[Table]:
-    """Every table but that of all configurations, in the order of the report."""
+    """Return every table but that of all configurations, in the order of the report."""
     found, baseline = compared.found, compared.baseline
     return [
         best_table(compared.best),

@@ -54,7 +54,7 @@ def merge(spreads: Sequence[Spread]) -> Spread | None:
 
 
 def scaled(spread: Spread, factor: float) -> Spread:
-    """The same in another unit: everything times `factor`."""
+    """Return the same in another unit: everything times `factor`."""
     stddev = None if spread.stddev is None else spread.stddev * factor
     return Spread(
         median=spread.median * factor,
@@ -90,7 +90,7 @@ def speedup(candidate: Spread, reference: Spread) -> Spread:
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits, no exponent: '0.0123', '4.21', '1,230'; unknown is '-'."""
+    """Write three significant digits, no exponent: '0.0123', '4.21', '1,230'; unknown is '-'."""
     if value is None:
         return "-"
     if value == 0:
@@ -101,7 +101,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def format_spread(spread: Spread | None) -> str:
-    """'4.213 ± 0.052': the error with two digits, the number rounded where its error is.
+    """Write '4.213 ± 0.052': the error with two digits, the number rounded where its error is.
 
     Of an error below the fourth digit of the number only that is said: '25.10 ± <0.01'.
     """
@@ -120,12 +120,12 @@ def format_spread(spread: Spread | None) -> str:
 
 
 def _magnitude(value: float) -> int:
-    """Power of ten of the first digit."""
+    """Return the power of ten of the first digit."""
     return int(f"{value:e}".partition("e")[2]) if value else 0
 
 
 def format_bytes_per_s(rate: float) -> str:
-    """Decimal, as data sheets give it: '12.9 GB/s', '3.12 MB/s'."""
+    """Write a rate in decimal units, as data sheets do: '12.9 GB/s', '3.12 MB/s'."""
     return (
         f"{format_number(rate / 1e9)} GB/s" if rate >= 1e8 else f"{format_number(rate / 1e6)} MB/s"
     )

@@ -143,11 +143,11 @@ class MlflowStore:
         return self._selection(f"commit {commit[:7]}", found, whole=False)
 
     def has_experiment(self, name: str) -> bool:
-        """True where an active experiment has this name."""
+        """Tell if an active experiment has this name."""
         return name in self._experiments.values()
 
     def has_run(self, run_id: str) -> bool:
-        """True where a run has this id."""
+        """Tell if a run has this id."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -169,7 +169,7 @@ class MlflowStore:
         return ids
 
     def _newest(self, ids: list[str]) -> tuple[str, list[Found]]:
-        """The newest sweep or grid of plans; without one, the experiment of the newest run."""
+        """Return the newest sweep or grid of plans; else the newest run's experiment."""
         for wanted in (
             f"tags.`zinfer.role` = '{SWEEP_ROLE}'",
             f"tags.`zinfer.role` = '{GRID_ROLE}'",
@@ -185,7 +185,7 @@ class MlflowStore:
         raise ReportError(f"no run of zinfer is in {redact(self.uri)} yet. {MEASURE}")
 
     def _family(self, run_id: str, where: str | None) -> tuple[str, list[Found]]:
-        """A sweep's parent with all its jobs, reused ones included; a run without jobs alone."""
+        """Return a sweep's parent with all its jobs, reused ones too; a run without jobs alone."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -206,7 +206,7 @@ class MlflowStore:
         return f"run {name}", [parent]
 
     def _by_id(self, run_ids: list[str], where: str | None) -> list[Found]:
-        """Runs by their ids, from whatever experiment; ids that are gone are left out."""
+        """Return runs by their ids, from whatever experiment; ids that are gone are left out."""
         found = []
         for start in range(0, len(run_ids), IDS_PER_REQUEST):
             quoted = ", ".join(f"'{one}'" for one in run_ids[start : start + IDS_PER_REQUEST])
@@ -308,7 +308,7 @@ class MlflowStore:
             return tuple(sorted((point.step, point.value) for point in points))
 
     def _artifact(self, run: Run, name: str) -> Json | None:
-        """A JSON artifact; None where it was never logged, or its store is out of reach."""
+        """Return a JSON artifact; None where it was never logged, or its store is out of reach."""
         if run.url is None:
             return None
         from mlflow.exceptions import MlflowException
@@ -343,7 +343,7 @@ def _foreign_notes(foreign: list[Found]) -> list[str]:
 
 
 def _grid_notes(grids: list[Found], plans: list[Run]) -> list[str]:
-    """Grids whose points were not stored one by one have only their table."""
+    """Say which grids have only their table, because their points were not stored one by one."""
     read = {run.tags.get("zinfer.grid") for run in plans}
     unread = [item for item in grids if item.info.run_id not in read]
     if not unread:

@@ -17,7 +17,7 @@ JOBS_TAGS = re.compile(r"zinfer\.jobs(\.\d+)?")
 
 
 def reused_ids(tags: Mapping[str, str]) -> set[str]:
-    """Ids of the runs that the sweep consists of, as its own run and its folder list them.
+    """Return the ids of a sweep's runs, as its own run and its folder list them.
 
     Args:
         tags: of the sweep's run. Without a readable zinfer.jobs, the sweep's folder is asked,
@@ -34,7 +34,7 @@ def reused_ids(tags: Mapping[str, str]) -> set[str]:
 
 
 def _listed(text: str) -> list[Mapping[str, object]]:
-    """A list of objects out of JSON that a store returned; a tag that was cut off says nothing."""
+    """Return a list of objects out of a store's JSON; none where a tag was cut off."""
     try:
         jobs = json.loads(text)
     except ValueError:
@@ -43,7 +43,7 @@ def _listed(text: str) -> list[Mapping[str, object]]:
 
 
 def sweep_folder(tags: Mapping[str, str]) -> Path | None:
-    """The sweep's folder; None where it is not on this machine."""
+    """Return the sweep's folder; None where it is not on this machine."""
     given = tags.get("zinfer.sweep_dir")
     return Path(given) if given and Path(given).is_dir() else None
 

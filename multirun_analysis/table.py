@@ -80,13 +80,13 @@ class Table:
         )
 
     def aligned(self, row: Sequence[Cell], index: int) -> str:
-        """The cell's text, filled up so that right-aligned numbers meet at the decimal point."""
+        """Fill up the cell's text so that right-aligned numbers meet at the decimal point."""
         missing = self.fraction_widths[index] - len(row[index].fraction)
         return row[index].text + " " * missing * self.columns[index].number
 
 
 def text_cell(text: object, kind: str | None = None, url: str | None = None) -> Cell:
-    """Text that sorts as itself; '-' for None."""
+    """Make a cell of text that sorts as itself; '-' for None."""
     return Cell(
         text="-" if text is None else str(text),
         value=None if text is None else str(text),
@@ -96,17 +96,17 @@ def text_cell(text: object, kind: str | None = None, url: str | None = None) -> 
 
 
 def number_cell(value: float | None, scale: float = 1.0, digits: int = 3) -> Cell:
-    """A number; `scale` divides what people see, and CSV keeps the metric's own unit."""
+    """Make a cell of a number; `scale` divides what people see, CSV keeps the metric's unit."""
     return Cell(text=format_number(None if value is None else value / scale, digits), value=value)
 
 
 def whole_cell(value: int | None) -> Cell:
-    """A count."""
+    """Make a cell of a count."""
     return Cell(text="-" if value is None else str(value), value=value)
 
 
 def spread_cells(spread: Spread | None, scale: float = 1.0) -> tuple[Cell, Cell, Cell]:
-    """Median ± standard deviation for people; median, standard deviation and count for CSV."""
+    """Make cells: median ± deviation for people; median, deviation and count for CSV."""
     shown = None if spread is None else scaled(spread, 1 / scale)
     median = Cell(text=format_spread(shown), value=spread.median if spread else None)
     return (
@@ -117,7 +117,7 @@ def spread_cells(spread: Spread | None, scale: float = 1.0) -> tuple[Cell, Cell,
 
 
 def spread_columns(key: str, head: str, help_: str) -> tuple[Column, Column, Column]:
-    """The columns of `spread_cells`."""
+    """Return the columns of `spread_cells`."""
     return (
         Column(key=key, head=head, number=True, help=help_),
         Column(key=f"{key}_stddev", head="", number=True, csv_only=True),

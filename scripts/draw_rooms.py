@@ -34,7 +34,7 @@ def rooms() -> list[str]:
 
 
 def imports(names: list[str]) -> dict[str, set[str]]:
-    """For each room, the rooms that its modules import from."""
+    """Return for each room the rooms that its modules import from."""
     graph = grimp.build_graph("zinfer", exclude_type_checking_imports=True, cache_dir=None)
     found: dict[str, set[str]] = {name: set() for name in names}
     for module in graph.modules:

@@ -42,7 +42,7 @@ COLOURS = 64
 
 
 def main(uri: str, folder: Path) -> None:
-    """Every picture."""
+    """Take every picture."""
     folder.mkdir(parents=True, exist_ok=True)
     selection = read_mlflow(uri)
     server, address = start_server(uri)
@@ -58,7 +58,7 @@ def main(uri: str, folder: Path) -> None:
 
 
 def take(browser: Any, address: str, selection: Selection, folder: Path) -> None:
-    """The list of runs, the charts and the compare page."""
+    """Take the list of runs, the charts and the compare page."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
@@ -106,7 +106,7 @@ def take(browser: Any, address: str, selection: Selection, folder: Path) -> None
 
 
 def start_server(uri: str) -> tuple[subprocess.Popen[bytes], str]:
-    """One small server process, and its address once it answers."""
+    """Start a small server process; return it and its address once it answers."""
     port = free_port()
     command = [
         sys.executable,
@@ -143,7 +143,7 @@ def start_server(uri: str) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def open_browser() -> Any:
-    """A headless Chromium of one size."""
+    """Open a headless Chromium of one size."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -178,7 +178,7 @@ def show(browser: Any, url: str, text: str) -> None:
 
 
 def save(browser: Any, path: Path) -> None:
-    """As a small PNG."""
+    """Save a small PNG."""
     from PIL import Image
 
     browser.save_screenshot(str(path))

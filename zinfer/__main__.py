@@ -93,7 +93,7 @@ def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
 
 
 def format_of(composed: DictConfig) -> str:
-    """`format`, also of a tree that has not been checked: text where it says nothing readable."""
+    """Return `format`, also of an unchecked tree: text where it says nothing readable."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -133,7 +133,7 @@ class Plan:
         return self.planned.deepspeed_json()
 
     def document(self) -> Json:
-        """The plan as `zinfer task=plan format=json` prints it."""
+        """Return the plan as `zinfer task=plan format=json` prints it."""
         return self.planned.document()
 
 

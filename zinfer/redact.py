@@ -122,7 +122,7 @@ def redact_text(text: str, secrets: Mapping[str, str]) -> str:
 
 
 def _hidden_credentials(found: re.Match[str]) -> str:
-    """`${oc.env:NAME}@` names a secret and has none."""
+    """Hide the credentials of a URL; a name such as `${oc.env:NAME}@` is none."""
     return found.group() if "${" in found.group() else f"{HIDDEN}@"
 
 
@@ -140,7 +140,7 @@ def _redact(value: Any, secrets: Mapping[str, str]) -> Any:
 
 
 def _redact_named(name: str, value: Any, secrets: Mapping[str, str]) -> Any:
-    """A value whose key says that it is a secret, with all that is below it."""
+    """Hide a value whose key says that it is a secret, with all that is below it."""
     return _hide_all(value) if SECRET_KEY.search(name) else _redact(value, secrets)
 
 
@@ -153,7 +153,7 @@ def _hide_all(value: Any) -> Any:
 
 
 def _uri_passwords(uri: str) -> list[str]:
-    """The password of a URI, as written and unquoted."""
+    """Return the password of a URI, as written and unquoted."""
     try:
         password = urlsplit(uri).password
     except ValueError:

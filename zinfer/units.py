@@ -9,7 +9,7 @@ TIB = 1 << 40
 
 
 def format_bytes(count: float | None) -> str:
-    """Bytes for people, in binary units: '1.5 GiB'; unknown is '-'."""
+    """Write bytes for people, in binary units: '1.5 GiB'; unknown is '-'."""
     if count is None:
         return "-"
     for size, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
@@ -19,7 +19,7 @@ def format_bytes(count: float | None) -> str:
 
 
 def format_rate(bytes_per_s: float | None) -> str:
-    """Bytes per second in decimal units, as data sheets give them: '13.0 GB/s'; unknown is '-'."""
+    """Write bytes per second in decimal units, as data sheets do: '13.0 GB/s'; unknown is '-'."""
     return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.2f} GB/s"
 
 
@@ -65,7 +65,7 @@ def _long_duration(seconds: int) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """Three significant digits without an exponent, for values from 1 to 1000."""
+    """Write three significant digits without an exponent, for values from 1 to 1000."""
     rounded = float(f"{value:.3g}")
     decimals = 2 if abs(rounded) < 10 else 1 if abs(rounded) < 100 else 0
     return f"{rounded:.{decimals}f}"

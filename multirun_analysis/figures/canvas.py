@@ -97,7 +97,7 @@ class Canvas:
         self._style.__exit__(*error)
 
     def axes(self, height: float = 1.0) -> Any:
-        """Axes of a new drawing; `height` in panels."""
+        """Return the axes of a new drawing; `height` in panels."""
         from matplotlib.figure import Figure as Drawing
 
         width, tall = PANEL_INCHES
@@ -127,7 +127,7 @@ class Canvas:
         return Panel(name=name, title=title, svg=in_page(svg, title))
 
     def _free_name(self, name: str) -> str:
-        """Two names that differ in forbidden characters only must not become one file."""
+        """Return a free name: two that differ in forbidden characters must not become one file."""
         taken = sum(known == name for known in self._names)
         self._names.append(name)
         return f"{name}-{taken + 1}" if taken else name
@@ -139,13 +139,13 @@ def file_name(text: str) -> str:
 
 
 def short(text: str, characters: int = LABEL_CHARACTERS) -> str:
-    """Text for a drawing: without control characters, cut off where it would not fit."""
+    """Fit a text into a drawing: without control characters, cut off where it is too long."""
     text = printable(text)
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def on_paper(svg: str) -> str:
-    """A standalone file: on white."""
+    """Write a standalone file: on white."""
     end = svg.index(">") + 1
     return (
         '<?xml version="1.0" encoding="utf-8"?>\n'

@@ -34,23 +34,23 @@ def leaders(groups: Sequence[Named]) -> list[tuple[str, Configuration]]:
 
 
 def series_of(group: Group) -> list[tuple[str, str]]:
-    """(place, type) of the weights of all configurations, the fastest place first."""
+    """Return (place, type) of the weights of all configurations, the fastest place first."""
     found = {(item.offload, item.dtype) for item in group}
     return sorted(found, key=lambda key: (offload_order(key[0]), key[1]))
 
 
 def series_name(item: Configuration) -> str:
-    """'NVMe, int4'."""
+    """Say 'NVMe, int4'."""
     return f"{WEIGHTS_ON.get(item.offload, short(item.offload))}, {item.dtype}"
 
 
 def colour_of(offload: str) -> str:
-    """A colour for each place of the weights."""
+    """Return a colour for each place of the weights."""
     return OFFLOAD_COLOURS.get(offload, COLOURS[3])
 
 
 def circumstances(found: Iterable[Configuration]) -> str:
-    """'NVIDIA RTX A6000; dummy weights; commit a1b2c3d; 512 + 32 prompt + new tokens.'"""
+    """Say 'NVIDIA RTX A6000; dummy weights; commit a1b2c3d; 512 + 32 prompt + new tokens.'"""
     found = list(found)
     contexts = [item.context for item in found]
     lengths = sorted({f"{prompt} + {new}" for prompt, new in (item.workload for item in found)})
@@ -66,10 +66,10 @@ def circumstances(found: Iterable[Configuration]) -> str:
 
 
 def left_out(shown: Sequence[object], limit: int, what: str) -> str:
-    """' 3 more models are in the tables.', or nothing."""
+    """Say ' 3 more models are in the tables.', or nothing."""
     return f" {len(shown) - limit} more {what} are in the tables." if len(shown) > limit else ""
 
 
 def everything(groups: Sequence[Named]) -> list[Configuration]:
-    """All configurations of all groups."""
+    """Return all configurations of all groups."""
     return [item for _, group in groups for item in group]

@@ -111,7 +111,7 @@ def step_time(canvas: Canvas, chosen: Sequence[tuple[str, Configuration]]) -> Fi
 
 
 def phase_seconds(item: Configuration) -> tuple[float, ...]:
-    """(prefill, decode) seconds of one generation."""
+    """Return (prefill, decode) seconds of one generation."""
     prefill, total = item.value("prefill_s") or 0.0, item.value("total_s") or 0.0
     return prefill, max(0.0, total - prefill)
 

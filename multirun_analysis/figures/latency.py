@@ -87,7 +87,7 @@ def _panel(
 
 
 def _usual(values: Sequence[float]) -> list[float]:
-    """The values between the 2nd and the 98th percentile: a frame around them hides no trend."""
+    """Return values between the 2nd and the 98th percentile: a frame around them hides no trend."""
     ordered = sorted(values)
     cut = len(ordered) // 50
     return ordered[cut : len(ordered) - cut]

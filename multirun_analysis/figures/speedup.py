@@ -103,6 +103,6 @@ def _median(item: Ratio) -> float:
 
 
 def _row_key(item: Configuration, names: Sequence[str]) -> RowKey:
-    """Sorts batches as numbers."""
+    """Sort batches as numbers."""
     values = (item.chosen(name) for name in names)
     return tuple((int(value) if value.isdecimal() else 0, value) for value in values)

@@ -53,7 +53,7 @@ def throughput(canvas: Canvas, groups: Sequence[Named]) -> Figure:
 
 
 def _is_single(group: Group) -> bool:
-    """One batch was measured: a line over batches would be a column of points."""
+    """Tell if one batch was measured: a line over batches would be a column of points."""
     return len({item.batch_size for item in group if item.measured}) <= 1
 
 
@@ -132,7 +132,7 @@ def _lines(canvas: Canvas, label: str, group: Group) -> Panel:
 
 
 def _fastest_by_batch(found: Group) -> dict[int, Configuration]:
-    """Batch -> its fastest measured configuration."""
+    """Map each batch to its fastest measured configuration."""
     fastest: dict[int, Configuration] = {}
     for item in sorted((item for item in found if item.measured), key=lambda item: item.rate):
         fastest[item.batch_size or 0] = item

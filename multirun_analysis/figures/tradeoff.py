@@ -40,7 +40,7 @@ def latency_tradeoff(canvas: Canvas, groups: Sequence[Named]) -> Figure:
 
 
 def memory_bytes(item: Configuration) -> float | None:
-    """Memory that limits a configuration: the device's, or without one the host's, in bytes."""
+    """Return the bytes of the memory that limits it: the device's, or without one the host's."""
     device = item.value("peak_device_reserved_bytes")
     return device if device else item.value("peak_host_rss_bytes")
 

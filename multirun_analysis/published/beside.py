@@ -43,7 +43,7 @@ class Comparison:
 
 
 def planned_rate(item: Comparison, kind: Literal["ceiling", "predicted"]) -> float | None:
-    """Tokens/s that the plan allows or predicts, in the published row's own terms."""
+    """Return the tokens/s that the plan allows or predicts, in the published row's own terms."""
     planned, row = item.planned, item.published
     if planned is None:
         return None
@@ -58,7 +58,7 @@ def _ranks(item: Configuration) -> int:
 
 
 def relevant(found: Sequence[Configuration]) -> tuple[Published, ...]:
-    """Published speeds of the models that were run or planned here.
+    """Return the published speeds of the models that were run or planned here.
 
     Tables that a preset names in its tags (published.source, published.table) are there whole.
     """
@@ -143,14 +143,14 @@ def _attempt(same: Sequence[Configuration]) -> str | None:
 
 
 def _distance(item: Configuration, row: Published) -> tuple[int, float]:
-    """Equal lengths first, then the nearest batch; among equals the faster."""
+    """Sort by equal lengths first, then the nearest batch; among equals the faster."""
     lengths = (item.workload != (row.prompt_tokens, row.new_tokens)) + 0
     batch = abs(_row_batch(item, row) - (row.batch_size or 0))
     return lengths, batch - item.rate * 1e-9
 
 
 def _row_batch(item: Configuration, row: Published) -> int:
-    """The measured batch, counted as the published row counts."""
+    """Return the measured batch, counted as the published row counts."""
     return (item.batch_size or 0) // (_ranks(item) if row.metric == DECODE_ONLY else 1)
 
 

@@ -104,7 +104,7 @@ def _known(tree: Mapping[str, object], key: str) -> float | None:
 
 
 def ceiling_bytes_per_s(row: Published) -> float | None:
-    """The most that the published box can stream, each share of the weights over its own path.
+    """Return the most that the box can stream, each share of the weights over its own path.
 
     Everything crosses the link to the device; what lies on NVMe crosses the disk too. None when a
     bandwidth that matters is not known.
@@ -146,6 +146,6 @@ def explanation(row: Published) -> str | None:
 
 
 def rounding(row: Published) -> float:
-    """Half a unit of the last printed digit, as a share: 0.5 for 0.01, 0.013 for 0.38."""
+    """Return half a unit of the last digit, as a share: 0.5 for 0.01, 0.013 for 0.38."""
     decimals = len(row.text.partition(".")[2])
     return 0.5 * 10**-decimals / row.value if row.value else 0.0

@@ -197,7 +197,7 @@ def streamed_shares(location: str) -> Mapping[str, float] | None:
 
 @cache
 def read_published() -> tuple[Published, ...]:
-    """Every row of the collection, in its order."""
+    """Return every row of the collection, in its order."""
     text = resources.files("multirun_analysis").joinpath("data/published_results.csv").read_text()
     return tuple(_published(row) for row in csv.DictReader(text.splitlines()))
 

@@ -13,13 +13,13 @@ Measure = tuple[Column, Callable[[Configuration], Cell]]
 
 
 def choice_cell(item: Configuration, choice: str) -> Cell:
-    """A choice as it sorts: numbers as numbers."""
+    """Make a cell of a choice that sorts numbers as numbers."""
     value, number = item.chosen(choice), item.number(choice)
     return Cell(text=value, value=number if number is not None else None if value == "-" else value)
 
 
 def choice_columns(choices: Sequence[str]) -> tuple[Column, ...]:
-    """One column for each choice, under its label."""
+    """Return one column for each choice, under its label."""
     return tuple(
         Column(key=choice, head=LABELS.get(choice, choice), number=choice in NUMBERS)
         for choice in choices
@@ -36,7 +36,7 @@ def metric(
     screen_only: bool = False,
     optional: bool = False,
 ) -> Measure:
-    """A metric in the unit that `scale` makes of it."""
+    """Return a metric in the unit that `scale` makes of it."""
     column = Column(
         key=key, head=head, number=True, help=help_, screen_only=screen_only, optional=optional
     )

@@ -53,7 +53,7 @@ def config_to_shown(config: RunConfig) -> dict[str, Any]:
 
 
 def config_to_stored(config: RunConfig) -> dict[str, Any]:
-    """The same for a file that config_from_stored reads: other text with `${` is marked as text."""
+    """Do the same for a file that config_from_stored reads: mark other text with `${` as text."""
     return with_texts(escaped(config_to_tree(config)), config.from_environment)
 
 
@@ -70,7 +70,7 @@ def config_from_stored(tree: Mapping[Any, Any]) -> RunConfig:
 
 
 def _checked(reading: Reading) -> RunConfig:
-    """The configuration, or ConfigError with the problems of all layers together.
+    """Return the configuration, or raise ConfigError with the problems of all layers together.
 
     A wrong value is replaced by one that is right in itself, so that the next layer can be checked
     too; what that layer says of replaced settings is left out.
@@ -100,7 +100,7 @@ def _checked(reading: Reading) -> RunConfig:
 
 
 def _given(detail: Any, reading: Reading) -> str:
-    """The wrong value as people typed it, and as it may be shown."""
+    """Return the wrong value as people typed it, and as it may be shown."""
     path, value = tuple(detail["loc"]), detail.get("input")
     if path in reading.from_environment:
         return reading.from_environment[path]
@@ -126,5 +126,5 @@ def _replace(path: tuple[Any, ...], detail: Any, tree: dict[str, Any]) -> None:
 
 
 def _concerns(name: str, replaced: set[str]) -> bool:
-    """True when the setting, or one of its group, was replaced."""
+    """Tell if the setting, or one of its group, was replaced."""
     return name in replaced or any(other.startswith(f"{name}.") for other in replaced)

@@ -30,12 +30,12 @@ def normalised(arguments: list[str]) -> list[str]:
 
 
 def wants_json(arguments: list[str]) -> bool:
-    """True when format=json is asked for, before anything is composed."""
+    """Tell if format=json is asked for, before anything is composed."""
     return any(argument.lstrip("+") == "format=json" for argument in arguments)
 
 
 def argument_problems(arguments: list[str]) -> list[str]:
-    """Flags that Hydra does not have, or that are not used as it wants them."""
+    """List flags that Hydra does not have, or that are not used as it wants them."""
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -73,7 +73,7 @@ def composition_problems(error: Exception, arguments: list[str]) -> list[str] | 
 
 
 def overrides_in(arguments: list[str]) -> list[str]:
-    """The overrides among arguments that Hydra can parse."""
+    """Return the overrides among arguments that Hydra can parse."""
     from hydra._internal.utils import get_args_parser
 
     return list(get_args_parser().parse_args(arguments).overrides)
@@ -135,7 +135,7 @@ def _one_of(group: str, options: list[str] | None = None) -> str:
 
 
 def name_of_hub_id(hub_id: str) -> str | None:
-    """The catalogue's name of a model on the hub; None where no file of conf/model names it."""
+    """Return the catalogue's name of a model on the hub; None where no file names it."""
     for path in sorted((Path(conf_dir()) / "model").glob("*.yaml")):
         if re.search(
             rf"(?im)^hub_id:\s*[\"']?{re.escape(hub_id)}[\"']?\s*(#.*)?$", path.read_text()
@@ -162,7 +162,7 @@ def _folder_problem(error: OSError) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Hydra's own words in one line, without its links and hints on how to read a stack."""
+    """Return Hydra's own words in one line, without its links and hints on how to read a stack."""
     override = getattr(error, "override", None)
     said = [f"{override}: {error}" if isinstance(override, str) else str(error)]
     if error.__cause__ is not None and str(error.__cause__) not in said[0]:

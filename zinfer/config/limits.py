@@ -59,7 +59,7 @@ class Limits:
         return value
 
     def nearest(self, value: float) -> float | None:
-        """The bound to try instead; None where a bound of zero or above would mean nothing."""
+        """Return the bound to try instead; None where a bound of zero would mean nothing."""
         if value > self.most:
             return self.most
         return None if self.above else max(self.least, 1)

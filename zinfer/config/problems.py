@@ -152,7 +152,7 @@ def _offload(config: RunConfig) -> Iterator[Problem]:
 
 
 def _paper(config: RunConfig) -> Iterator[Problem]:
-    """zero=paper reproduces published values, so nothing may be changed in it."""
+    """Allow no change in zero=paper, which reproduces published values."""
     if config.zero.derivation != "paper":
         return
     offload = config.offload

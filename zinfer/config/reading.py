@@ -91,7 +91,7 @@ def _mapping(node: DictConfig, path: Keys, reading: Reading, lenient: bool) -> d
 def _value(
     node: DictConfig | ListConfig, key: Any, path: Keys, reading: Reading, lenient: bool
 ) -> Any:
-    """One value, resolved; UNSET after a problem."""
+    """Return one value, resolved; UNSET after a problem."""
     from omegaconf import DictConfig, ListConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -117,7 +117,7 @@ def _value(
 
 
 def _resolved(node: DictConfig | ListConfig, key: Any, path: Keys, reading: Reading) -> Any:
-    """The value of an interpolation. Raises OmegaConf's own errors."""
+    """Return the value of an interpolation. Raise OmegaConf's own errors."""
     from omegaconf import OmegaConf
 
     text = _text(node, key)
@@ -140,7 +140,7 @@ def _resolve_now(found: re.Match[str]) -> str:
 
 
 def _text(node: Any, key: Any) -> str:
-    """A value as it was typed."""
+    """Return a value as it was typed."""
     return str(node._get_node(key)._value())
 
 
@@ -150,7 +150,7 @@ def _unread(reading: Reading, path: Keys, problem: str) -> None:
 
 
 def _problem(name: str, text: str, error: Exception) -> str:
-    """An interpolation that leads nowhere, as a sentence."""
+    """Say in a sentence that an interpolation leads nowhere."""
     absent = [variable for variable in ENVIRONMENT.findall(text) if variable not in os.environ]
     if absent:
         variables = " and ".join(absent)
@@ -183,7 +183,7 @@ def with_texts(tree: dict[str, Any], from_environment: dict[Keys, str]) -> dict[
 
 
 def is_interpolated(tree: Any) -> bool:
-    """True when some text of the tree has a `${`, escaped or not."""
+    """Tell if some text of the tree has a `${`, escaped or not."""
     return any("${" in text for text in _texts(tree))
 
 

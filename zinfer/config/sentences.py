@@ -80,7 +80,7 @@ def no_value(path: tuple[Any, ...]) -> str:
 
 
 def nearest(text: str, known: list[str]) -> str | None:
-    """The known word that is most like this one; None when none is.
+    """Return the known word that is most like this one; None when none is.
 
     Of a dotted name its last part counts too: people type `batchsize` for batch.batch_size.
     """
@@ -95,7 +95,7 @@ def nearest(text: str, known: list[str]) -> str | None:
 
 
 def settings() -> list[str]:
-    """All settings by their dotted names."""
+    """Return all settings by their dotted names."""
     from zinfer.config.run_config import RunConfig
 
     found = []
@@ -108,21 +108,21 @@ def settings() -> list[str]:
 
 
 def default_choice(group: str) -> str:
-    """The choice of a group that conf/config.yaml makes where nobody does; else the first one."""
+    """Return the choice of a group that conf/config.yaml makes; else the first one."""
     text = (Path(conf_dir()) / "config.yaml").read_text()
     found = re.search(rf"(?m)^  - {re.escape(group)}: ([\w.-]+)", text)
     return found.group(1) if found and found.group(1) != "null" else choices_of(group)[0]
 
 
 def groups() -> list[str]:
-    """The names of conf/'s groups."""
+    """Return the names of conf/'s groups."""
     return sorted(
         path.name for path in Path(conf_dir()).iterdir() if path.is_dir() and path.name != "hydra"
     )
 
 
 def choices_of(group: str) -> list[str]:
-    """The choices of a group of conf/, in alphabetical order; empty where it is no group."""
+    """Return the choices of a group of conf/, in alphabetical order; empty where it is no group."""
     return sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
 
 
@@ -132,7 +132,7 @@ def choices_in(expected: str) -> list[str]:
 
 
 def _instead(path: tuple[Any, ...], context: dict[str, Any]) -> str:
-    """A value to set: the bound that was crossed, else the default."""
+    """Return a value to set: the bound that was crossed, else the default."""
     if context.get("instead") is not None:
         return shown(context["instead"])
     default = default_of(path)
@@ -140,7 +140,7 @@ def _instead(path: tuple[Any, ...], context: dict[str, Any]) -> str:
 
 
 def default_of(path: tuple[Any, ...]) -> Any:
-    """Default of a setting; dataclasses.MISSING where it has none."""
+    """Return the default of a setting; dataclasses.MISSING where it has none."""
     from zinfer.config.run_config import RunConfig
 
     kind = get_type_hints(RunConfig).get(str(path[0]))
@@ -151,7 +151,7 @@ def default_of(path: tuple[Any, ...]) -> Any:
 
 
 def usable_value(path: tuple[Any, ...]) -> Any:
-    """Some value that this setting takes; dataclasses.MISSING where none is known."""
+    """Return some value that this setting takes; dataclasses.MISSING where none is known."""
     from zinfer.config.run_config import RunConfig
 
     default = default_of(path)

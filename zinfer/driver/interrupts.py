@@ -47,13 +47,13 @@ class Interrupts:
 
     @classmethod
     def has_insisted(cls) -> bool:
-        """For waits that end at the second signal."""
+        """Tell waits if a second signal has come, which ends them."""
         return cls.insisted
 
     @classmethod
     @contextlib.contextmanager
     def in_order(cls) -> Iterator[None]:
-        """Inside, signals only set `received` and `insisted`."""
+        """Let signals only set `received` and `insisted` inside."""
         cls._deferred += 1
         try:
             yield
@@ -63,7 +63,7 @@ class Interrupts:
     @classmethod
     @contextlib.contextmanager
     def at_once(cls) -> Iterator[None]:
-        """Inside in_order(): a long step that may be left anywhere.
+        """Let a signal leave a long step anywhere, inside in_order().
 
         Raises:
             KeyboardInterrupt: a signal arrives, or has arrived before.

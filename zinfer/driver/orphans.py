@@ -51,7 +51,7 @@ CARE_S = 10.0
 
 
 def close_abandoned(terminal: Terminal, *, within_folder: Path | None = None) -> None:
-    """Care for every folder that a killed driver left on this machine; one sentence for each.
+    """Close every folder that a killed driver left on this machine; return a sentence for each.
 
     Args:
         within_folder: only those inside it.
@@ -83,7 +83,7 @@ def close_abandoned(terminal: Terminal, *, within_folder: Path | None = None) ->
 
 
 def close_folder(folder: Path, kind: str, terminal: Terminal) -> bool:
-    """Care for one folder. False where its run could not be closed yet, which is said."""
+    """Close one folder. Return False where its run could not be closed yet, which is said."""
     try:
         if kind == "sweep":
             close_sweep(folder)

@@ -241,7 +241,7 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout_s: float | None) -> Deadline:
-        """So many seconds from now."""
+        """Return the time so many seconds from now."""
         return cls(None if timeout_s is None else time.monotonic() + timeout_s)
 
     def is_over(self) -> bool:

@@ -94,7 +94,7 @@ def is_built(source: Path) -> bool:
 
 
 def _compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first of the usual names."""
+    """Return the C++ compiler: $CXX, or the first of the usual names."""
     named = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((name for name in named if name and shutil.which(name)), None)
 

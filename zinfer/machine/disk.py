@@ -24,7 +24,7 @@ class Mount:
 
 
 def mounts(root: Path = ROOT) -> Iterator[Mount]:
-    """Every mount that this process sees, in the order in which they were made."""
+    """Return every mount that this process sees, in the order in which they were made."""
     for line in read_text(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         fields, after = left.split(), right.split(" ")

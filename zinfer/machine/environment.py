@@ -102,7 +102,7 @@ def hardware_fingerprint(env: Json) -> str:
 
 
 def package_versions() -> Json:
-    """Installed versions by distribution name; packages that are not installed are absent."""
+    """Return the installed versions by name; packages that are not installed are absent."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -235,7 +235,7 @@ def disk_facts(nvme_path: Path) -> Json:
 
 
 def ulimits() -> Json:
-    """Soft limits of this process; None for unlimited."""
+    """Return the soft limits of this process; None for unlimited."""
     names = {
         "memlock_bytes": resource.RLIMIT_MEMLOCK,
         "open_files": resource.RLIMIT_NOFILE,
@@ -257,7 +257,7 @@ def container_facts(root: Path = reading.ROOT) -> Json:
 
 
 def container_kind(variables: Any, root: Path = reading.ROOT) -> str | None:
-    """docker, podman, kubernetes or slurm; None outside of any that is known."""
+    """Return docker, podman, kubernetes or slurm; None outside of any that is known."""
     if "KUBERNETES_SERVICE_HOST" in variables:
         return "kubernetes"
     if (root / ".dockerenv").exists():

@@ -99,7 +99,7 @@ def chosen_accelerator(config: HardwareConfig) -> str:
 
 
 def nvidia_gpus() -> list[Gpu]:
-    """Every GPU that nvidia-smi lists; none where there is no nvidia-smi or no driver.
+    """Return each GPU that nvidia-smi lists; none without nvidia-smi or a driver.
 
     Raises:
         ValueError: nvidia-smi fails in another way, or hangs. Running on the CPU instead would

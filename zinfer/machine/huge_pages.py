@@ -20,7 +20,7 @@ SIZE_FILE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
 def huge_page_bytes() -> int | None:
-    """Bytes of one huge page; None where the kernel has none."""
+    """Return the bytes of one huge page; None where the kernel has none."""
     try:
         return int(SIZE_FILE.read_text())
     except (OSError, ValueError):

@@ -16,14 +16,14 @@ CAP_IPC_LOCK = 14
 
 
 def host_total_bytes(root: Path = ROOT) -> int | None:
-    """Memory of the machine, or the smallest limit of the cgroups around this process."""
+    """Return the machine's memory, or the smallest limit of the cgroups around this process."""
     return least(
         _meminfo_bytes(root, "MemTotal"), *(group.limit_bytes for group in memory_cgroups(root))
     )
 
 
 def host_available_bytes(root: Path = ROOT) -> int | None:
-    """Bytes that can be allocated without swapping.
+    """Return the bytes that can be allocated without swapping.
 
     That is MemAvailable, or less where a cgroup at any level up the tree leaves less.
     """
@@ -105,5 +105,5 @@ def _memory_stat(folder: Path) -> str:
 
 
 def rounded_gib(count: int | None) -> int | None:
-    """Whole GiB, for naming machines."""
+    """Return the whole GiB, for naming machines."""
     return None if count is None else round(count / GIB)

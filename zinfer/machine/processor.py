@@ -21,7 +21,7 @@ def cpu_model_name(root: Path = ROOT) -> str | None:
 
 
 def cpu_flags(root: Path = ROOT) -> frozenset[str]:
-    """Instruction set extensions of the first core: `flags` on x86, `Features` on Arm."""
+    """Return the extensions of the first core: `flags` on x86, `Features` on Arm."""
     found = re.search(
         r"^(?:flags|Features)\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE
     )
@@ -59,7 +59,7 @@ def instruction_sets(flags: frozenset[str]) -> str | None:
 
 
 def emulated_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
-    """Types that the processor takes but has no arithmetic for. Empty where no flags are known."""
+    """Return the types that the processor emulates. Empty where no flags are known."""
     return ("bfloat16",) if flags and not flags & BFLOAT16_ARITHMETIC else ()
 
 

@@ -8,7 +8,7 @@ ROOT = Path("/")
 
 
 def read_text(path: Path) -> str:
-    """Text of a small system file, empty where there is none."""
+    """Return the text of a small system file, empty where there is none."""
     try:
         return path.read_text(errors="replace")
     except OSError:

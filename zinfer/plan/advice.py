@@ -76,7 +76,7 @@ def suggestions(run: Planned, largest_batch: int | None) -> list[Suggestion]:
 
 
 def gain_of(better: Prediction, than: Prediction) -> float | None:
-    """Ratio of tokens/s: predicted, or of ceilings where neither is predicted.
+    """Return the ratio of tokens/s: predicted, or of ceilings where neither is predicted.
 
     None: only one of the two is predicted, or nothing is known.
     """
@@ -87,7 +87,7 @@ def gain_of(better: Prediction, than: Prediction) -> float | None:
 
 
 def _runs(run: Planned) -> bool:
-    """False where the device does not compute in the type or DeepSpeed's buffers are too few."""
+    """Tell if the device computes in the type and DeepSpeed's buffers are enough."""
     if run.spec.dtype not in run.hardware.device_dtypes:
         return False
     if run.config.offload.device != "nvme":
@@ -102,7 +102,7 @@ def _runs(run: Planned) -> bool:
 
 
 def with_offload(config: RunConfig, device: Any) -> RunConfig:
-    """The same run with its weights elsewhere."""
+    """Return the same run with its weights elsewhere."""
     offload = replace(
         config.offload,
         device=device,
@@ -139,7 +139,7 @@ def candidates(run: Planned, largest_batch: int | None) -> Iterator[tuple[str, R
 
 
 def _other_offloads(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Weights on another tier, or page-locked."""
+    """Return the weights on another tier, or page-locked."""
     if engine_of(config).offloads_to:
         for device in engine_of(config).places:
             if device != config.offload.device:
@@ -152,7 +152,7 @@ def _other_offloads(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 
 def _other_dtypes(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Weights in fewer bits."""
+    """Return the weights in fewer bits."""
     if config.dtype.bits is None and spec.dtype == "float32":
         half = replace(config.dtype, weights="bfloat16", compute="bfloat16")
         yield "dtype=bfloat16", replace(config, dtype=half)

@@ -27,5 +27,5 @@ BINDING_WORDS: dict[str, str] = {
 
 
 def binding_words(name: str | None) -> str:
-    """The words for what binds; '-' where nothing is known."""
+    """Return the words for what binds; '-' where nothing is known."""
     return "-" if name is None else BINDING_WORDS.get(name, name)

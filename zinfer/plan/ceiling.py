@@ -146,7 +146,7 @@ def _is_position_table(parameter: Parameter) -> bool:
 
 
 def touched_experts(spec: ModelSpec, tokens: int) -> float:
-    """Number of distinct experts of a layer that `tokens` tokens use, on average.
+    """Return the number of distinct experts of a layer that `tokens` tokens use, on average.
 
     Each token chooses k of E experts evenly and independently: E * (1 - (1 - k/E)^tokens).
     """
@@ -157,7 +157,7 @@ def touched_experts(spec: ModelSpec, tokens: int) -> float:
 
 
 def pass_flops(spec: ModelSpec, rows: int, new: int, context: float, *, on_host: int = 0) -> float:
-    """Operations of one forward pass: `new` tokens of each of `rows` sequences.
+    """Return the operations of one forward pass: `new` tokens of each of `rows` sequences.
 
     Each token attends to `context` tokens. Two operations for each weight and token, and
     4 * heads * head_dim for each pair of tokens and layer (queries by keys, weights by values).
@@ -177,7 +177,7 @@ def pass_flops(spec: ModelSpec, rows: int, new: int, context: float, *, on_host:
 
 
 def touched_weight_bytes(spec: ModelSpec, tokens: int, itemsize_bytes: float) -> float:
-    """Bytes of weights that a pass of so many tokens reads from device memory.
+    """Return the bytes of weights that a pass of so many tokens reads from device memory.
 
     Of routed experts only those that it touches.
     """
@@ -237,7 +237,7 @@ def _bounded(demand: Demand, rates: Mapping[Resource, float | None]) -> PhaseCei
 
 
 def resource_rates(spec: ModelSpec, hardware: Hardware) -> dict[Resource, float | None]:
-    """Operations or bytes per second of each resource. None: unknown.
+    """Return the operations or bytes per second of each resource. None: unknown.
 
     On a machine without an accelerator device memory is host memory.
     """
@@ -303,7 +303,7 @@ def ceiling(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Ceiling:
 
 
 def _bytes_per_token(demand: Demand, rows: int) -> dict[Resource, float]:
-    """One rank's bytes of a decode step, shared among the rows that it serves."""
+    """Return one rank's bytes of a decode step, shared among the rows that it serves."""
     moved: dict[Resource, float] = {
         "device_memory": demand.device_memory_bytes,
         "host_device_link": demand.host_device_link_bytes,
@@ -314,7 +314,7 @@ def _bytes_per_token(demand: Demand, rows: int) -> dict[Resource, float]:
 
 
 def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: bool) -> int:
-    """Bytes of weights that one forward pass fetches from below the device, all ranks.
+    """Return the bytes of weights that one forward pass fetches from below the device, all ranks.
 
     Experts are fetched whole, used or not: a layer's experts are one parameter.
     """
@@ -332,7 +332,7 @@ def streamed_bytes(config: RunConfig, layout: ZeroLayout, *, device_is_host: boo
 def implied_bandwidth_bytes_per_s(
     weight_bytes: float, tokens_per_s: float, batch_size: int
 ) -> float:
-    """Bandwidth at which weights must have been streamed for this throughput.
+    """Return the bandwidth at which weights must have been streamed for this throughput.
 
     Every pass of the batch reads them once and adds a token to each row.
     """

@@ -21,12 +21,12 @@ STAGING_SHARE = 0.25
 
 
 def derive(config: RunConfig, spec: ModelSpec, hardware: Hardware) -> Json:
-    """The DeepSpeed configuration of this run on this hardware."""
+    """Return the DeepSpeed configuration of this run on this hardware."""
     return deepspeed_json(config, spec, staging_limit_bytes=staging_limit_bytes(config, hardware))
 
 
 def staging_limit_bytes(config: RunConfig, hardware: Hardware) -> int | None:
-    """Bytes that one rank's tuned NVMe buffers may page-lock. None: host memory is unknown."""
+    """Return the bytes that a rank's tuned NVMe buffers may lock. None: unknown host memory."""
     host, locked = hardware.host_available_bytes, hardware.memlock_limit_bytes
     limits = [] if host is None else [int(host * STAGING_SHARE)]
     limits += [] if locked is None else [locked]
@@ -36,7 +36,7 @@ def staging_limit_bytes(config: RunConfig, hardware: Hardware) -> int | None:
 def deepspeed_json(
     config: RunConfig, spec: ModelSpec, *, staging_limit_bytes: int | None = None
 ) -> Json:
-    """The DeepSpeed configuration of this run.
+    """Return the DeepSpeed configuration of this run.
 
     Args:
         staging_limit_bytes: page-locked memory per rank that tuned NVMe buffers may use. They are
@@ -48,7 +48,7 @@ def deepspeed_json(
 
 
 def _paper(config: RunConfig, spec: ModelSpec) -> Json:
-    """The published derivation, key for key.
+    """Return the published derivation, key for key.
 
     Source: DeepSpeedExamples, inference/huggingface/zero_inference/run_model.py, get_ds_model and
     utils.get_quant_config.
@@ -169,7 +169,7 @@ def _persistence_threshold(config: RunConfig, spec: ModelSpec, layout: ZeroLayou
 
 
 def leaf_layers(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None = None) -> bool:
-    """True where a decoder layer is one leaf of ZeRO-3: fetched and released as a whole.
+    """Tell if a decoder layer is one leaf of ZeRO-3: fetched and released as a whole.
 
     Not where experts are modules of their own (all of them would be fetched, used or not), not for
     quantised weights, and not where the NVMe buffers hold less than a layer.
@@ -210,7 +210,7 @@ def _buffer_numel(config: RunConfig, layout: ZeroLayout) -> int:
 def _buffer_count(
     config: RunConfig, layout: ZeroLayout, spec: ModelSpec, staging_limit_bytes: int | None
 ) -> int:
-    """The number given, else two layers' worth within the limit, never fewer than work."""
+    """Return the given number, else two layers' worth within the limit, never too few to work."""
     if config.offload.buffer_count is not None:
         return config.offload.buffer_count
     least = min_buffer_count(

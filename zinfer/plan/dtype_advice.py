@@ -19,12 +19,12 @@ NOTICED_GAIN = 1.25
 
 
 def with_dtype(config: RunConfig, dtype: Any) -> RunConfig:
-    """The same run with its weights stored and computed in this float type."""
+    """Return the same run with its weights stored and computed in this float type."""
     return replace(config, dtype=replace(config.dtype, weights=dtype, compute=dtype))
 
 
 def faster_dtypes(run: Planned) -> list[str]:
-    """Other float types worth trying: this machine has arithmetic for them, and the run fits."""
+    """Return other float types worth trying: the machine computes in them, and the run fits."""
     if run.config.dtype.bits is not None or not run.hardware.device_is_host:
         return []
     others = (kind for kind in run.hardware.device_dtypes if kind != run.spec.dtype)
@@ -49,7 +49,7 @@ def dtype_warnings(run: Planned) -> Iterator[str]:
 
 
 def _planned_in(run: Planned, dtype: str) -> Planned:
-    """The same run, computed in another type."""
+    """Return the same run, computed in another type."""
     changed = with_dtype(run.config, dtype)
     return plan_run(changed, run.hardware, replace(run.spec, dtype=dtype))
 

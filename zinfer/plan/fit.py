@@ -50,7 +50,7 @@ def shortfall(run: Planned, *, with_advice: bool = True) -> str:
 
 
 def _lacking(plan: MemoryPlan, tier: Tier) -> str:
-    """One tier's need, its largest part, and what there is."""
+    """Say one tier's need, its largest part, and what there is."""
     needed, has = format_bytes(tier.needed_bytes), format_bytes(tier.available_bytes)
     return f"{tier.name}: needs {needed}{largest_part(plan, tier)}, has {has}"
 
@@ -66,14 +66,14 @@ def largest_part(plan: MemoryPlan, tier: Tier) -> str:
 
 
 def fitting_changes(run: Planned) -> list[str]:
-    """Overrides, each of which alone makes the run fit. Found by planning them."""
+    """Return overrides, each of which alone makes the run fit. They are found by planning them."""
     return [
         name for name, changed in _changes(run) if memory_plan(run.spec, changed, run.hardware).fits
     ]
 
 
 def _changes(run: Planned) -> Iterator[tuple[str, RunConfig]]:
-    """Overrides that save memory, with the configuration that each makes."""
+    """Return the overrides that save memory, with the configuration that each makes."""
     config = run.config
     rows = config.batch.batch_size // config.launcher.ranks
     fitting = largest_fitting_batch(run, below=rows)
@@ -97,7 +97,7 @@ def _changes(run: Planned) -> Iterator[tuple[str, RunConfig]]:
 
 
 def other_kv_placements(run: Planned) -> Iterator[tuple[str, RunConfig]]:
-    """The KV cache elsewhere, or in fewer bits, where this engine and model can."""
+    """Return the KV cache elsewhere, or in fewer bits, where this engine and model can."""
     kv, on_cpu = run.config.kv_cache, run.hardware.device_is_host
     tried: list[tuple[str, RunConfig]] = []
     for placement in PLACEMENTS:
@@ -111,7 +111,7 @@ def other_kv_placements(run: Planned) -> Iterator[tuple[str, RunConfig]]:
 
 
 def can_quantise(config: RunConfig, spec: ModelSpec) -> bool:
-    """True where DeepSpeed could quantise the weights, which are not quantised yet."""
+    """Tell if DeepSpeed could quantise the weights, which are not quantised yet."""
     return (
         config.dtype.bits is None
         and config.weights == "dummy"

@@ -63,7 +63,7 @@ class PlacedKv:
         )
 
     def document(self) -> Json:
-        """JSON-able."""
+        """Return JSON-able values."""
         plan = self.run.plan
         return {
             "override": self.override,
@@ -90,7 +90,7 @@ def with_kv(config: RunConfig, placement: KvPlacementName, bits: KvBits = 16) ->
 
 
 def can_place(run: Planned, config: RunConfig) -> bool:
-    """True where this engine and model can keep the KV cache as configured."""
+    """Tell if this engine and model can keep the KV cache as configured."""
     return config.kv_cache.placement in engine_of(config).kv_placements and not list(
         kv_problems(run.spec, config)
     )

@@ -99,12 +99,12 @@ def moved_layers(spec: ModelSpec, config: RunConfig) -> Iterator[KvLayer]:
 
 
 def slots(layer: KvLayer, tokens: int) -> int:
-    """Tokens for which host memory is allocated: all, or the window."""
+    """Return the tokens for which host memory is allocated: all, or the window."""
     return tokens if layer.window is None else min(tokens, layer.window)
 
 
 def stored_bytes(layer: KvLayer, config: RunConfig, bytes_per_element: int) -> int:
-    """Bytes of one token of one sequence in host memory: half of its values are keys."""
+    """Return the bytes of one token of one sequence in host memory: half its values are keys."""
     kv, values = config.kv_cache, layer.values_per_token
     keys = values // 2
     parts = ((kv.bits_of_keys, keys), (kv.bits_of_values, values - keys))

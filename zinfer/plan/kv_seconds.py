@@ -26,7 +26,7 @@ def attention_seconds(
     *,
     config: RunConfig | None = None,
 ) -> float:
-    """Seconds of scores and weighted values on the device.
+    """Return the seconds of scores and weighted values on the device.
 
     In decode also the copy of transformers' own cache into one that is a token longer (torch.cat).
     A cache in host memory is not copied so: it was allocated for the last token.
@@ -51,7 +51,7 @@ def attention_seconds(
 def kv_copy_seconds(
     spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, new: int, context: float
 ) -> dict[str, float] | None:
-    """Seconds by cause that a cache in host memory adds to a pass; empty for one on the device.
+    """Return seconds by cause that a cache in host memory adds to a pass; empty on the device.
 
     None: the link was not measured. Packing codes of 8 or 4 bits is not counted: not measured.
     """
@@ -75,7 +75,7 @@ def kv_copy_seconds(
 
 
 def _links(config: RunConfig, profile: CalibrationProfile) -> tuple[Rate | None, Rate | None]:
-    """Rates of the link (to the device, to the host). None on a CPU, and where not measured."""
+    """Return the link's rates (to the device, to the host). None on a CPU, and where unmeasured."""
     if profile.device_kind == "cpu":
         return None, None
     if config.kv_cache.pin_memory is False:  # pageable copies were measured one way only

@@ -46,7 +46,7 @@ class KvTraffic:
 
 
 def kv_read_bytes(spec: ModelSpec, rows: int, context: float) -> float:
-    """Bytes of keys and values of `context` tokens of each row.
+    """Return the bytes of keys and values of `context` tokens of each row.
 
     0 where the cache is unknown: a lower bound stays one.
     """
@@ -61,7 +61,7 @@ def kv_read_bytes(spec: ModelSpec, rows: int, context: float) -> float:
 def moved_read_bytes(
     spec: ModelSpec, config: RunConfig, rows: int, context: float
 ) -> tuple[int, int]:
-    """Bytes of the layers in host memory, as (computed, stored): codes are fewer bytes."""
+    """Return the bytes of layers in host memory, as (computed, stored): codes are fewer bytes."""
     size, tokens = ITEMSIZE_BYTES[spec.dtype], int(context)
     plain = stored = 0
     for layer in moved_layers(spec, config):
@@ -117,13 +117,13 @@ def kv_traffic(
 
 
 def query_bytes(spec: ModelSpec, config: RunConfig, rows: int) -> int:
-    """Bytes of one new token's queries of all layers in host memory; outputs have as many."""
+    """Return the bytes of a token's queries of all layers in host memory; outputs are as many."""
     layers = sum(1 for _ in moved_layers(spec, config))
     return rows * layers * spec.num_attention_heads * spec.head_dim * ITEMSIZE_BYTES[spec.dtype]
 
 
 def host_attention_share(spec: ModelSpec, config: RunConfig) -> float:
-    """Share of host memory's read rate that attention on the host reaches."""
+    """Return the share of host memory's read rate that attention on the host reaches."""
     kernel = "torch" if config.kv_cache.kernel == "torch" else "compiled"
     grouped = spec.num_attention_heads >= GROUPED_FROM * max(1, spec.num_kv_heads)
     return HOST_ATTENTION_SHARE[kernel, grouped]

@@ -79,7 +79,7 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
 
 
 def _tier(rule: TierRule, run: Demand, items: list[Item], per_rank: dict[TierName, int]) -> Tier:
-    """One tier of the plan, from its row of the table."""
+    """Return one tier of the plan, from its row of the table."""
     includes = rule.includes(run.hardware)
     of_one_rank = per_rank[rule.name] + sum(per_rank[name] for name in includes)
     available = rule.available_bytes(run)

@@ -70,7 +70,7 @@ class Demand:
 
 
 def device_items(run: Demand) -> Iterator[Item]:
-    """Device memory of one rank at its highest.
+    """Return the device memory of one rank at its highest.
 
     Then the cache is full and the allocator still keeps the states of the last prefill.
     """
@@ -94,7 +94,7 @@ def device_items(run: Demand) -> Iterator[Item]:
 
 
 def _device_weights(run: Demand) -> Iterator[Item]:
-    """Weights that stay on the device for the whole run."""
+    """Return the weights that stay on the device for the whole run."""
     size = run.layout.itemsize_bytes
     if not engine_of(run.config).zero3:
         count = run.spec.num_parameters * size
@@ -107,7 +107,7 @@ def _device_weights(run: Demand) -> Iterator[Item]:
 
 
 def _streamed_weights(run: Demand) -> Iterator[Item]:
-    """Copies of weights that ZeRO-3 makes for a moment: gathered, prefetched, dequantised."""
+    """Return copies that ZeRO-3 makes for a moment: gathered, prefetched, dequantised."""
     layout, size = run.layout, run.layout.itemsize_bytes
     if not run.uses_partition_in_place:
         live = max(run.zero["stage3_max_live_parameters"], layout.layer_numel, layout.largest_numel)
@@ -124,7 +124,7 @@ def _streamed_weights(run: Demand) -> Iterator[Item]:
 
 
 def _kept_by_the_allocator(run: Demand, kv: int, working: int) -> Item:
-    """Host memory that was freed and not given back, on a machine without an accelerator."""
+    """Return host memory that was freed and not given back, without an accelerator."""
     work_factor, kv_factor = kept_free_factor(run.config, run.spec)
     kept = (work_factor - 1) * working + (kv_factor - 1) * kv
     kept += kept_after_loading(run.config, run.layout)
@@ -134,7 +134,7 @@ def _kept_by_the_allocator(run: Demand, kv: int, working: int) -> Item:
 
 
 def host_items(run: Demand) -> Iterator[Item]:
-    """Pageable host memory of one rank, the loader's own apart."""
+    """Return the pageable host memory of one rank, the loader's own apart."""
     process = process_memory(run.config, run.hardware.profile)
     for name, count in (
         ("Python and libraries", process.imported_bytes),
@@ -153,7 +153,7 @@ def host_items(run: Demand) -> Iterator[Item]:
 
 
 def pinned_items(run: Demand) -> Iterator[Item]:
-    """Page-locked host memory of one rank.
+    """Return the page-locked host memory of one rank.
 
     DeepSpeed locks NVMe staging buffers on every accelerator, offloaded weights on GPUs.
     """
@@ -169,7 +169,7 @@ def pinned_items(run: Demand) -> Iterator[Item]:
 
 
 def disk_items(run: Demand) -> Iterator[Item]:
-    """Space that one rank's swapped weights take on the disk of offload.nvme_path."""
+    """Return the space that one rank's swapped weights take on the disk of offload.nvme_path."""
     if run.config.offload.device == "nvme":
         count = run.layout.swapped_numel * run.layout.itemsize_bytes
         yield throughout(name="swapped weights", bytes=count, kind=ItemKind.WEIGHTS)

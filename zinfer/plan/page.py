@@ -17,7 +17,7 @@ SUGGESTIONS_SHOWN = 5
 
 
 def page(outcome: Outcome) -> Iterator[str]:
-    """The lines under the table of memory."""
+    """Return the lines under the table of memory."""
     plan = outcome.plan
     assert plan is not None
     yield from fit_lines(plan)
@@ -35,7 +35,7 @@ def page(outcome: Outcome) -> Iterator[str]:
 
 
 def _gain(entry: Mapping[str, Any]) -> str:
-    """The times that an override would make it faster, and the bytes that it would save."""
+    """Return the times that an override would make it faster, and the bytes that it would save."""
     gain = format_times(entry["gain"]) if entry["gain"] is not None else "fits"
     if entry["saved_bytes"] <= 0:
         return gain
@@ -43,7 +43,7 @@ def _gain(entry: Mapping[str, Any]) -> str:
 
 
 def _largest_batch(plan: Mapping[str, Any], largest: int | None) -> str:
-    """The number, or why there is none."""
+    """Return the number, or why there is none."""
     if largest is None:
         return "none" if _checked(plan) else "unknown"
     return f"{LARGEST_BATCH_TRIED} and more" if largest >= LARGEST_BATCH_TRIED else str(largest)
@@ -56,7 +56,7 @@ def _checked(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _unchecked(plan: Mapping[str, Any]) -> list[str]:
-    """Names of tiers that are needed, whose size is unknown, and that no other tier includes."""
+    """Name needed tiers whose size is unknown and that no other tier includes."""
     tiers = plan["tiers"]
     elsewhere = {name for tier in tiers.values() for name in tier.get("includes", ())}
     return [
@@ -94,7 +94,7 @@ def fit_lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def time_lines(prediction: Mapping[str, Any], advice: Mapping[str, Any]) -> Iterator[str]:
-    """Predicted times where the machine is calibrated, else the ceiling, and what binds."""
+    """Write predicted times where the machine is calibrated, else the ceiling, and what binds."""
     best = prediction.get("ceiling_generated_tokens_per_s")
     if best is None:
         yield (
@@ -117,7 +117,7 @@ def time_lines(prediction: Mapping[str, Any], advice: Mapping[str, Any]) -> Iter
 
 
 def byte_lines(prediction: Mapping[str, Any]) -> Iterator[str]:
-    """Bytes that one new token moves over each resource, of those that it uses."""
+    """Return the bytes that one new token moves over each resource, of those that it uses."""
     moved = prediction.get("decode_bytes_per_token") or {}
     if moved:
         parts = [f"{format_bytes(count)} ({binding_words(name)})" for name, count in moved.items()]
@@ -125,7 +125,7 @@ def byte_lines(prediction: Mapping[str, Any]) -> Iterator[str]:
 
 
 def kv_lines(advice: Mapping[str, Any] | None) -> Iterator[str]:
-    """A table of the places for the KV cache, and which is fastest."""
+    """Return a table of the places for the KV cache, and which is fastest."""
     if not advice:
         return
     yield "where the KV cache could be:"

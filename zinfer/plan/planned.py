@@ -41,11 +41,11 @@ class Planned:
         return None if kv is None else kv.host_bytes * self.config.launcher.ranks
 
     def deepspeed_json(self) -> Json:
-        """The DeepSpeed configuration of this run."""
+        """Return the DeepSpeed configuration of this run."""
         return derive(self.config, self.spec, self.hardware)
 
     def document(self) -> Json:
-        """The plan with its prediction, as JSON-able values."""
+        """Return the plan with its prediction, as JSON-able values."""
         return {**self.plan.document(), "prediction": self.prediction.document(self.plan)}
 
 

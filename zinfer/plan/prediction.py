@@ -182,7 +182,7 @@ def pass_parts(
     new: int,
     context: float,
 ) -> dict[str, float] | None:
-    """Seconds of one forward pass by cause.
+    """Return the seconds of one forward pass by cause.
 
     None where this dtype or mode was not calibrated, or the layers were not seen running.
 
@@ -227,7 +227,7 @@ def pass_parts(
 def layers_seconds(
     spec: ModelSpec, layout: ZeroLayout, family: FamilyCost, mode: ModeCost
 ) -> float:
-    """Fixed cost of all decoder layers in a pass, whatever its tokens, with warm caches."""
+    """Return the fixed cost of all layers in a pass, whatever its tokens, with warm caches."""
     return spec.num_layers * (
         (spec.layer_ops or 0.0) * family.op_s
         + mode.layer_s
@@ -236,12 +236,12 @@ def layers_seconds(
 
 
 def fixed_mode(config: RunConfig, *, leaf: bool) -> Mode:
-    """The name of the run's ModeCost."""
+    """Return the name of the run's ModeCost."""
     return Mode(mode_of(config), by_module=not leaf and engine_of(config).zero3)
 
 
 def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
-    """Number of fetches per layer: its modules, or its parameters if the layer is a leaf."""
+    """Return the fetches per layer: its modules, or its parameters if the layer is a leaf."""
     if mode.by_module:
         return spec.layer_modules or 0.0
     return layout.parameters_per_layer
@@ -250,7 +250,7 @@ def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
 def products_seconds(
     spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int
 ) -> float | None:
-    """Seconds of all multiplications by weights. None: this dtype was not calibrated."""
+    """Return the seconds of all products with weights. None: this dtype was not calibrated."""
     products, tokens = matrix_products(spec), rows * new
     total = 0.0
     for numel, count in products.dense.items():
@@ -294,7 +294,7 @@ def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, flo
 def dequantise_seconds(
     spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, tokens: int
 ) -> float | None:
-    """Seconds to unpack every quantised matrix at each use in a pass, embeddings whole.
+    """Return the seconds to unpack every quantised matrix at each use, embeddings whole.
 
     None where that was not calibrated.
     """
@@ -335,7 +335,7 @@ def quantised_matrices(spec: ModelSpec) -> dict[int, tuple[int, int]]:
 def elementwise_seconds(
     spec: ModelSpec, value_s: float, profile: CalibrationProfile, rows: int, new: int
 ) -> float:
-    """Seconds of norms, activations, residuals, and logits copied to float32 and searched."""
+    """Return the seconds of norms, activations, residuals, and logits that are searched."""
     logits = rows * spec.vocab_size * (ITEMSIZE_BYTES[spec.dtype] + 2 * 4)
     return (
         value_s * rows * new * (spec.layer_values or 0.0) * spec.num_layers
@@ -346,7 +346,7 @@ def elementwise_seconds(
 def streaming_seconds(
     config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout
 ) -> float | None:
-    """Seconds that fetching weights adds to a pass. None where that was not calibrated."""
+    """Return the seconds that fetching weights adds to a pass. None: it was not calibrated."""
     if not engine_of(config).zero3 or config.offload.device == "none":
         return 0.0
     if config.offload.device == "cpu":
@@ -371,7 +371,7 @@ def streaming_seconds(
 def _load_s(
     spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, layout: ZeroLayout
 ) -> float | None:
-    """Seconds to build random weights in the compute dtype.
+    """Return the seconds to build random weights in the compute dtype.
 
     None for checkpoints, whose speed depends on where they lie, and for quantising: not timed.
     """

@@ -50,12 +50,12 @@ def _size_problems(spec: ModelSpec) -> Iterator[str]:
 
 
 def last_position(config: RunConfig) -> int:
-    """Positions of one sequence. The last new token is chosen and never fed back."""
+    """Return the positions of one sequence. The last new token is chosen and never fed back."""
     return config.batch.prompt_tokens + config.batch.new_tokens - 1
 
 
 def has_position_table(spec: ModelSpec) -> bool:
-    """True where each position is a row of a table, so that none exists beyond max_positions."""
+    """Tell if each position is a row of a table, so that none exists beyond max_positions."""
     if spec.max_positions is None:
         return False
     rows = {spec.max_positions + offset for offset in POSITION_OFFSETS}

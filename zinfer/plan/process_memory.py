@@ -65,14 +65,14 @@ def process_memory(config: RunConfig, profile: CalibrationProfile | None) -> Pro
 
 
 def kept_free_factor(config: RunConfig, spec: ModelSpec) -> tuple[float, float]:
-    """Peak over what is alive, (working memory, KV cache), where the device is host memory."""
+    """Return peak over what is alive, (working memory, KV cache), without an accelerator."""
     if not engine_of(config).zero3:
         return KEPT_FREE_RESIDENT
     return KEPT_FREE.get(spec.dtype, KEPT_FREE["other"])
 
 
 def kept_after_loading(config: RunConfig, layout: ZeroLayout) -> int:
-    """Bytes that the loader frees and that are not given back to the system."""
+    """Return the bytes that the loader frees and that are not given back to the system."""
     if not engine_of(config).zero3:
         return 0
     quantised = 0 if config.dtype.bits is None else KEPT_AFTER_QUANTISING
@@ -80,7 +80,7 @@ def kept_after_loading(config: RunConfig, layout: ZeroLayout) -> int:
 
 
 def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
-    """Bytes alive at the loader's worst moment and gone afterwards, on one rank."""
+    """Return the bytes alive at the loader's worst moment and gone afterwards, on one rank."""
     size = ITEMSIZE_BYTES[spec.dtype]
     pool = DUMMY_POOL_NUMEL * (size if size == 4 else 4) if config.weights == "dummy" else 0
     if not engine_of(config).zero3:
@@ -90,7 +90,7 @@ def loading_bytes(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int
 
 
 def mapped_bytes(config: RunConfig, spec: ModelSpec) -> int:
-    """Bytes of the checkpoint's mapped files once all were read, on the first rank.
+    """Return the bytes of the checkpoint's mapped files once all were read, on the first rank.
 
     transformers maps every shard until the end. Files that are not on this machine count with the
     size of the published type.

@@ -125,17 +125,17 @@ class MemoryPlan:
         return self.ranks * sum(inside)
 
     def tier(self, name: TierName) -> Tier:
-        """The tier of that name."""
+        """Return the tier of that name."""
         return next(tier for tier in self.tiers if tier.name == name)
 
     def counted_items(self, name: TierName) -> Iterator[Item]:
-        """Every item in the need of this tier, those of the tiers that it includes as well."""
+        """Return the items in the need of this tier, with those of the tiers that it includes."""
         tier = self.tier(name)
         for part in (name, *tier.includes):
             yield from self.tier(part).items
 
     def document(self) -> dict[str, Any]:
-        """The plan as JSON-able values."""
+        """Return the plan as JSON-able values."""
         tiers = {tier.name: {**asdict(tier), "fits": tier.fits} for tier in self.tiers}
         return {
             "fits": self.fits,

@@ -43,7 +43,7 @@ Between 300 and 600 MiB, depending on the GPU.
 
 
 def prefill_bytes(spec: ModelSpec, rows: int, prompt_tokens: int) -> dict[str, int]:
-    """Bytes by name that are alive at the highest point of a prefill of `rows` sequences.
+    """Return bytes by name that are alive at the highest point of a prefill of `rows` sequences.
 
     transformers' generate asks for the logits of the last position only (logits_to_keep=1, which
     every causal model of version 5 takes), and copies them to float32 to choose from.
@@ -75,7 +75,7 @@ def prefill_bytes(spec: ModelSpec, rows: int, prompt_tokens: int) -> dict[str, i
 
 
 def feed_forward_bytes(spec: ModelSpec, tokens: int) -> int:
-    """Bytes of the states of one layer's feed-forward block for that many tokens.
+    """Return the bytes of the states of one layer's feed-forward block for that many tokens.
 
     A token counts once for each expert that it uses.
     """

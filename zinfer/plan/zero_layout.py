@@ -54,7 +54,7 @@ class ZeroLayout:
 
 
 def aio_block_bytes(config: RunConfig) -> int:
-    """Bytes of one NVMe read request; it is also the swap minimum."""
+    """Return the bytes of one NVMe read request; it is also the swap minimum."""
     if config.zero.derivation == "paper":
         return PAPER_AIO_BLOCK_BYTES
     return config.zero.aio_block_size_bytes or TUNED_AIO_BLOCK_BYTES
@@ -63,7 +63,7 @@ def aio_block_bytes(config: RunConfig) -> int:
 def stored_numel(
     parameter: Parameter, *, bits: int | None, group_size: int, itemsize_bytes: int
 ) -> int:
-    """Elements that DeepSpeed stores for this parameter.
+    """Return the elements that DeepSpeed stores for this parameter.
 
     Quantised linear and embedding weights: packed values plus one scale and one offset per group.
     """
@@ -87,7 +87,7 @@ class _ByIdentity:
 
 
 def zero_layout(config: RunConfig, spec: ModelSpec) -> ZeroLayout:
-    """The layout of this run's weights on one of its ranks."""
+    """Return the layout of this run's weights on one of its ranks."""
     itemsize = ITEMSIZE_BYTES[spec.dtype]
     return _layout(
         _ByIdentity(spec.parameters),

@@ -100,7 +100,7 @@ def matrix_products(dtypes: Iterable[str], device: Any, events: EventLog) -> lis
 
 
 def _resident_bytes() -> int:
-    """Memory of this process now. Source: proc(5), the second number of statm, in pages."""
+    """Return this process's memory now. Source: proc(5), the second number of statm, in pages."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -55,7 +55,7 @@ def memory_use(device: torch.device, read_before: int | None) -> MemoryUse:
 
 
 def block_read_bytes() -> int | None:
-    """Bytes that this process caused to be read from block devices.
+    """Return the bytes that this process caused to be read from block devices.
 
     None where the kernel does not say. Source: proc(5), read_bytes of /proc/self/io.
     """

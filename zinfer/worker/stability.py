@@ -126,7 +126,7 @@ def warning(stability: Stability) -> str | None:
 
 
 def _half_width(count: int, stddev: float) -> float:
-    """Half of the 95 % interval of the median of so many values."""
+    """Return half of the 95 % interval of the median of so many values."""
     freedom = count - 1
     factor = STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else NORMAL_95
     return factor * MEDIAN_ERROR * stddev / math.sqrt(count)

@@ -175,7 +175,7 @@ def _wait(child: subprocess.Popen[bytes], op: str, started_s: float, echo: Echo)
 
 
 def _parallel_compilers() -> int:
-    """Number of compilers: one for each processor, as far as free memory feeds them."""
+    """Return the number of compilers: one a processor, as far as free memory feeds them."""
     available = re.search(
         r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE
     )

@@ -74,7 +74,7 @@ def extensions_dir() -> Path:
 
 
 def version_of(distribution: str) -> str:
-    """Version of an installed distribution, or "none"."""
+    """Return the version of an installed distribution, or "none"."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -121,12 +121,12 @@ def built(op: str) -> bool:
 
 
 def library_of(op: str) -> Path:
-    """Path of the op's shared library."""
+    """Return the path of the op's shared library."""
     return extensions_dir() / op / f"{op}.so"
 
 
 def stamp_of(op: str) -> Path:
-    """Path of the note that a finished build leaves."""
+    """Return the path of the note that a finished build leaves."""
     return extensions_dir() / op / "zinfer_built.json"
 
 

@@ -72,7 +72,7 @@ def _link(link: Path) -> Path | None:
 
 
 def filesystem_type(path: Path) -> str:
-    """Type of the file system that holds the path, from /proc/mounts; "" if it is unreadable."""
+    """Return the type of the path's file system, from /proc/mounts; "" if it is unreadable."""
     try:
         rows = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:

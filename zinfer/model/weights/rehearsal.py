@@ -66,7 +66,7 @@ class Differences:
     errors: tuple[str, ...]
 
     def __bool__(self) -> bool:
-        """True where anything differs."""
+        """Tell if anything differs."""
         return bool(
             self.missing
             or self.unexpected

@@ -200,7 +200,7 @@ def _names_of_parameters(model: torch.nn.Module) -> dict[torch.nn.Parameter, lis
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
-    """Elements of the whole parameter, also while it is partitioned."""
+    """Return the elements of the whole parameter, also while it is partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
