@@ -84,7 +84,7 @@ def built_ops() -> list[str]:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """Folder of SmolLM2-135M-Instruct. Skips where it can be neither found nor downloaded."""
+    """Return the folder of SmolLM2-135M-Instruct. Skip where it is not to be had."""
     from zinfer.model.weights.demo_model import make_demo_model
 
     try:

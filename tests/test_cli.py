@@ -34,7 +34,7 @@ def zinfer(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
 
 
 def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """What format=json printed: exactly one JSON document."""
+    """Read what format=json printed: exactly one JSON document."""
     parsed = json.loads(done.stdout)
     assert isinstance(parsed, dict)
     return parsed

@@ -26,18 +26,18 @@ SPAN = re.compile(r"`([^`\n]+)`")
 
 
 def prose(page: Path) -> str:
-    """Text of a page without its code blocks."""
+    """Return the text of a page without its code blocks."""
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of a page's headings, as forges make them."""
+    """Return the anchors of a page's headings, as forges make them."""
     heads = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def commands(page: Path) -> list[str]:
-    """Commands in code blocks, indented lines and code spans, without their comments."""
+    """Return the commands in code blocks, indented lines and code spans, without their comments."""
     text = page.read_text()
     blocks = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -75,7 +75,7 @@ def test_every_make_target_exists(name: str) -> None:
 
 
 def known_setting(name: str) -> bool:
-    """Whether an override's name is a setting, a group or one of Hydra's."""
+    """Tell if an override's name is a setting, a group or one of Hydra's."""
     name = name.lstrip("+~")
     free = ("hydra", "model.overrides", "tracking.tags", "hardware.device_flops_per_s")
     return (

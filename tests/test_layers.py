@@ -20,7 +20,7 @@ ANALYSIS = "multirun_analysis never imports the worker"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the sources and of the linter's settings."""
+    """Return a copy of the sources and of the linter's settings."""
     for package in ("zinfer", "multirun_analysis"):
         shutil.copytree(
             ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
@@ -41,7 +41,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def broken(folder: Path) -> list[str]:
-    """Names of the contracts that the sources in this folder break."""
+    """Return the names of the contracts that the sources in this folder break."""
     lines = lint(folder).stdout.splitlines()
     return [line.removesuffix(" BROKEN") for line in lines if line.endswith(" BROKEN")]
 
@@ -111,7 +111,7 @@ WORKER_ONLY = "zinfer.model.weights."
 
 
 def modules(room: str) -> list[str]:
-    """Dotted names of the modules of a room that a driver may load."""
+    """Return the dotted names of the modules of a room that a driver may load."""
     files = sorted((ROOT / "zinfer" / room).rglob("*.py"))
     names = [path.relative_to(ROOT).with_suffix("").parts for path in files]
     dotted = [".".join(name).removesuffix(".__init__") for name in names if name[-1] != "__main__"]

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files that git knows or would take, so that building leaves nothing here."""
+    """Copy the files that git knows or would take, so that building leaves nothing here."""
     folder = tmp_path_factory.mktemp("sources")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
@@ -52,7 +52,7 @@ def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist, unpacked."""
+    """Return the sdist, unpacked."""
     archive = built("sdist", sources, tmp_path_factory.mktemp("sdist"))
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(archive) as packed:
@@ -135,10 +135,11 @@ from hydra import compose, initialize_config_dir
 from zinfer.config import parse_config
 from zinfer.paths import conf_dir
 with initialize_config_dir(conf_dir(), version_base="1.3"):
-    parse_config(compose("config", overrides=[
+    config = parse_config(compose("config", overrides=[
         "experiment={preset}", "offload.nvme_path={tmp_path}", "weights=dummy"]))
+print(config.batch.batch_size)
 """
-    ran(commands, tmp_path, "python", "-c", program)
+    assert int(ran(commands, tmp_path, "python", "-c", program)) > 0
 
 
 def test_the_wheel_runs_and_reports_from_an_empty_folder(

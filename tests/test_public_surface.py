@@ -49,7 +49,7 @@ SOMETIMES = {
 
 
 def settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings in a tree of YAML."""
+    """Return the dotted names of all settings in a tree of YAML."""
     for name, value in tree.items():
         if name in ("defaults", "hydra"):
             continue
@@ -60,7 +60,7 @@ def settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def overrides() -> list[str]:
-    """All settings that can be given on the command line, of conf/config.yaml and every group."""
+    """Return all settings of the command line, of conf/config.yaml and every group."""
     names = set(settings(yaml.safe_load((CONF / "config.yaml").read_text())))
     for group in groups():
         for choice in choices(group):
@@ -70,12 +70,12 @@ def overrides() -> list[str]:
 
 
 def groups() -> list[str]:
-    """Names of the config groups, Hydra's own left out."""
+    """Return the names of the config groups, Hydra's own left out."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def metric_names() -> list[str]:
-    """Metrics that code names: those measured, planned, predicted and scored."""
+    """Return the metrics that code names: those measured, planned, predicted and scored."""
     measured = {field.name: 1.0 for field in fields(Metrics)}
     here = planned("model=tiny-opt", "offload=none", profile=profile())
     box = planned("model=tiny-opt", "offload=cpu", "hardware=a6000", "dtype=float16")

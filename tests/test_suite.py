@@ -14,7 +14,7 @@ TREES = {path.relative_to(TESTS).as_posix(): ast.parse(path.read_text()) for pat
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Names of the modules that a module imports, at any depth."""
+    """Return the names of the modules that a module imports, at any depth."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

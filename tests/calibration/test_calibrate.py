@@ -35,7 +35,7 @@ from zinfer.plan.zero_layout import zero_layout
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Profiles of these tests are nobody else's."""
+    """Keep the profiles of these tests apart from everybody else's."""
     monkeypatch.setenv("ZINFER_PROFILES", str(tmp_path / "profiles"))
 
 
@@ -254,7 +254,7 @@ def test_page_cache_is_declared_where_direct_reads_are_refused(
 
 
 def calibrating(tmp_path: Path) -> subprocess.Popen[str]:
-    """`zinfer task=calibrate`, its job folder and its swap in tmp_path."""
+    """Run `zinfer task=calibrate` with its job folder and its swap in tmp_path."""
     command = [
         sys.executable,
         "-m",

@@ -31,7 +31,7 @@ NVME_LAYER_S, NVME_PARAMETER_S = 1e-4, 2e-4
 
 
 def pass_s(job: Job) -> float:
-    """Seconds of one pass, put together from kernels and the costs above."""
+    """Return the seconds of one pass, put together from kernels and the costs above."""
     config = job_config(job, composed("hardware.accelerator=cpu", "offload=nvme"))
     spec, batch = model_spec(config.model, compute_dtype=job.dtype), job.batch
     layout = zero_layout(config, spec)

@@ -64,7 +64,7 @@ class FakeTime:
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch, job_s: float) -> list[Job]:
-    """Jobs take `job_s`, kernels ten times that: the one thing that cannot run here in a second."""
+    """Let jobs take `job_s`, kernels ten times that: neither can run here in a second."""
     ran: list[Job] = []
     time = FakeTime()
     monkeypatch.setattr("zinfer.calibration.schedule.time", time)
@@ -93,7 +93,7 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch, job_s: float) -> list[Job]:
 
 
 def result(job: Job, *, speed: float) -> dict[str, Any]:
-    """A result whose runs never agree: each is slower than the one before."""
+    """Return a result whose runs never agree: each is slower than the one before."""
     seconds = next(SLOWER) * speed
     sample = {"kind": "timed", "prefill_s": seconds, "decode_step_s": [seconds] * 11}
     return {"samples": [sample, sample], "metrics": {}}

@@ -18,7 +18,7 @@ FROM_HYDRA = {"sweep.parent_run_id"}
 
 
 def defaults_of(kind: type) -> dict[str, Any]:
-    """Fields of a dataclass that have a default, with it."""
+    """Return the fields of a dataclass that have a default, with it."""
     found = {}
     for item in fields(kind):
         if item.default is not MISSING:

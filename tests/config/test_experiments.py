@@ -34,13 +34,13 @@ def tree(name: str) -> dict[str, Any]:
 
 
 def swept(name: str) -> dict[str, list[str]]:
-    """Setting -> its values."""
+    """Map each setting to its values."""
     params = tree(name)["hydra"]["sweeper"]["params"]
     return {key: str(values).lower().split(",") for key, values in params.items()}
 
 
 def published_rows(name: str) -> list[Published]:
-    """The published speeds of ZeRO-Inference that a preset names."""
+    """Return the published speeds of ZeRO-Inference that a preset names."""
     tags = tree(name)["tracking"]["tags"]
     return [
         row
@@ -59,7 +59,7 @@ def spec_of(model: str, dtype: str | None) -> ModelSpec:
 
 
 def planned(config: RunConfig) -> tuple[bool, str]:
-    """Whether it fits on the hardware that it names, and what is said if it does not."""
+    """Tell if it fits on the hardware that it names, and what is said if it does not."""
     spec = spec_of(
         config.model.name, None if config.dtype.compute == "auto" else config.dtype.compute
     )
@@ -101,7 +101,7 @@ def test_every_value_that_a_preset_sweeps_is_a_valid_configuration(name: str) ->
 
 
 def comparable_rows(name: str) -> list[Published]:
-    """Those that zinfer has a configuration for, on one GPU, as far as they are a target."""
+    """Return rows that zinfer has a configuration for, on one GPU, as far as they are a target."""
     rows = [
         row
         for row in published_rows(name)
@@ -131,12 +131,12 @@ def number_of(word: str) -> float | None:
 
 @cache
 def settings_of(name: str) -> RunConfig:
-    """What a preset fixes."""
+    """Return what a preset fixes."""
     return composed(f"experiment={name}", "offload.nvme_path=/x")
 
 
 def sweeps(name: str, row: Published) -> bool:
-    """Whether a job of the preset is this row."""
+    """Tell if a job of the preset is this row."""
     fixed, values = settings_of(name), swept(name)
     if (row.kv_placement, row.weights_bits) != (fixed.kv_cache.placement, fixed.dtype.bits or 16):
         return False

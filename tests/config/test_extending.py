@@ -91,7 +91,7 @@ def test_the_command_plans_a_model_of_ones_own(where: str, folder: Path) -> None
 
 
 def install(folder: Path, target: str = "my_engine.row:MINE") -> None:
-    """What pip leaves of a package's metadata."""
+    """Leave what pip leaves of a package's metadata."""
     info = folder / "my_engine-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-engine\nVersion: 1.0\n")

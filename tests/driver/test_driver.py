@@ -45,7 +45,7 @@ class Dead:
 
 
 def ended(*codes: int, log: str = "", folder: Path, **seen: int) -> tuple[str, str]:
-    """Status and reason of a job whose ranks ended with these codes, in this order."""
+    """Return the status and reason of a job whose ranks ended with these codes, in this order."""
     (folder / "worker.log").write_text(log)
     worker = Worker([Dead(code) for code in codes])  # type: ignore[misc]
     worker.wait(0)
@@ -168,7 +168,7 @@ def test_only_what_imports_read_needs_another_server() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """6 MiB."""
+    """Mount a disk of 6 MiB."""
     folder = tmp_path / "small_disk"
     folder.mkdir()
     if subprocess.run(
@@ -204,7 +204,7 @@ def test_an_address_space_limit_is_host_memory(tmp_path: Path) -> None:
 
 
 def memory_controller() -> tuple[Path, dict[str, str]]:
-    """Folder of the memory controller, and what to write into a new group below it."""
+    """Return the folder of the memory controller, and what to write into a new group below it."""
     unified = Path("/sys/fs/cgroup")
     if (unified / "cgroup.controllers").is_file():
         control = unified / "cgroup.subtree_control"
@@ -219,7 +219,7 @@ def memory_controller() -> tuple[Path, dict[str, str]]:
 
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
-    """A memory cgroup of 900 MB, of version 2 or 1, whichever this machine has."""
+    """Return a memory cgroup of 900 MB, of version 2 or 1, whichever this machine has."""
     root, limits = memory_controller()
     folder = root / f"zinfer-test-{os.getpid()}"
     try:

@@ -44,7 +44,7 @@ ENDINGS = {"ok", "killed", "error"}
 
 
 def fresh_workers(folder: Path, seen: set[int]) -> Iterator[int]:
-    """Pids of workers that were not there before."""
+    """Return the pids of workers that were not there before."""
     for path in files_named(folder / "multirun", "workers.json"):
         for worker in json.loads(path.read_text()):
             if worker["pid"] not in seen and Path(f"/proc/{worker['pid']}").exists():

@@ -81,7 +81,7 @@ def test_runs_whose_store_was_out_of_reach_are_sent_later(tmp_path: Path) -> Non
 
 
 def postgres_folder() -> Path | None:
-    """Where PostgreSQL's initdb and postgres are."""
+    """Find PostgreSQL's initdb and postgres."""
     versions = sorted(
         Path("/usr/lib/postgresql").glob("*/bin/initdb")
     )  # Debian keeps them off the PATH
@@ -100,7 +100,7 @@ def has_psycopg2() -> bool:
 
 @pytest.fixture
 def postgres(tmp_path: Path) -> Iterator[str]:
-    """URI of a PostgreSQL server of this test's own."""
+    """Start a PostgreSQL server of this test's own; return its URI."""
     programs = postgres_folder()
     if programs is None:
         pytest.skip("needs PostgreSQL: apt-get install postgresql")

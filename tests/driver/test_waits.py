@@ -32,7 +32,7 @@ HEALTH = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nOK"
 
 @contextmanager
 def hanging_server() -> Iterator[str]:
-    """URI of an MLflow server that answers /health and nothing else, ever."""
+    """Serve an MLflow URI that answers /health and nothing else, ever."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         kept: list[socket.socket] = []
 
@@ -169,7 +169,7 @@ def test_a_server_stopped_while_its_worker_runs_loses_neither_result_nor_time(
 
 
 def servers(folder: Path) -> list[int]:
-    """Worker servers that belong to commands in this folder."""
+    """Return the worker servers that belong to commands in this folder."""
     return [
         pid
         for pid in processes(folder)

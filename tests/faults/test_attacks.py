@@ -48,7 +48,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT, signa
 
 
 def rounds() -> Iterator[tuple[int, random.Random]]:
-    """Number and chance of each round, until the loop's time is over; at least one."""
+    """Yield number and chance of each round, until the loop's time is over; at least one."""
     deadline_s = time.monotonic() + LOOP_S
     number = 0
     while number == 0 or time.monotonic() < deadline_s:
@@ -192,7 +192,7 @@ REPLIES = ("hang", "close", "garbage", "error", "trickle", "health")
 
 @contextmanager
 def evil_server(chance: random.Random) -> Iterator[str]:
-    """URI of a server that answers each request in another wrong way."""
+    """Serve a URI that answers each request in another wrong way."""
 
     def answer(client: socket.socket) -> None:
         with suppress(OSError), client:

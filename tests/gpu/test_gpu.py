@@ -31,7 +31,7 @@ MODEL = (
 
 
 def zinfer(folder: Path, *overrides: str) -> dict[str, Any]:
-    """One job's result."""
+    """Return one job's result."""
     command = [sys.executable, "-m", "zinfer", "format=json", "tracking=none", *overrides]
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=900, check=False
@@ -47,7 +47,7 @@ def zinfer(folder: Path, *overrides: str) -> dict[str, Any]:
 def runs(
     tmp_path_factory: pytest.TempPathFactory, built_ops: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """The same dummy model resident and under every offload target, in float32."""
+    """Run the same dummy model resident and under every offload target, in float32."""
     folder = tmp_path_factory.mktemp("gpu")
     targets = {
         "resident": ("engine=resident",),

@@ -66,7 +66,7 @@ LAST = "model.layers.1."
 
 @cache
 def base(family: str) -> tuple[dict[str, Any], Tensors]:
-    """The configuration and the tensors of a small model of this family, as it is published."""
+    """Return the configuration and tensors of a small model of this family, as published."""
     import tempfile
 
     from safetensors.torch import load_file
@@ -188,7 +188,7 @@ def _pickled(folder: Path) -> Path:
 
 
 def _multimodal(folder: Path, prefix: str, head: str) -> Path:
-    """A LLaVA folder: the text model under `prefix`, a vision tower beside it."""
+    """Return a LLaVA folder: the text model under `prefix`, a vision tower beside it."""
     settings, whole = base("llama")
     held: Tensors = {}
     for name, each in whole.items():

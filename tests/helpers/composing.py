@@ -26,5 +26,5 @@ def composed(*overrides: str) -> RunConfig:
 
 
 def choices(group: str) -> list[str]:
-    """Names of the files of a config group, without .yaml."""
+    """Return the names of the files of a config group, without .yaml."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))

@@ -13,7 +13,7 @@ def run(
     tags: dict[str, str] | None = None,
     **choices: str,
 ) -> Run:
-    """A run of opt-30b from host memory unless the choices (offload_device=...) say otherwise."""
+    """Invent a run of opt-30b from host memory; choices (offload_device=...) change it."""
     params = {
         "model.name": "opt-30b",
         "weights": "dummy",

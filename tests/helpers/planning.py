@@ -35,7 +35,7 @@ def planned(*overrides: str, **changes: Any) -> Planned:
 
 
 def profile(**changes: Any) -> CalibrationProfile:
-    """A machine where everything is round: 10 GFLOP/s whatever the shape, 10 GB/s, 1 ms a layer.
+    """Make a machine where all is round: 10 GFLOP/s whatever the shape, 10 GB/s, 1 ms a layer.
 
     Args:
         changes: fields of the profile to replace.

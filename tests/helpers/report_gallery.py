@@ -23,14 +23,14 @@ BOX = {
 
 
 def one_run(rng: random.Random) -> list[FakeRun]:
-    """One measured run, with a warning."""
+    """Return one measured run, with a warning."""
     run = measured("opt-30b", "cpu", "int4", 24, rng)
     run.tags["zinfer.warnings"] = "dtype=bfloat16 is slow on this processor: try dtype=float32"
     return [run]
 
 
 def one_batch(rng: random.Random) -> list[FakeRun]:
-    """Three places of the weights at one batch; one of them disturbed."""
+    """Invent three places of the weights at one batch; one of them disturbed."""
     runs = [measured("opt-30b", offload, "int4", 8, rng) for offload in ("none", "cpu", "nvme")]
     runs[2].tags |= {
         "zinfer.stability": "disturbed",
@@ -40,7 +40,7 @@ def one_batch(rng: random.Random) -> list[FakeRun]:
 
 
 def failures(rng: random.Random) -> list[FakeRun]:
-    """Nothing but ends that measured nothing."""
+    """Invent ends that measured nothing."""
     statuses = ("does_not_fit", "oom_device", "killed", "timeout", "error", "refused")
     runs = []
     for number, status in enumerate(statuses):
@@ -54,7 +54,7 @@ def failures(rng: random.Random) -> list[FakeRun]:
 
 
 def plans_only(rng: random.Random) -> list[FakeRun]:
-    """Plans of a published table for its own box."""
+    """Invent plans of a published table for its own box."""
     runs = []
     rows = (("opt-30b", 24), ("opt-66b", 16), ("opt-175b", 8), ("bloom-176b", 4))
     for model, batch in rows:
@@ -73,7 +73,7 @@ def plans_only(rng: random.Random) -> list[FakeRun]:
 
 
 def long_generation(rng: random.Random) -> list[FakeRun]:
-    """Two places of the weights, 2,000 noisy steps that grow."""
+    """Invent two places of the weights, 2,000 noisy steps that grow."""
     runs = one_batch(rng)[:2]
     for number, run in enumerate(runs):
         base = 0.05 * (1 + number)
@@ -85,7 +85,7 @@ def long_generation(rng: random.Random) -> list[FakeRun]:
 
 
 def measured(model: str, offload: str, dtype: str, batch: int, rng: random.Random) -> FakeRun:
-    """An invented job that ended well, whatever its plan says."""
+    """Return an invented job that ended well, whatever its plan says."""
     while True:
         run = job(model, offload, dtype, batch, rng)
         if run.status == "ok":
@@ -104,7 +104,7 @@ STORIES: dict[str, Callable[[random.Random], list[FakeRun]]] = {
 
 
 def make_story(name: str, folder: Path) -> str:
-    """A store with one sweep that tells this story ('many': 200 runs), and its URI."""
+    """Store one sweep that tells this story ('many': 200 runs); return its URI."""
     if name == "many":
         return make_store(folder, 200)
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ TINY = (
 
 
 def environment(*, misbehaving: bool = False, **variables: str) -> dict[str, str]:
-    """Environment of a zinfer process: this checkout's code, one thread, and these variables.
+    """Return a zinfer process's environment: this code, one thread, and these variables.
 
     With `misbehaving`, workers fail as their batch.seed says: see tests/README.md.
     """
@@ -68,7 +68,7 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def statuses(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """Status of each job of a sweep with format=json."""
+    """Return the status of each job of a sweep with format=json."""
     return [job["status"] for job in document(done)["jobs"]]
 
 

@@ -59,7 +59,7 @@ class FakeRun:
 
 
 def make_store(folder: Path, runs: int = 1000, *, seed: int = 0, with_oddities: bool = True) -> str:
-    """A store with one sweep of that many jobs, and its URI."""
+    """Store one sweep of that many jobs; return its URI."""
     folder.mkdir(parents=True, exist_ok=True)
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     ensure_store(uri)
@@ -77,7 +77,7 @@ def make_store(folder: Path, runs: int = 1000, *, seed: int = 0, with_oddities: 
 
 
 def _jobs(rng: random.Random) -> Iterator[FakeRun]:
-    """The grid, then the grid again: reruns."""
+    """Yield the grid, then the grid again: reruns."""
     while True:
         for model, offload, dtype, batch in itertools.product(MODELS, OFFLOADS, DTYPES, BATCHES):
             yield job(model, offload, dtype, batch, rng)
@@ -86,7 +86,7 @@ def _jobs(rng: random.Random) -> Iterator[FakeRun]:
 def job(
     model: str, offload: str, dtype: str, batch: int, rng: random.Random, **tags: str
 ) -> FakeRun:
-    """One invented job: measured, or refused by its memory plan."""
+    """Invent one job: measured, or refused by its memory plan."""
     parameters = PUBLISHED_PARAMETERS[model]
     weight_bytes = parameters * DTYPES[dtype]
     kv_bytes = KV_BYTES_PER_TOKEN[model] * batch * (PROMPT + NEW)
@@ -175,7 +175,7 @@ def _measured(
     batch: int,
     rng: random.Random,
 ) -> dict[str, float]:
-    """Times from bytes over bandwidths, with a fixed cost and noise."""
+    """Compute times from bytes over bandwidths, with a fixed cost and noise."""
     offload, parameters = run.params["offload.device"], run.metrics["model_parameters"]
     resources = {
         "device_memory": (weight_bytes + kv_bytes) / HBM,
@@ -230,7 +230,7 @@ def _measured(
 
 
 def _oddities(rng: random.Random) -> list[FakeRun]:
-    """What a store holds besides good runs."""
+    """Yield what a store holds besides good runs."""
     foreign = FakeRun(
         name="resnet-50", status="ok", params={"lr": "0.1"}, metrics={"accuracy": 0.76}
     )

@@ -40,7 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def holder(folder: Path) -> subprocess.Popen[bytes]:
-    """Another process that works on this folder."""
+    """Start another process that works on this folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, env=environment()
     )

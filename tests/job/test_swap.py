@@ -37,7 +37,7 @@ with claimed_swap_folder(sys.argv[1], sys.argv[2], Path("job")) as folder:
 
 
 def owner(path: Path, attempt: str) -> subprocess.Popen[bytes]:
-    """Another process that owns a swap folder under this path."""
+    """Start another process that owns a swap folder under this path."""
     process = subprocess.Popen(
         [sys.executable, "-c", CLAIM, str(path), attempt],
         stdout=subprocess.PIPE,
@@ -49,7 +49,7 @@ def owner(path: Path, attempt: str) -> subprocess.Popen[bytes]:
 
 
 def left(path: Path, **changed: object) -> Path:
-    """A swap folder whose owner has died, with some fields of its owner.json changed."""
+    """Leave a swap folder whose owner has died, with some fields of its owner.json changed."""
     with owner(path, ID) as process:
         process.kill()
     folder = swap_folder(str(path), ID)

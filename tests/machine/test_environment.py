@@ -55,7 +55,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A committed checkout of something that looks like zinfer."""
+    """Return a committed checkout of something that looks like zinfer."""
     folder = tmp_path / "checkout"
     (folder / "zinfer").mkdir(parents=True)
     (folder / "pyproject.toml").write_text("")

@@ -45,7 +45,7 @@ SLICED = (
 
 
 def file_system(root: Path, files: dict[str, str]) -> Path:
-    """A file system with these files in /proc and /sys."""
+    """Return a file system with these files in /proc and /sys."""
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def file_system(root: Path, files: dict[str, str]) -> Path:
 def nvidia_smi(
     folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, cuda: str | None = "12.8"
 ) -> None:
-    """A machine whose nvidia-smi runs `script`, and whose torch is built for `cuda`."""
+    """Make a machine whose nvidia-smi runs `script`, and whose torch is built for `cuda`."""
     command = folder / "nvidia-smi"
     command.write_text(f"#!/bin/sh\n{script}\n")
     command.chmod(command.stat().st_mode | stat.S_IXUSR)

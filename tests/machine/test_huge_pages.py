@@ -37,7 +37,7 @@ def test_whole_pages_of_what_is_wanted_and_nothing_beyond(
 
 
 def anonymous_huge_bytes(address: int) -> int:
-    """Of the mapping that has this address, by the kernel's own account."""
+    """Return the bytes of the mapping that has this address, by the kernel's own account."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -49,7 +49,7 @@ def anonymous_huge_bytes(address: int) -> int:
 
 @pytest.fixture
 def memory() -> tuple[mmap.mmap, int]:
-    """Eight huge pages and a little, every small page touched and different."""
+    """Map eight huge pages and a little, every small page touched and different."""
     page = huge_page_bytes()
     if page is None:
         pytest.skip("needs a kernel with transparent huge pages")

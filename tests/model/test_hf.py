@@ -16,7 +16,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "voca
 
 @pytest.fixture
 def tokenizer_folder(tmp_path: Path) -> Path:
-    """A folder with a LLaMA config.json and a tokenizer of three words that has no padding."""
+    """Make a folder with LLaMA's config.json and a tokenizer of three words without padding."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace

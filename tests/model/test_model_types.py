@@ -47,7 +47,7 @@ def model_of(name: str) -> ModelConfig:
     return ModelConfig(name=name, model_type=name, overrides=TYPES[name].get("overrides", {}))
 
 
-def ends_as_its_row(name: str) -> None:
+def assert_ends_as_its_row(name: str) -> None:
     """Assert that the plan counts what the row says, or knows no more than it."""
     row = TYPES[name]
     if "refused" in row:
@@ -88,13 +88,13 @@ def test_no_plan_holds_another_cache_than_the_real_one() -> None:
 
 @pytest.mark.parametrize("name", FEW)
 def test_some_types_are_counted_as_they_are(name: str) -> None:
-    ends_as_its_row(name)
+    assert_ends_as_its_row(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_every_type_is_counted_as_it_is(name: str) -> None:
-    ends_as_its_row(name)
+    assert_ends_as_its_row(name)
 
 
 @pytest.mark.slow

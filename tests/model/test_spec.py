@@ -52,7 +52,7 @@ NAMES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "custom
 
 
 def by_conf(rows: list[dict[str, Any]]) -> Any:
-    """One test for each row, named for its file in conf/model."""
+    """Make one test of each row, named for its file in conf/model."""
     return pytest.mark.parametrize("facts", rows, ids=[row["conf"] for row in rows])
 
 
@@ -70,7 +70,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def compose(name: str) -> dict[str, Any]:
-    """conf/model/<name>.yaml with its defaults list applied, as Hydra does."""
+    """Compose conf/model/<name>.yaml with its defaults list applied, as Hydra does."""
     tree = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     for base_name in tree.pop("defaults", []):
         if base_name != "_self_":
@@ -448,7 +448,7 @@ def test_counting_leaves_the_configuration_as_it_was() -> None:
 
 @pytest.fixture
 def folder_with(tmp_path: Path) -> Callable[[dict[str, Any]], ModelConfig]:
-    """model=custom on a folder that holds nothing but this config.json."""
+    """Make model=custom of a folder that holds nothing but this config.json."""
 
     def write(config: dict[str, Any], **fields: Any) -> ModelConfig:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -667,7 +667,7 @@ assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)
 
 
 def spec_without_torch(tree: dict[str, Any]) -> str:
-    """What another process finds that imports neither torch nor transformers."""
+    """Return what another process finds that imports neither torch nor transformers."""
     answer = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
         cwd=ROOT,

@@ -28,7 +28,7 @@ def numbered(one: Run, run_id: str, **metrics: float) -> Run:
 
 
 def pair_of(now: float, before: float, stddev: float | None) -> object:
-    """One configuration at these rates, both with this standard deviation."""
+    """Pair one configuration at these rates, both with this standard deviation."""
     runs = []
     for name, rate in (("now", now), ("before", before)):
         one = numbered(run(rate), name)
@@ -104,7 +104,7 @@ def test_a_share_is_a_percentage_or_a_number(text: str, value: float) -> None:
 
 
 def store_of_two_commits(folder: Path, factor: float) -> str:
-    """Two batches at an old commit, and again at a new one at `factor` times the speed."""
+    """Store two batches at an old commit, and at a new one at `factor` times the speed."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     ensure_store(uri)
     for name, commit, times in (("old", OLD, 1.0), ("new", NEW, factor)):

@@ -27,7 +27,7 @@ needs_pdflatex = pytest.mark.skipif(
 
 
 def compiled(body: str, folder: Path) -> str:
-    """The log of LaTeX over a document with these tables."""
+    """Return the log of LaTeX over a document with these tables."""
     (folder / "tables.tex").write_text(f"{PREAMBLE}{body}\n\\end{{document}}\n")
     done = subprocess.run(
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"],
@@ -42,7 +42,7 @@ def compiled(body: str, folder: Path) -> str:
 
 
 def overfull_pt(log: str) -> list[float]:
-    """By how much each line is too wide."""
+    """Return by how much each line is too wide."""
     return [float(found) for found in re.findall(r"Overfull \\hbox \(([\d.]+)pt too wide", log)]
 
 

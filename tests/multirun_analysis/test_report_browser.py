@@ -64,7 +64,7 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def open_browser() -> Iterator[Callable[[tuple[int, int]], Any]]:
-    """Opens Chromium windows of a size; all are closed at the end."""
+    """Open Chromium windows of a size; all are closed at the end."""
     webdriver = pytest.importorskip(
         "selenium.webdriver", reason="needs selenium: pip install selenium"
     )
@@ -98,7 +98,7 @@ def open_browser() -> Iterator[Callable[[tuple[int, int]], Any]]:
 
 
 def requests_of(browser: Any) -> list[str]:
-    """Every URL that the page asked for."""
+    """Return every URL that the page asked for."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [
         event["params"]["request"]["url"]
@@ -108,7 +108,7 @@ def requests_of(browser: Any) -> list[str]:
 
 
 def visible_column(browser: Any, head: str) -> list[str]:
-    """Texts of one column of the runs table, top to bottom, hidden rows left out."""
+    """Return the texts of one column of the runs table, top to bottom, hidden rows left out."""
     return browser.execute_script(  # type: ignore[no-any-return]
         """const table = document.getElementById('runs');
         const heads = [...table.tHead.rows[0].cells].map(cell => cell.textContent.trim());
@@ -126,7 +126,7 @@ def click_head(browser: Any, head: str) -> None:
 
 
 def median(text: str) -> float:
-    """'1,235 ± 25' -> 1235.0"""
+    """Read '1,235 ± 25' as 1235.0."""
     return float(text.split(" ")[0].replace(",", ""))
 
 
@@ -267,7 +267,7 @@ def test_every_kind_of_report_is_laid_out(
 
 @pytest.fixture(scope="module")
 def server(store: str) -> Iterator[str]:
-    """`mlflow server` over the store; its address."""
+    """Start `mlflow server` over the store; return its address."""
     from zinfer.driver.workers import free_port
 
     port = free_port()

@@ -16,7 +16,7 @@ from zinfer.tracking.store import ensure_store
 
 
 def resumed_sweep(folder: Path, *, tag: bool, reused_files: bool) -> tuple[str, FakeRun, FakeRun]:
-    """A sweep of three jobs, of which the second sweep ran one and reused two."""
+    """Store a sweep of three jobs, of which the second sweep ran one and reused two."""
     uri, rng = f"sqlite:///{folder / 'mlflow.db'}", random.Random(0)
     ensure_store(uri)
     first = FakeRun(name="first", status="error", tags={"zinfer.role": "sweep"})

@@ -45,7 +45,7 @@ def test_a_processor_is_named_by_the_sets_that_multiply_matrices(
 
 
 def slow_in_bfloat16(times: float) -> CalibrationProfile:
-    """The round machine, with products in bfloat16 that take so many times as long."""
+    """Slow the round machine: products in bfloat16 take so many times as long."""
     round_one = profile()
     kernels = [
         replace(row, dtype="bfloat16", seconds=times * row.seconds) for row in round_one.kernels

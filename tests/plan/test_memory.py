@@ -172,7 +172,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
 
 
 def run(tmp_path: Path, *overrides: str, limit: Callable[[], None] | None = None) -> dict[str, Any]:
-    """One run's result document."""
+    """Return one run's result document."""
     shared = [
         "tracking=none",
         "format=json",

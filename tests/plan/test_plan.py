@@ -230,7 +230,7 @@ def test_equal_inputs_give_byte_equal_plans(tmp_path: Path, path: str | None) ->
 
 
 def plan_grid(tmp_path: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
-    """Rows of the CSV, and what was printed. How fast: bench/bench_plan.py."""
+    """Return the rows of the CSV, and what was printed. How fast: bench/bench_plan.py."""
     command = [
         sys.executable,
         "-X",

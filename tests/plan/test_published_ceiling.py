@@ -35,7 +35,7 @@ BOXES = [
 
 
 def published(hardware: str, source: str) -> list[dict[str, str]]:
-    """Rows of ZeRO-Inference with 16-bit weights on NVMe."""
+    """Return the rows of ZeRO-Inference with 16-bit weights on NVMe."""
     return [
         row
         for row in ROWS

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 
 def named_jobs(folder: Path) -> list[list[dict[str, Any]]]:
-    """The jobs that each sweep's run names, the oldest sweep first."""
+    """Return the jobs that each sweep's run names, the oldest sweep first."""
     return [json.loads(found["zinfer.jobs"]) for found in runs(folder) if found["role"] == "sweep"]
 
 

@@ -92,7 +92,7 @@ def test_jobs_in_other_processes_end_with_an_interrupted_sweep(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Path of the configuration of a Slurm of one node; starts one where none is there."""
+    """Return the configuration of a Slurm of one node; start one where none is there."""
     if given := os.environ.get("SLURM_CONF"):
         yield given
         return

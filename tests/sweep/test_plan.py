@@ -32,7 +32,7 @@ planning._plan_job = _plan_job
 
 @pytest.fixture
 def misbehaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model names decide what becomes of the process that counts them."""
+    """Let model names decide what becomes of the process that counts them."""
     script = tmp_path / "python"
     program = f"{FATES}\nplanning.main()"
     script.write_text(f"#!/bin/sh\nexec {planning.sys.executable} -c '{program}'\n")

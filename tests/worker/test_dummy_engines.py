@@ -77,7 +77,7 @@ os._exit(0)
 
 
 def answer(folder: Path, settings: dict[str, Any], *overrides: str) -> dict[str, torch.Tensor]:
-    """Logits [2, 12, vocabulary] and 16 greedy tokens of each row, from a process of its own."""
+    """Return logits [2, 12, vocabulary] and 16 greedy tokens of each row, from another process."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings))
     with socket.socket() as free:

@@ -68,7 +68,7 @@ def test_gloo_s_threads_start_no_teams_of_their_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 
     def threads(way: str) -> tuple[int, int]:
-        """(threads that PyTorch computes with, threads that gathering added)."""
+        """Count (threads that PyTorch computes with, threads that gathering added)."""
         answer = subprocess.run(
             [sys.executable, "-c", GATHERING, way],
             cwd=Path(__file__).parents[2],

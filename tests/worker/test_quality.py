@@ -28,7 +28,7 @@ PREFILLED, NEW = 9, 12
 
 
 def pieces() -> Pieces:
-    """A text of random tokens for tiny models."""
+    """Make a text of random tokens for tiny models."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2, VOCAB, (ROWS, PREFILLED + NEW), generator=generator)
     return Pieces(ids=ids, prefilled=PREFILLED)
@@ -289,7 +289,7 @@ values alone 0.927, 0.045, 1.026. So keys suffer first, and almost all of it is 
 def scored(
     demo_model: Path, built_ops: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """The demo model, scored under every way."""
+    """Score the demo model under every way."""
     root = tmp_path_factory.mktemp("scored")
     made = {}
     for number, (way, (settings, *_)) in enumerate(WAYS.items()):

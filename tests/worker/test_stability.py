@@ -170,7 +170,7 @@ def test_the_number_of_repeats_is_said() -> None:
 
 
 def machine(root: Path, busy_ticks: int, steal: int = 0, throttled: int = 0) -> Path:
-    """A root with the files of a machine whose processors were busy for so many ticks each."""
+    """Make a root with the files of a machine whose processors were busy so many ticks each."""
     import os
 
     cores = sorted(os.sched_getaffinity(0))

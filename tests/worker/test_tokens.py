@@ -51,7 +51,7 @@ TINY = {  # hidden 512 in float32: matrices of 1 MiB and more, which is what Dee
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Real checkpoints of tiny models: random weights wide enough that greedy tokens vary."""
+    """Make checkpoints of tiny models, wide enough that greedy tokens vary."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     root = tmp_path_factory.mktemp("checkpoints")
@@ -71,7 +71,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def plain_tokens(
     folder: Path, prompts: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> list[list[int]]:
-    """New tokens of transformers alone, greedy, end-of-sequence ignored."""
+    """Return the new tokens of transformers alone, greedy, end-of-sequence ignored."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -103,7 +103,7 @@ def results(folder: Path, *overrides: str, timeout_s: float = 500) -> list[dict[
 def swept(
     checkpoints: dict[str, Path], built_ops: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Any]:
-    """Every family x offload target, one sweep."""
+    """Sweep every family x offload target."""
     folder = tmp_path_factory.mktemp("sweep") / "jobs"
     sources = ",".join(str(path) for path in checkpoints.values())
     jobs = results(

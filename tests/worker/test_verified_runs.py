@@ -44,7 +44,7 @@ WRITERS = {**WHOLE, **{name: row[0] for name, row in {**FAULTY, **NOT_NUMBERS}.i
 def ended(
     built_ops: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every checkpoint under every way of running it."""
+    """Run every checkpoint in every way."""
     root = tmp_path_factory.mktemp("verified")
     sources = ",".join(str(WRITERS[name](root / name)) for name in ENDS)
     jobs = {}
