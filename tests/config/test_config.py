@@ -48,12 +48,18 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("batch.new_tokens=1",), "too small", "batch.new_tokens=2"),
     (("batch.repeats=0",), "too small", "batch.repeats=1"),
     (
-        ("dtype=int4", "weights=pretrained"),
+        ("dtype=int4", "weights=pretrained", "zero=paper"),
         "cannot load a checkpoint into weights that it quantises",
-        "weights=dummy",
+        "zero=tuned",
     ),
-    (("dtype=int8", "engine=resident"), "has none", "engine=zero"),
-    (("dtype=int8", "dtype.compute=float32"), "computes in 16 bits", "dtype.compute=bfloat16"),
+    (
+        ("dtype=int8", "dtype.compute=float32", "zero=paper"),
+        "computes in 16 bits",
+        "dtype.compute=bfloat16",
+    ),
+    (("dtype=int8", "dtype.group_size=48"), "not one of 32, 64, 128", "dtype.group_size=64"),
+    (("dtype=int4", "dtype.keep=[lm_head]", "zero=paper"), "does not read it", "zero=tuned"),
+    (("dtype=int4", "dtype.symmetric=true", "zero=paper"), "does not read it", "zero=tuned"),
     (("dtype.weights=float32", "dtype.compute=bfloat16"), "differ", "dtype=float32"),
     (
         ("engine=resident", "offload=cpu"),
@@ -108,6 +114,7 @@ def test_every_problem_is_reported_at_once() -> None:
             "launcher.timeout_s=-1",
             "dtype=int4",
             "weights=pretrained",
+            "zero=paper",
         )
     assert len(refused.value.problems) == 4
 

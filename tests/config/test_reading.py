@@ -109,6 +109,7 @@ def test_problems_of_all_layers_are_reported_together(monkeypatch: pytest.Monkey
         "tracking.run_name=${oc.env:NOPE}",  # interpolation
         "batch.prompt_text=${model.nope}",
         "dtype=int4",  # combination
+        "zero=paper",
         "weights=pretrained",
         "launcher.node_rank=3",
     )

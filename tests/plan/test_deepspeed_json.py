@@ -210,7 +210,8 @@ LEAVES = [  # overrides, classes of the leaves
         ("model=mixtral-8x7b", "offload=none"),
         ["MixtralDecoderLayer"],
     ),  # its experts are fused: one parameter
-    (("model=llama-2-7b", "offload=cpu", "dtype=int4"), None),
+    (("model=llama-2-7b", "offload=cpu", "dtype=int4"), ["LlamaDecoderLayer"]),
+    (("model=llama-2-7b", "offload=cpu", "dtype=int4", "zero=paper"), None),
     (("model=llama-2-7b", "offload=cpu", "zero.leaf_layers=false"), None),
     (("model=llama-2-7b", "offload=cpu", "zero=paper"), None),
     (

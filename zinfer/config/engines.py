@@ -70,6 +70,7 @@ ENGINES = {
             name="resident",
             summary="plain transformers, all weights on the device: the baseline",
             load="zinfer.worker.engines.resident:load",
+            quantises=True,
             kv_placements=("device", "host", "host_attention"),
         ),
     )

@@ -58,7 +58,7 @@ def _engine(config: RunConfig) -> Iterator[Problem]:
         )
     if dtype.bits is not None and not engine.quantises:
         yield Problem(
-            f"dtype={dtype.weights} is DeepSpeed's quantisation, engine={engine.name} has none. "
+            f"dtype={dtype.weights}: engine={engine.name} has no quantised weights. "
             "Set engine=zero or dtype=bfloat16",
             ("engine.name", "dtype.weights"),
         )
@@ -193,18 +193,37 @@ def _dtype(config: RunConfig) -> Iterator[Problem]:
             f"Set dtype={dtype.weights}",
             ("dtype.weights", "dtype.compute"),
         )
-    if dtype.bits is not None and dtype.compute == "float32":
+    if config.quantiser == "deepspeed":
+        yield from _quantised_by_deepspeed(config)
+
+
+def _quantised_by_deepspeed(config: RunConfig) -> Iterator[Problem]:
+    """List what DeepSpeed's quantized_initialization cannot do: zero=paper uses it."""
+    dtype = config.dtype
+    if dtype.compute == "float32":
         yield Problem(
             f"dtype.weights={dtype.weights} computes in 16 bits in DeepSpeed. "
-            "Set dtype.compute=bfloat16",
-            ("dtype.weights", "dtype.compute"),
+            "Set dtype.compute=bfloat16 or zero=tuned",
+            ("dtype.weights", "dtype.compute", "zero.derivation"),
         )
-    if dtype.bits is not None and config.weights == "pretrained":
+    if config.weights == "pretrained":
         yield Problem(
-            f"dtype={dtype.weights} with weights=pretrained: DeepSpeed cannot load a checkpoint "
-            "into weights that it quantises at creation (shape mismatch in transformers 5). "
-            "Set weights=dummy to measure speed and memory, or dtype=bfloat16 for real weights",
-            ("dtype.weights", "weights"),
+            f"dtype={dtype.weights} with weights=pretrained and zero=paper: DeepSpeed cannot load "
+            "a checkpoint into weights that it quantises at creation (shape mismatch in "
+            "transformers 5). Set zero=tuned, which loads it, or weights=dummy",
+            ("dtype.weights", "weights", "zero.derivation"),
+        )
+    settings = {
+        "dtype.symmetric": dtype.symmetric,
+        "dtype.keep": bool(dtype.keep),
+        "dtype.kernel": dtype.kernel != "auto",
+        "dtype.rounding": dtype.rounding != "nearest",
+    }
+    for name in (name for name, is_set in settings.items() if is_set):
+        yield Problem(
+            f"{name} is set, but zero=paper leaves quantising to DeepSpeed, which does not read "
+            f"it. Set zero=tuned, or drop {name}",
+            ("dtype.weights", "zero.derivation", name),
         )
 
 

@@ -145,8 +145,24 @@ class DtypeConfig:
 
     A device without float16 computes in bfloat16 instead.
     """
-    group_size: Annotated[int, Limits(1, 1 << 20)] = 64
-    """Elements that share one scale and offset; only for int8 and int4."""
+    group_size: Literal[32, 64, 128] = 64
+    """Values of an input row that share a scale and a minimum. This and the rest: int8 and int4."""
+    symmetric: bool = False
+    """Spread the codes evenly around zero, instead of from each group's least to its largest."""
+    keep: tuple[str, ...] = ()
+    """Weights kept in the compute type, by parts of their names (`lm_head`, `layers.0`, `q_proj`).
+
+    `embeddings` stands for those of tokens. Routers, norms, biases and positions are always kept.
+    """
+    eight_bits: tuple[str, ...] = ("embeddings", "lm_head")
+    """Weights that int4 stores in 8 bits, by parts of their names as in `keep`."""
+    kernel: Literal["auto", "compiled", "torch", "unpack"] = "auto"
+    """Code that multiplies packed weights. auto: the best one there is.
+
+    compiled: our C++ kernel. torch: PyTorch's own. unpack: make a plain matrix, then multiply.
+    """
+    rounding: Literal["nearest", "searched"] = "nearest"
+    """Search of each group's scale. nearest: from its least and largest value, no search."""
 
     @property
     def bits(self) -> int | None:
@@ -157,7 +173,7 @@ class DtypeConfig:
     def unpacks_to_float16(self) -> bool:
         """True when quantised weights may be computed with in float16.
 
-        A GPU needs DeepSpeed's kernel for that. compute=auto may become float16, so it counts.
+        On a GPU DeepSpeed needs a kernel for that. compute=auto may become float16, so it counts.
         """
         return self.bits is not None and self.compute in ("auto", "float16")
 
@@ -420,6 +436,17 @@ class RunConfig:
             return self.zero.derivation == "tuned"
         return self.offload.huge_pages
 
+    @property
+    def quantiser(self) -> Literal["deepspeed", "zinfer"] | None:
+        """Name whose code packs and unpacks the weights. None: they are not quantised.
+
+        zero=paper reproduces the published example, which uses DeepSpeed's.
+        """
+        if self.dtype.bits is None:
+            return None
+        is_paper = engine_kind(self.engine.name).zero3 and self.zero.derivation == "paper"
+        return "deepspeed" if is_paper else "zinfer"
+
     def changed(self, **settings: Any) -> RunConfig:
         """Copy with other settings: `config.changed(batch={"repeats": 5}, weights="dummy")`.
 
@@ -457,6 +484,11 @@ def config_key(config: RunConfig) -> str:
         tree.pop(group)
     if not config.quality.enabled:
         tree.pop("quality")
+    if config.dtype.bits is None:
+        for name in ("symmetric", "keep", "eight_bits", "rounding"):
+            tree["dtype"].pop(name)
+        if config.dtype.kernel == "auto":
+            tree["dtype"].pop("kernel")
     if not tree["profile"]:
         tree.pop("profile")
     tree["offload"].pop("nvme_path")

@@ -34,6 +34,8 @@ class Parameter:
     """Index of its decoder layer; None outside (embeddings, final norm, output head)."""
     is_expert: bool
     """True in a routed expert: a token uses only experts_per_token of num_experts."""
+    is_transposed: bool = False
+    """True for a matrix [in, out], or experts [E, in, out]; others are [out, in]."""
 
 
 def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
@@ -91,9 +93,17 @@ def weight_tensors(model: PreTrainedModel, num_layers: int) -> tuple[Parameter, 
                     if in_layer
                     else None,
                     is_expert="experts" in parents or type(module).__name__.endswith("Experts"),
+                    is_transposed=_is_transposed(module, own_name, tensor.dim()),
                 )
             )
     return tuple(found)
+
+
+def _is_transposed(module: nn.Module, own_name: str, dims: int) -> bool:
+    """Tell if this is the weight of GPT-2's Conv1D, or of experts that are built like it."""
+    if type(module).__name__ == "Conv1D":
+        return own_name == "weight"
+    return dims == 3 and bool(getattr(module, "is_transposed", False))
 
 
 def _layers_prefix(model: PreTrainedModel, num_layers: int) -> str | None:

@@ -117,7 +117,7 @@ def _tuned(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None) 
         "stage3_param_persistence_threshold": _persistence_threshold(config, spec, layout),
         "stage3_max_live_parameters": _given(config.zero.max_live_numel, 2 * layout.layer_numel),
     }
-    if config.dtype.bits is None:  # quantised weights are unpacked by it
+    if config.quantiser != "deepspeed":  # DeepSpeed unpacks its quantised weights there
         zero["memory_efficient_linear"] = (
             False  # it saves memory in training; here it costs time at every product
         )
@@ -189,7 +189,7 @@ def _leaf_is_wanted(config: RunConfig, spec: ModelSpec) -> bool:
         return False
     if config.zero.leaf_layers is not None:
         return config.zero.leaf_layers
-    return config.dtype.bits is None and not zero_layout(config, spec).separate_experts
+    return config.quantiser != "deepspeed" and not zero_layout(config, spec).separate_experts
 
 
 def min_buffer_count(layout: ZeroLayout, spec: ModelSpec, *, leaf: bool) -> int:
@@ -232,7 +232,7 @@ def _float_mode(dtype: str) -> Json:
 
 
 def _quantisation(config: RunConfig) -> Json:
-    if config.dtype.bits is None:
+    if config.quantiser != "deepspeed":
         return {}
     scheme = {
         "num_bits": config.dtype.bits,

@@ -11,7 +11,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 
-from zinfer.config import ITEMSIZE_BYTES, RunConfig
+from zinfer.config import ITEMSIZE_BYTES, DtypeConfig, RunConfig
+from zinfer.model import quantisable
 from zinfer.model.spec import ModelSpec, Parameter
 from zinfer.units import MIB
 
@@ -61,16 +62,19 @@ def aio_block_bytes(config: RunConfig) -> int:
 
 
 def stored_numel(
-    parameter: Parameter, *, bits: int | None, group_size: int, itemsize_bytes: int
+    parameter: Parameter, dtype: DtypeConfig, itemsize_bytes: int, *, by_deepspeed: bool
 ) -> int:
-    """Return the elements that DeepSpeed stores for this parameter.
+    """Return the elements that are stored for this parameter.
 
-    Quantised linear and embedding weights: packed values plus one scale and one offset per group.
+    DeepSpeed quantises linear and embedding weights: packed values plus one scale and one offset
+    per group, in the compute type.
     """
-    if bits is None or parameter.kind not in ("linear", "embedding"):
+    if not by_deepspeed:
+        return quantisable.stored_numel(parameter, dtype, itemsize_bytes)
+    if dtype.bits is None or parameter.kind not in ("linear", "embedding"):
         return parameter.numel
-    packed = parameter.numel * bits // (8 * itemsize_bytes)
-    return packed + 2 * (parameter.numel // group_size)
+    packed = parameter.numel * dtype.bits // (8 * itemsize_bytes)
+    return packed + 2 * (parameter.numel // dtype.group_size)
 
 
 class _ByIdentity:
@@ -93,8 +97,8 @@ def zero_layout(config: RunConfig, spec: ModelSpec) -> ZeroLayout:
         _ByIdentity(spec.parameters),
         hidden_size=spec.hidden_size,
         ranks=config.launcher.ranks,
-        bits=config.dtype.bits,
-        group_size=config.dtype.group_size,
+        dtype=config.dtype,
+        by_deepspeed=config.quantiser == "deepspeed",
         itemsize=itemsize,
         swap_min=max(MIN_SWAP_BYTES, aio_block_bytes(config)) // itemsize,
     )
@@ -106,8 +110,8 @@ def _layout(
     *,
     hidden_size: int,
     ranks: int,
-    bits: int | None,
-    group_size: int,
+    dtype: DtypeConfig,
+    by_deepspeed: bool,
     itemsize: int,
     swap_min: int,
 ) -> ZeroLayout:
@@ -117,7 +121,7 @@ def _layout(
     layer_numel: defaultdict[int, int] = defaultdict(int)
     total = small = in_layers = largest_in_layers = 0
     for parameter in model.parameters:
-        numel = stored_numel(parameter, bits=bits, group_size=group_size, itemsize_bytes=itemsize)
+        numel = stored_numel(parameter, dtype, itemsize, by_deepspeed=by_deepspeed)
         total += numel
         if parameter.numel <= hidden_size:
             small += numel

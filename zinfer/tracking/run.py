@@ -51,6 +51,13 @@ ARTIFACT_FILES = (
     "samples.json", "generated.json", "generated.txt",
     "traceback.txt", "worker.log",
 )  # fmt: skip
+OF_PACKED_WEIGHTS = ("symmetric", "keep", "eight_bits", "rounding")
+UNREAD = {
+    None: ("group_size", *OF_PACKED_WEIGHTS, "kernel"),
+    "deepspeed": (*OF_PACKED_WEIGHTS, "kernel"),
+    "zinfer": (),
+}
+"""Quantiser -> settings of `dtype` that it does not read; no parameters are made of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +146,10 @@ def run_params(config: RunConfig) -> dict[str, str]:
     flat = dict(flatten(tree))
     if config.batch.prompt == "text":
         flat["batch.prompt_text"] = tree["batch"]["prompt_text"]
-    if config.dtype.bits is None:
-        del flat["dtype.group_size"]
+    if config.quantiser is not None:
+        flat["dtype.quantiser"] = config.quantiser
+    for name in UNREAD[config.quantiser]:
+        del flat[f"dtype.{name}"]
     if not config.quality.enabled:
         flat = {name: value for name, value in flat.items() if not name.startswith("quality.")}
     return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flat.items()}

@@ -86,7 +86,7 @@ def ops_of(config: RunConfig) -> list[str]:
         return []
     return ops_needed(
         config.offload.device,
-        quantised_float16=config.dtype.unpacks_to_float16,
+        quantised_float16=(config.quantiser == "deepspeed" and config.dtype.unpacks_to_float16),
         use_gds=config.offload.use_gds,
     )
 
