@@ -58,7 +58,7 @@ class Kept:
         """Read a parameter's bytes, uint8 of one dimension. None: they are damaged."""
         try:
             with safe_open(self.folder / WEIGHTS, "pt") as file:
-                found: torch.Tensor = file.get_tensor(name)
+                found: torch.Tensor = file.get_tensor(name).clone()  # the file is mapped
         except (OSError, SafetensorError):
             return None
         return found if _sha256(found) == self.checksums[name] else None

@@ -1,0 +1,167 @@
+"""Every family's weights are rounded layer by layer, for the inputs that a text gives them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.composing import composed
+from tests.helpers.tiny_models import VOCAB, tiny_model
+from zinfer.config import ConfigError, DtypeConfig
+from zinfer.job.events import EventLog
+from zinfer.model.parameters import Parameter, weight_tensors
+from zinfer.model.quantisable import inputs_of, packed_bytes, stored_bits
+from zinfer.model.spec import model_spec
+from zinfer.model.weights.pretrained import Opened, open_checkpoint
+from zinfer.worker.kv_cache.codes import dequantise, quantise
+from zinfer.worker.quantised import searched as searched_module
+from zinfer.worker.quantised.calibrated import pack_model
+from zinfer.worker.quantised.searched import SearchedWeights, searched_weights
+
+FAMILIES = ("llama", "opt", "bloom", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "gpt2")
+GROUP = 32
+DTYPE = replace(composed("dtype=int4").dtype, group_size=GROUP, eight_bits=())
+
+
+def text(rows: int = 4, tokens: int = 48, seed: int = 0) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (rows, tokens), generator=chance)
+
+
+def opened_checkpoint(family: str, folder: Path) -> Opened:
+    """Write a tiny checkpoint of a family, as published ones are, and open it."""
+    tiny_model(family).save_pretrained(folder, max_shard_size="100KB")
+    config = composed("model=custom", f"model.source={folder}").model
+    return open_checkpoint(config, torch.float32, EventLog(folder))
+
+
+def weights_of(model: Any) -> list[Parameter]:
+    return list(weight_tensors(model, model.config.num_hidden_layers))
+
+
+def rounded(model: Any, packed: dict[str, torch.Tensor], dtype: DtypeConfig) -> Any:
+    """Put the values that packed bytes stand for into an unmodified model."""
+    for parameter in weights_of(model):
+        if parameter.name not in packed:
+            continue
+        held = model.get_parameter(parameter.name).data
+        shape = held.transpose(-1, -2).shape if parameter.is_transposed else held.shape
+        rows, groups = shape[:-1].numel(), -(-shape[-1] // GROUP)
+        raw = packed[parameter.name]
+        split = raw.numel() - rows * groups * 4
+        bits = stored_bits(parameter, dtype)
+        assert bits is not None
+        values = dequantise(
+            raw[:split].view(rows, -1),
+            raw[split:].clone().view(torch.float16).view(rows, groups, 2),
+            bits,
+            GROUP,
+            torch.float32,
+        )[:, : shape[-1]].reshape(shape)
+        held.copy_(values.transpose(-1, -2) if parameter.is_transposed else values)
+    return model
+
+
+def plainly_packed(model: Any, dtype: DtypeConfig) -> dict[str, torch.Tensor]:
+    """Pack the same weights by rounding each value to the nearest code."""
+    packed = {}
+    for parameter in weights_of(model):
+        bits = stored_bits(parameter, dtype)
+        if bits is None:
+            continue
+        held = model.get_parameter(parameter.name).data
+        rows = (held.transpose(-1, -2) if parameter.is_transposed else held).flatten(0, -2)
+        missing = -rows.shape[1] % GROUP
+        rows = torch.cat([rows, rows[:, -1:].expand(-1, missing)], 1)
+        codes, scales = quantise(rows, bits, GROUP)
+        packed[parameter.name] = torch.cat([codes.flatten(), scales.view(torch.uint8).flatten()])
+    return packed
+
+
+def loss_of(model: Any, ids: torch.Tensor, exact: Any) -> float:
+    """Return the mean divergence of a model's predictions from those of the exact one."""
+    with torch.no_grad():
+        mine, theirs = (each(ids).logits.log_softmax(-1) for each in (model, exact))
+    return float((theirs.exp() * (theirs - mine)).sum(-1).mean())
+
+
+def searched(family: str, folder: Path) -> dict[str, torch.Tensor]:
+    packed: dict[str, torch.Tensor] = {}
+    opened, weights = opened_checkpoint(family, folder), weights_of(tiny_model(family))
+    pack_model(opened, DTYPE, weights, text(), packed.__setitem__, EventLog(folder))
+    return packed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_searched_model_of_any_family_is_nearer_to_the_exact_one(
+    family: str, tmp_path: Path
+) -> None:
+    packed = searched(family, tmp_path)
+    exact = tiny_model(family)
+    wanted = {
+        each.name: packed_bytes(each.numel, inputs_of(each), bits, GROUP)
+        for each in weights_of(exact)
+        if (bits := stored_bits(each, DTYPE)) is not None
+    }
+    assert {name: raw.numel() for name, raw in packed.items()} == wanted
+    assert len(wanted) > 6
+    plain = rounded(tiny_model(family), plainly_packed(exact, DTYPE), DTYPE)
+    mine = rounded(tiny_model(family), packed, DTYPE)
+    assert loss_of(mine, text(), exact) < 0.8 * loss_of(plain, text(), exact)
+
+
+def config_of(folder: Path, *overrides: str) -> Any:
+    return composed(
+        "model=custom", f"model.source={folder}", "weights=pretrained", "dtype=int4", *overrides
+    )
+
+
+def test_weights_are_searched_once_and_made_again_where_they_are_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "cache"))
+    opened = opened_checkpoint("llama", tmp_path / "llama")
+    config = config_of(tmp_path / "llama", "dtype.group_size=32", "dtype.eight_bits=[]")
+    spec = model_spec(config.model)
+    events = EventLog(tmp_path)
+    first = SearchedWeights(opened, config.dtype, spec, text(), events)
+    monkeypatch.setattr(searched_module, "pack_model", never)
+    second = SearchedWeights(opened, config.dtype, spec, text(), events)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert name in second and "model.norm.weight" not in second
+    bytes_of_first = first.read(name)
+    assert torch.equal(second.read(name), bytes_of_first)
+    monkeypatch.undo()
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "cache"))
+    file = next((tmp_path / "cache" / "quantised").glob("*/packed.safetensors"))
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(bytes(bytes_of_first.tolist()))] ^= 1
+    file.write_bytes(whole)
+    assert torch.equal(second.read(name), bytes_of_first)
+    assert f"{name} is not what was written" in (tmp_path / "events.jsonl").read_text()
+
+
+def never(*_: object) -> None:
+    raise AssertionError("the weights are searched a second time")
+
+
+def test_a_layer_that_memory_does_not_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(searched_module, "host_available_bytes", lambda: 1000)
+    opened = opened_checkpoint("llama", tmp_path / "llama")
+    config = config_of(tmp_path / "llama")
+    with pytest.raises(ConfigError, match=r"1000 B are free\. Set dtype\.rounding=nearest"):
+        SearchedWeights(opened, config.dtype, model_spec(config.model), text(), EventLog(tmp_path))
+
+
+def test_without_a_tokenizer_nothing_is_searched(tmp_path: Path) -> None:
+    opened = opened_checkpoint("llama", tmp_path / "llama")
+    config = config_of(tmp_path / "llama")
+    with pytest.raises(ConfigError, match=r"reads a text, and .*dtype\.rounding=nearest"):
+        searched_weights(opened, config, model_spec(config.model), EventLog(tmp_path))
