@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 from multirun_analysis.compare import configurations, differing_choices
 from multirun_analysis.configuration import RATE, Configuration
-from multirun_analysis.runs import STATUS_WORDS, ReportError, Run, Selection, counted
+from multirun_analysis.runs import STATUS_WORDS, ReportError, Run, Selection
 from multirun_analysis.spread import Spread, speedup
 from multirun_analysis.store import MlflowStore
 from multirun_analysis.table import Column, Table, number_cell, spread_cells, text_cell
 from multirun_analysis.tables.choices import choice_cell, choice_columns
 from multirun_analysis.tables.speedup import ratio_cell
+from zinfer.units import counted
 
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 RUN_ID = re.compile(r"[0-9a-f]{32}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from multirun_analysis.notes import run_notes
-from multirun_analysis.runs import History, Json, ReportError, Run, Selection, counted, started_s
+from multirun_analysis.runs import History, Json, ReportError, Run, Selection, started_s
 from zinfer.job.files import (
     EARLIER_FOLDER,
     ENVIRONMENT_FILE,
@@ -19,6 +19,7 @@ from zinfer.job.files import (
     RESULT_FILE,
 )
 from zinfer.tracking.run import flat_params
+from zinfer.units import counted
 
 STEP_HISTORY = "decode_step_s_by_step"
 

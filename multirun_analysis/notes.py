@@ -7,9 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from multirun_analysis.configuration import CIRCUMSTANCES, RATE, Configuration
-from multirun_analysis.runs import Run, counted
+from multirun_analysis.runs import Run
 from zinfer.config import METHOD_VERSION
 from zinfer.machine.profile import NOTICED_SLOWDOWN
+from zinfer.units import counted
 
 YARDSTICK = "yardstick_s"
 NAMED = 5

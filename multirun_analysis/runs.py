@@ -93,11 +93,6 @@ class Selection:
     """environment.json of a run; None when it has none."""
 
 
-def counted(number: int, noun: str) -> str:
-    """Format a count with its noun: '1 run', '3 runs'."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def started_s(run: Run) -> float:
     """Start of a run as seconds since 1970, for sorting; 0 where it is not known."""
     return run.started.timestamp() if run.started else 0.0

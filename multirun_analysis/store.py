@@ -21,7 +21,6 @@ from multirun_analysis.runs import (
     ReportError,
     Run,
     Selection,
-    counted,
     started_s,
 )
 from multirun_analysis.sweeps import SWEEP_ROLE, reused_ids, untracked_jobs
@@ -37,6 +36,7 @@ from zinfer.tracking.store import (
     ensure_store,
 )
 from zinfer.tracking.uri import sqlite_path, tracking_uri
+from zinfer.units import counted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

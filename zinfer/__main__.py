@@ -45,6 +45,7 @@ def task(composed: DictConfig) -> None:
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
     Ended.composed = True
     Interrupts.install()  # some launchers run this in processes of their own
@@ -52,7 +53,9 @@ def task(composed: DictConfig) -> None:
     job_dir = Path(context.runtime.output_dir)
     redact_hydra_files(job_dir, context.output_subdir)
     if context.mode != RunMode.MULTIRUN:
-        Ended.outcome = run_single(composed, job_dir)
+        settings = OmegaConf.to_container(context.overrides.task, resolve=False)
+        assert isinstance(settings, list)
+        Ended.outcome = run_single(composed, job_dir, [str(setting) for setting in settings])
         return
     from zinfer.sweep.compose import task_overrides
     from zinfer.sweep.job import run_sweep_job
@@ -65,20 +68,26 @@ def task(composed: DictConfig) -> None:
         raise KeyboardInterrupt
 
 
-def run_single(composed: DictConfig, job_dir: Path) -> Outcome:
-    """Check one composed configuration and do its task."""
+def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outcome:
+    """Check one composed configuration and do its task.
+
+    Args:
+        settings: overrides as they were typed.
+    """
     from zinfer.config import ConfigError, parse_config
     from zinfer.config.tasks import function_named, task_of
     from zinfer.driver.finishing import finish, in_use
+    from zinfer.driver.label import job_label
     from zinfer.driver.refusals import refusal
     from zinfer.driver.terminal import Terminal
     from zinfer.job.folder import FolderInUse, attempt_in
 
-    terminal = Terminal(format_of(composed), name=job_dir.name)
+    terminal = Terminal(format_of(composed))
     try:
         config = parse_config(composed)
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
+    terminal.name = job_label(config.model.name, settings, config.task)
     row = task_of(config)
     if row.takes_search and config.sweep.search == "best_batch":
         from zinfer.sweep.search import search_best_batch

@@ -42,18 +42,33 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_roughly(seconds: float) -> str:
-    """Round a time that is still to come as people say it: '5 s', '40 s', '3 min', '1 h 20 min'."""
-    if seconds < 10:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90:
-        return f"{round(seconds, -1):.0f} s"
-    minutes = round(seconds / 60)
+    """Round a time that is still to come as people say it: '4 minutes', '1 hour 20 minutes'."""
+    if seconds < 3.5:
+        return "a few seconds"
+    if seconds < 57.5:
+        return f"{5 * max(1, round(seconds / 5)):d} seconds"
+    minutes = max(1, round(seconds / 60))
+    if minutes >= 20:
+        minutes = 5 * round(minutes / 5)
     if minutes >= 60:
         minutes = 10 * round(minutes / 10) if minutes < 600 else 60 * round(minutes / 60)
     hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] if hours else []
-    parts += [f"{minutes} min"] if minutes else []
+    if hours >= 48:
+        return counted(round(hours / 24), "day")
+    parts = [counted(hours, "hour")] if hours else []
+    parts += [counted(minutes, "minute")] if minutes else []
     return " ".join(parts)
+
+
+def format_left(seconds: float) -> str:
+    """Say how long something still takes: 'about 4 minutes left', 'a few seconds left'."""
+    roughly = format_roughly(seconds)
+    return f"{roughly} left" if roughly.startswith("a few") else f"about {roughly} left"
+
+
+def counted(number: int, noun: str) -> str:
+    """Count things with a regular plural: '1 job', '3 jobs'."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _long_duration(seconds: int) -> str:

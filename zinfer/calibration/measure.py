@@ -24,7 +24,7 @@ from zinfer.job.calibration import (
 )
 from zinfer.job.files import KERNELS_FILE
 from zinfer.job.outcome import Json, Outcome
-from zinfer.units import format_roughly
+from zinfer.units import format_left
 
 if TYPE_CHECKING:
     from zinfer.job.events import Event
@@ -145,7 +145,7 @@ class Measurement:
             JobFailed: as soon as one of them does not end well.
         """
         name = "small models" if number == 0 else "small models again"
-        self.terminal.event({"event": "phase", "name": name})
+        self.terminal.phase(name)
         for done, job in enumerate(members):
             if number > 0 and not self.clock.allows(1):
                 return
@@ -168,8 +168,8 @@ class Measurement:
         """Show how far it is, and how long it will still take."""
         runs = runs_left(total - done, chosen, number)
         left_s = self.clock.left_s(runs, kernels=self.kernels is None)
-        left = f"jobs, about {format_roughly(left_s)} left"
-        self.terminal.event({"event": "progress", "done": done, "total": total, "unit": left})
+        left = f"jobs, {format_left(left_s)}"
+        self.terminal.share(done, total, left)
         if not self.terminal.live and time.monotonic() - self._said_s > LINE_EVERY_S:
             self._said_s = time.monotonic()
             self.terminal.note(f"{done} of {total} {left}")

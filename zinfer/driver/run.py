@@ -19,6 +19,7 @@ from zinfer.driver.disks import describe_disk
 from zinfer.driver.ending import Circumstances, Watched, disk_free_bytes, oom_kills, outcome_of
 from zinfer.driver.finishing import finish, in_use
 from zinfer.driver.interrupts import Interrupts
+from zinfer.driver.progress import LOG, START, coming_phases
 from zinfer.driver.refusals import refusal, require_possible
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.tracking_thread import TrackingThread
@@ -85,9 +86,13 @@ def run_attempt(
     except (ConfigError, ValueError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
         return finish(refusal(problems, job_dir), job_dir, terminal)
+    terminal.begin(coming_phases(config), logs_phases=task_of(config).loads_model)
+    terminal.phase(START)
     tracked = TrackingThread(config, job_dir, attempt, terminal)
     outcome = run_worker(config, job_dir, terminal, tracked, forked=forked, stopped=stopped)
     outcome = replace(outcome, job_dir=str(job_dir))
+    if config.tracking.store != "none":
+        terminal.phase(LOG)
     return finish(tracked.finish(outcome), job_dir, terminal)
 
 
@@ -129,7 +134,7 @@ def run_worker(
         deadline = Deadline.after(config.launcher.timeout_s)
         with (
             swap_folder_of(config, job_dir, attempt, terminal, watched) as swap,
-            worker_of(config, job_dir, attempt, deadline if forked else None) as worker,
+            worker_of(config, job_dir, attempt, terminal, deadline if forked else None) as worker,
         ):
             tracked.start()  # beside the worker's imports, not after the run
             ended_by = watch(worker, deadline, reader, watched, terminal, stopped)
@@ -188,6 +193,7 @@ def worker_of(
     config: RunConfig,
     job_dir: Path,
     attempt: str,
+    terminal: Terminal,
     server_until: Deadline | None,
 ) -> Iterator[Worker]:
     """Run the job's worker processes; they and all that they started are gone afterwards.
@@ -198,7 +204,12 @@ def worker_of(
     write_job(job_dir, config, attempt)
     server = None
     if server_until is not None:
-        server = Servers.ready(config, lambda: Interrupts.received or server_until.is_over())
+
+        def gives_up() -> bool:
+            terminal.tick()
+            return Interrupts.received or server_until.is_over()
+
+        server = Servers.ready(config, gives_up)
     worker = start_worker(config, job_dir, attempt, server)
     try:
         pids = [

@@ -16,7 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from zinfer.config import ConfigError, RunConfig
-from zinfer.driver.terminal import Terminal, new_table
+from zinfer.driver.tables import new_table
+from zinfer.driver.terminal import Terminal
 from zinfer.job.files import PLANS_FILE, PLANS_JSON_FILE
 from zinfer.job.folder import write_json
 from zinfer.machine.hardware import Hardware, detect_hardware

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from zinfer.driver.terminal import Terminal, new_table
+from zinfer.driver.tables import new_table
+from zinfer.driver.terminal import Terminal
 from zinfer.job.outcome import Json, Outcome
 from zinfer.sweep.earlier_runs import EarlierRun
 from zinfer.sweep.record import Sweep, SweepJob

@@ -41,11 +41,17 @@ class StepClock(StoppingCriteria):
     """
 
     def __init__(
-        self, device: torch.device, new_tokens: int, events: EventLog, kv: KvSession
+        self, device: torch.device, events: EventLog, kv: KvSession, *, before: int, total: int
     ) -> None:
+        """Begin a generation.
+
+        Args:
+            before: tokens of each row in the phase's earlier generations.
+            total: tokens of each row in all generations of the phase.
+        """
         self._device = device
         self._kv = kv
-        self._new_tokens = new_tokens
+        self._before, self._total = before, total
         self._events = events
         self._said_s = now_s(device)
         self.times_s: list[float] = []
@@ -59,7 +65,7 @@ class StepClock(StoppingCriteria):
             self._kv.first_token_is_there()
         if time_s - self._said_s >= PROGRESS_S:
             self._said_s = time_s
-            self._events.progress(len(self.times_s), self._new_tokens, "tokens")
+            self._events.progress(self._before + len(self.times_s), self._total, "tokens")
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -77,11 +83,12 @@ def generate_timed(
     mine = prompts[engine.rank * rows : (engine.rank + 1) * rows].to(engine.device)
     fix_lengths(engine.model, batch, engine.tokenizer)
     samples: list[Sample] = []
-    events.phase("warm-up", generations=batch.warmup)
+    if batch.warmup:
+        events.phase("warm-up", generations=batch.warmup, new_tokens=batch.new_tokens)
     for index in range(batch.warmup):
         sample, ids, kv_bytes = _generate_once(engine, mine, batch, "warmup", index, events, kv)
         samples.append(_noted(sample, events))
-    events.phase("generate", generations=batch.repeats)
+    events.phase("generate", generations=batch.repeats, new_tokens=batch.new_tokens)
     yardstick, meter = Yardstick(), Meter(engine.device)
     before = look()
     yardstick_s = [yardstick.seconds()]
@@ -94,7 +101,6 @@ def generate_timed(
         samples.append(_noted(sample, events))
         totals_s.append(sample.total_s)
         yardstick_s.append(yardstick.seconds())
-        events.progress(index + 1, max(batch.repeats, index + 1), "generations")
     return Generation(
         surroundings=between(before, look(), engine.ranks),
         samples=tuple(samples),
@@ -150,7 +156,9 @@ def _generate_once(
     events: EventLog,
     kv: KvSession,
 ) -> tuple[Sample, torch.Tensor, int | None]:
-    clock = StepClock(engine.device, batch.new_tokens, events, kv)
+    planned = batch.warmup if kind == "warmup" else max(batch.repeats, index + 1)
+    before, total = index * batch.new_tokens, planned * batch.new_tokens
+    clock = StepClock(engine.device, events, kv, before=before, total=total)
     cache = kv.arguments()
     with torch.no_grad():
         start_s = now_s(engine.device)
