@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zinfer.units import format_roughly, format_seconds, format_times
+from zinfer.units import format_left, format_seconds, format_times
 
 
 @pytest.mark.parametrize(
@@ -31,18 +31,24 @@ def test_a_duration_has_three_digits(seconds: float | None, shown: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
-        (0.2, "1 s"),
-        (7.6, "8 s"),
-        (43.0, "40 s"),
-        (90.69, "2 min"),
-        (118.0, "2 min"),
-        (1510.0, "25 min"),
-        (7700.0, "2 h 10 min"),
-        (40_000.0, "11 h"),
+        (0.0, "a few seconds left"),
+        (3.4, "a few seconds left"),
+        (7.6, "about 10 seconds left"),
+        (43.0, "about 45 seconds left"),
+        (57.4, "about 55 seconds left"),
+        (58.0, "about 1 minute left"),
+        (90.69, "about 2 minutes left"),
+        (227.2, "about 4 minutes left"),
+        (1510.0, "about 25 minutes left"),
+        (3599.0, "about 1 hour left"),
+        (4800.0, "about 1 hour 20 minutes left"),
+        (40_000.0, "about 11 hours left"),
+        (100_000.0, "about 28 hours left"),
+        (300_000.0, "about 3 days left"),
     ],
 )
 def test_time_left_is_rounded_as_people_say_it(seconds: float, shown: str) -> None:
-    assert format_roughly(seconds) == shown
+    assert format_left(seconds) == shown
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def loaded(folder: Path, log: Path, *overrides: str) -> tuple[object, VerifiedWe
     log.mkdir()
     events = EventLog(log)
     opened = open_checkpoint(model, torch.float32, events)
-    read = pretrained_model(opened, torch.float32)
+    read = pretrained_model(opened, torch.float32, events)
     return read.model, verify(opened, read, events)
 
 

@@ -121,7 +121,8 @@ def test_a_pickle_checkpoint_is_read_only_when_asked(checkpoint: Path, tmp_path:
     opened = open_checkpoint(
         custom(checkpoint, allow_pickle=True), torch.float32, EventLog(tmp_path)
     )
-    assert pretrained_model(opened, torch.float32).model.config.hidden_size == 32
+    read = pretrained_model(opened, torch.float32, EventLog(tmp_path))
+    assert read.model.config.hidden_size == 32
 
 
 def test_a_checkpoint_that_is_not_what_is_pinned_is_said(checkpoint: Path, tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ class Phase:
             return ""
         if self.unit == "bytes":
             return f"{format_bytes(self.done)} of {format_bytes(self.total)}"
-        return f"{self.done:g} of {self.total:g} {self.unit}"
+        if self.total >= 1e7:
+            return f"{self.done / 1e6:.0f} of {self.total / 1e6:.0f} million {self.unit}"
+        return f"{self.done:.0f} of {self.total:.0f} {self.unit}"
 
     def elapsed_s(self, now_s: float) -> float:
         """Return how long it took, or takes so far."""
@@ -156,7 +158,7 @@ class JobProgress:
     def seconds_left(self, now_s: float) -> float | None:
         """Return the time left of the phase that runs; None where it is not known."""
         phase = self.current
-        if phase is None or phase.ended_s is not None:
+        if phase is None or phase.ended_s is not None or phase.share == 1.0:
             return None
         each_s = self._generation_takes_s(phase)
         if each_s is None:

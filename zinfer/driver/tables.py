@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zinfer.job.outcome import Outcome
 from zinfer.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
+    from rich.table import Column, Table
+
+WORDS_WIDTH = 24
+PADDING = 3
+"""Characters between two columns."""
 
 
 def new_table(title: str, *columns: str, left: Collection[int] = (0,)) -> Table:
@@ -19,8 +24,30 @@ def new_table(title: str, *columns: str, left: Collection[int] = (0,)) -> Table:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index in left else "right", overflow="fold")
+        words = index in left
+        table.add_column(
+            column, justify="left" if words else "right", overflow="fold", no_wrap=not words
+        )
     return table
+
+
+def leave_out(table: Table, spare: Sequence[str], console: Console) -> None:
+    """Leave columns out, in the order of `spare`, until a table fits the console's width.
+
+    Columns of numbers are never cut. Words are folded down to WORDS_WIDTH characters.
+    """
+    from rich.measure import Measurement
+
+    def width_of(column: Column) -> int:
+        cells = [column.header, *column.cells]
+        widths = [Measurement.get(console, console.options, cell).maximum for cell in cells]
+        widest = max(widths, default=0)
+        return widest if column.no_wrap else min(widest, WORDS_WIDTH)
+
+    for head in spare:
+        if sum(width_of(column) + PADDING for column in table.columns) <= console.width:
+            return
+        table.columns = [column for column in table.columns if column.header != head]
 
 
 def plan_table(outcome: Outcome) -> Table:
@@ -29,7 +56,7 @@ def plan_table(outcome: Outcome) -> Table:
     model, metrics = outcome.model or {}, outcome.metrics
     billions = (model.get("parameters") or 0) / 1e9
     title = f"{model.get('name')}: {billions:.3g} B parameters, {model.get('dtype')}"
-    table = new_table(title, "memory", "planned", "available", "measured", "made of")
+    table = new_table(title, "memory", "planned", "available", "measured", "made of", left=(0, 4))
     measured: dict[str, float | None] = {
         "device": metrics.get("peak_device_reserved_bytes"),
         "host": metrics.get("peak_host_rss_bytes"),

@@ -49,8 +49,8 @@ class Terminal:
         self.name = name
         """Label of the job: its model and the settings that differ."""
         self._out = out or sys.stdout
-        self._err = err or sys.stderr
-        self._live = is_live(self._err)
+        self.err = err or sys.stderr
+        self._live = is_live(self.err)
         self._progress: JobProgress | None = None
         self._logs_phases = False
         self._logged: Phase | None = None
@@ -100,7 +100,7 @@ class Terminal:
         if self._live:
             if force or not 0.0 <= now_s - self._drawn_s < REDRAW_S:
                 self._drawn_s = now_s
-                Screen.show(self._err, self.frame(self._progress, now_s))
+                Screen.show(self.err, self.frame(self._progress, now_s))
         elif self._logs_phases:
             self._log_phase(self._progress, now_s)
 
@@ -121,7 +121,7 @@ class Terminal:
 
     def note(self, message: str) -> None:
         """Print one line for people."""
-        Screen.print_line(self._err, redact(message))
+        Screen.print_line(self.err, redact(message))
 
     def note_once(self, message: str, *, about: str) -> None:
         """Print one line for people, where this process has not said one about this yet."""
@@ -133,6 +133,17 @@ class Terminal:
         """Print one line for people, marked as a warning."""
         self.note(f"warning: {message}")
 
+    def line(self, text: str, *, to_out: bool) -> None:
+        """Print a line of a sweep's table: on stdout where it is a result."""
+        if to_out and not self._json:
+            print(redact(text), file=self._out)
+        else:
+            self.note(text)
+
+    def close(self) -> None:
+        """Erase what is drawn: nothing more changes, or others write now."""
+        Screen.close()
+
     def finish(self, outcome: Outcome) -> None:
         """Show the end of a job: its table, or its document."""
         Screen.close()
@@ -141,7 +152,7 @@ class Terminal:
             return
         if outcome.status == "refused":
             for problem in outcome.problems:
-                print(redact(f"refused: {problem}"), file=self._err, flush=True)
+                print(redact(f"refused: {problem}"), file=self.err, flush=True)
             return
         self._show_result(outcome)
         if outcome.job_dir:
@@ -158,9 +169,9 @@ class Terminal:
         from zinfer.plan.page import page, verdict_line
 
         if outcome.plan is not None:
-            self._print(plan_table(outcome))
+            self._print(plan_table(outcome), ("made of", "available"))
         if "timed_runs" in outcome.metrics:
-            self._print(result_table(outcome))
+            self._print(result_table(outcome), ("standard deviation", "max", "min"))
             if verdict := verdict_line(outcome):
                 print(verdict, file=self._out)
         if outcome.status not in ("ok", "planned"):
@@ -171,14 +182,22 @@ class Terminal:
             print("DeepSpeed JSON:", file=self._out)
             print(json.dumps(outcome.deepspeed, indent=2), file=self._out)
 
-    def _print(self, table: Table, *, to_out: bool = True) -> None:
+    def _print(self, table: Table, spare: Sequence[str] = (), *, to_out: bool = True) -> None:
         from rich.console import Console
 
-        file = self._out if to_out else self._err
-        width = None if file.isatty() else PIPE_WIDTH
-        Console(file=file, width=width, highlight=False).print(table)
+        from zinfer.driver.tables import leave_out
 
-    def table(self, table: Table, *, to_out: bool = True) -> None:
-        """Print a table of a sweep: the result on stdout, everything else on stderr."""
+        file = self._out if to_out else self.err
+        width = None if file.isatty() else PIPE_WIDTH
+        console = Console(file=file, width=width, highlight=False)
+        leave_out(table, spare, console)
+        console.print(table)
+
+    def table(self, table: Table, spare: Sequence[str] = (), *, to_out: bool = True) -> None:
+        """Print a table of a sweep: the result on stdout, everything else on stderr.
+
+        Args:
+            spare: heads of the columns that are left out, in this order, until it fits.
+        """
         Screen.close()
-        self._print(table, to_out=to_out and not self._json)
+        self._print(table, spare, to_out=to_out and not self._json)

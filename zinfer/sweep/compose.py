@@ -111,6 +111,15 @@ def job_overrides(loader: Any, master: DictConfig) -> list[list[str]]:
     return jobs
 
 
+def setting(config: DictConfig, name: str, default: object) -> object:
+    """Return a setting of a tree that may not resolve; what is wrong with it is said elsewhere."""
+    try:
+        found = OmegaConf.select(config, name)
+    except OmegaConfBaseException:
+        return default
+    return default if found is None else found
+
+
 def sweep_folder(config: DictConfig) -> Path:
     """Return the sweep's own folder: hydra.sweep.dir, absolute.
 

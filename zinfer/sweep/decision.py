@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from zinfer.job.outcome import Outcome
+    from zinfer.sweep.board import Board
     from zinfer.sweep.record import Sweep
     from zinfer.tracking.parent import ParentRunCallback
 
@@ -49,6 +50,8 @@ class Started:
     """The sweep's own run in MLflow."""
     held: ExitStack
     """Holds the sweep's folder until this process ends."""
+    board: Board | None
+    """Draws the jobs where they run in other processes; None: each draws itself, or nobody."""
     left: int | None
     """Jobs that are not reused; None where the jobs are not known beforehand."""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.orphans import close_abandoned
+from zinfer.driver.screen import Screen
 from zinfer.driver.terminal import Terminal
 from zinfer.driver.workers import Servers
 from zinfer.job.files import NOT_LOGGED_FILE
@@ -25,7 +26,7 @@ from zinfer.sweep.decision import Decision, NoSweep, Planned, Previewed, Started
 from zinfer.sweep.earlier_runs import runs_of_newest_sweep
 from zinfer.sweep.record import Sweep, ended_well
 from zinfer.sweep.resume import would_retry
-from zinfer.sweep.table import result_table
+from zinfer.sweep.table import SPARE_OF_RESULTS, reason_of, reasons, result_table
 from zinfer.tracking.parent import SweptRun, SweptState
 
 STOP_WAIT_S = 4.0
@@ -118,6 +119,9 @@ def end_preview(sweep: Sweep) -> int:
 def end_sweep(started: Started, *, interrupted: bool) -> int:
     """Account for every job, show it, close the sweep's run, and return the exit code."""
     sweep = started.sweep
+    if started.board is not None:
+        started.board.close()
+    Screen.close()
     terminal = Terminal(sweep.output_format)
     Servers.close()
     if interrupted:
@@ -132,7 +136,9 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
         print(json.dumps(redact(document(rows, status=said))), flush=True)
     else:
         table = [(row.num, row.overrides, row.document) for row in rows]
-        terminal.table(result_table(sweep, table))
+        terminal.table(result_table(sweep, table), SPARE_OF_RESULTS)
+        for line in reasons((row.num, reason_of(row.document or {})) for row in rows):
+            terminal.line(line, to_out=True)
         for line in how_to_go_on(sweep, rows, interrupted=interrupted):
             terminal.note(line)
         terminal.note(f"sweep folder {sweep.folder}")

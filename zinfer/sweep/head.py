@@ -15,8 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from zinfer.config import ConfigError, RunConfig
 from zinfer.config.tasks import task_of
@@ -25,10 +24,12 @@ from zinfer.driver.terminal import Terminal
 from zinfer.driver.workers import Servers
 from zinfer.job.folder import attempt_in, is_driven
 from zinfer.job.outcome import Outcome
+from zinfer.sweep.board import Board
 from zinfer.sweep.compose import (
     ComposedJob,
     compose_jobs,
     is_basic_sweeper,
+    setting,
     sweep_folder,
     task_overrides,
 )
@@ -44,14 +45,15 @@ from zinfer.sweep.plan import plan_jobs
 from zinfer.sweep.plan_grid import is_plan_grid, plan_grid
 from zinfer.sweep.record import SWEEP_VARIABLE, Sweep, SweepJob
 from zinfer.sweep.resume import note_reused, reusable_runs, with_refusals_kept, with_reused
-from zinfer.sweep.table import plan_table
+from zinfer.sweep.table import SPARE_OF_PLANS, plan_table, reasons
 from zinfer.tracking.parent import ParentRunCallback
 from zinfer.tracking.uri import tracking_uri
+from zinfer.units import counted
 
 
 def decide(master: DictConfig) -> Decision:
     """Start the sweep, or say why it does not start. Never raises an `Exception`."""
-    output_format = str(_setting(master, "format", "text"))
+    output_format = str(setting(master, "format", "text"))
     try:
         return _decide(master, Terminal(output_format))
     except ConfigError as error:
@@ -70,6 +72,7 @@ def _decide(master: DictConfig, terminal: Terminal) -> Decision:
     if is_plan_grid(master):
         return Planned(exit_code=plan_grid(master))
     require_installed(str(master.hydra.launcher._target_))
+    terminal.note("composing the jobs of this sweep")
     composed = compose_jobs(master)
     configs, problems = checked(composed)
     sweep = described(master, composed, configs)
@@ -77,21 +80,16 @@ def _decide(master: DictConfig, terminal: Terminal) -> Decision:
         sweep = with_problems(sweep, problems)
     sweep = looked_up(sweep, configs)
     if sweep.jobs is not None:
+        to_plan = sum(job.state == "run" for job in sweep.jobs)
+        if to_plan:
+            terminal.note(f"planning {counted(to_plan, 'job')}")
         sweep = with_refusals_kept(with_plans(sweep, configs, terminal))
         if not sweep.preview or sweep.output_format == "text":
-            terminal.table(plan_table(sweep), to_out=sweep.preview)
+            show_plans(sweep, terminal)
+        terminal.note(verdicts(sweep.jobs or []))
     if sweep.preview:
         return Previewed(sweep=sweep)
     return begin(sweep, master, configs, terminal)
-
-
-def _setting(config: DictConfig, name: str, default: object) -> object:
-    """Return a setting of a tree that may not resolve; what is wrong with it is said elsewhere."""
-    try:
-        found = OmegaConf.select(config, name)
-    except OmegaConfBaseException:
-        return default
-    return default if found is None else found
 
 
 def checked(
@@ -115,7 +113,13 @@ def described(
     """Describe the sweep, with its jobs as far as they are known beforehand."""
     known = is_basic_sweeper(master)
     jobs = [
-        SweepJob(num=job.num, overrides=job.overrides, folder=str(job.folder)) for job in composed
+        SweepJob(
+            num=job.num,
+            overrides=job.overrides,
+            folder=str(job.folder),
+            task="run" if config is None else config.task,
+        )
+        for job, config in zip(composed, configs, strict=True)
     ]
     launcher = str(master.hydra.launcher._target_)
     first = next((config for config in configs if config is not None), None)
@@ -126,14 +130,14 @@ def described(
         folder=sweep_folder(master),
         attempt=secrets.token_hex(8),
         command=shlex.join(["zinfer", *sys.argv[1:]]),
-        output_format=str(_setting(master, "format", "text")),
+        output_format=str(setting(master, "format", "text")),
         tracking_uri=uri,
         experiment=first.tracking.experiment if first is not None else "",
         resumes=uri is not None and first is not None and first.sweep.resume,
         retry=first.sweep.retry if first is not None else "failed",
         reuse_disturbed=first is not None and first.sweep.reuse_disturbed,
         fail_fast=first is not None and first.sweep.fail_fast,
-        preview=bool(_setting(master, "sweep.preview", False)),
+        preview=bool(setting(master, "sweep.preview", False)),
         local=not launcher.startswith(REMOTE_LAUNCHERS),
         in_process=launcher == BASIC_LAUNCHER,
         forked=launcher.startswith(ONE_PROCESS_LAUNCHERS) and (not known or len(jobs) > 1),
@@ -141,6 +145,24 @@ def described(
         pid=os.getpid(),
         jobs=jobs if known else None,
     )
+
+
+def show_plans(sweep: Sweep, terminal: Terminal) -> None:
+    """Show the table of the jobs, and why some will be refused. A preview's is its result."""
+    terminal.table(plan_table(sweep), SPARE_OF_PLANS, to_out=sweep.preview)
+    for line in reasons((job.num, job.reason) for job in sweep.jobs or []):
+        terminal.line(line, to_out=sweep.preview)
+
+
+def verdicts(jobs: Sequence[SweepJob]) -> str:
+    """Say how many jobs will run, how many are reused, and how many will be refused."""
+    reused = sum(job.state == "reused" for job in jobs)
+    runs = [job for job in jobs if job.state != "reused"]
+    refused = sum(job.verdict in ("does_not_fit", "refused") for job in runs)
+    said = [f"{len(runs) - refused} of {counted(len(jobs), 'job')} will run"]
+    said += [f"{reused} reused"] if reused else []
+    said += [f"{refused} will be refused"] if refused else []
+    return ", ".join(said)
 
 
 def with_problems(sweep: Sweep, problems: dict[int, list[str]]) -> Sweep:
@@ -184,6 +206,9 @@ def with_plans(sweep: Sweep, configs: Sequence[RunConfig | None], terminal: Term
             verdict=plans[job.num].verdict,
             reason=plans[job.num].reason,
             needed_bytes=plans[job.num].needed_bytes,
+            generations=plans[job.num].generations,
+            predicted_s=plans[job.num].predicted_s,
+            work_bytes=plans[job.num].work_bytes,
         )
         if job.num in plans
         else job
@@ -221,8 +246,9 @@ def begin(
     if sweep.tracking_uri is not None:
         parent.announce(sweep.folder, task_overrides(master.hydra), sweep.tracking_uri)
     if left != 0:
-        prepare(sweep, configs)
-    return Started(sweep=sweep, parent=parent, held=held, left=left)
+        prepare(sweep, configs, terminal)
+    board = Board.of(sweep) if left != 0 else None
+    return Started(sweep=sweep, parent=parent, held=held, board=board, left=left)
 
 
 def take_folder(sweep: Sweep) -> None:
@@ -241,11 +267,12 @@ def take_folder(sweep: Sweep) -> None:
     make_folders(sweep.folder, *(Path(job.folder) for job in sweep.jobs or []))
 
 
-def prepare(sweep: Sweep, configs: Sequence[RunConfig | None]) -> None:
+def prepare(sweep: Sweep, configs: Sequence[RunConfig | None], terminal: Terminal) -> None:
     """Start the workers' imports, and MLflow's, beside Hydra's composing of the first job."""
     runs = (config for config in configs if config is not None and task_of(config).loads_model)
     first = next(runs, None)
     if sweep.forked and first is not None and first.launcher.fork_workers:
+        terminal.note("importing torch, transformers and DeepSpeed once for all jobs")
         Servers.prepare(first)
         if sweep.tracking_uri is not None and sweep.in_process:
             threading.Thread(target=importlib.import_module, args=("mlflow",), daemon=True).start()

@@ -18,12 +18,12 @@ from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
 from zinfer.driver.run import run_job
 from zinfer.job.outcome import Outcome
-from zinfer.sweep.compose import problems_of_interpolation
+from zinfer.sweep.compose import problems_of_interpolation, setting
 from zinfer.sweep.earlier_runs import EarlierRun
 from zinfer.sweep.record import JobFolder, Sweep, ended_well
 from zinfer.sweep.resume import note_reused, stands_now
 from zinfer.sweep.search import search_best_batch
-from zinfer.sweep.table import SweepTerminal
+from zinfer.sweep.terminal import SweepTerminal, sweep_label
 from zinfer.tracking.job_key import key_here
 
 
@@ -33,9 +33,10 @@ def run_sweep_job(
     """Leave the job's outcome in its folder: result.json, or reused.json for an earlier run."""
     if Interrupts.received or sweep.stopped():
         return
-    job = JobFolder(num=num, folder=job_dir, overrides=overrides)
-    sweep.begin_job(num, job_dir, overrides)
-    terminal = SweepTerminal(sweep, num, overrides)
+    label = sweep_label(sweep, str(setting(composed, "model.name", "")), overrides)
+    job = JobFolder(num=num, folder=job_dir, overrides=overrides, label=label)
+    sweep.begin_job(num, job_dir, overrides, label)
+    terminal = SweepTerminal(sweep, job)
     try:
         _run(composed, sweep, job, terminal)
     except ConfigError as error:

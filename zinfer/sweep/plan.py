@@ -14,15 +14,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from zinfer.config import ConfigError, RunConfig, config_from_tree, config_to_tree
+from zinfer.config.tasks import task_of
 from zinfer.driver.refusals import require_possible
 from zinfer.driver.terminal import Terminal
 from zinfer.job.outcome import Json
 from zinfer.machine.hardware import detect_hardware
 from zinfer.model.spec import is_counted
 from zinfer.plan.fit import shortfall
-from zinfer.plan.planned import plan_run
+from zinfer.plan.planned import Planned, plan_run
 from zinfer.sweep.record import Verdict
 
 PLAN_TIMEOUT_S = 300.0
@@ -37,6 +39,12 @@ class JobPlan:
     reason: str | None = None
     needed_bytes: dict[str, int] = field(default_factory=dict)
     """Per tier; of one rank on a GPU, of all ranks elsewhere."""
+    generations: int = 0
+    """Warm-up included; 0 for a job that only plans."""
+    predicted_s: float | None = None
+    """Seconds of all its generations; None on a machine that is not calibrated."""
+    work_bytes: float | None = None
+    """Bytes of its weights times the passes of all its generations."""
 
     def document(self) -> Json:
         """Return it as a JSON-able mapping."""
@@ -84,9 +92,27 @@ def _plan_job(config: RunConfig) -> JobPlan:
     needed: dict[str, int] = {
         tier.name: tier.needed_bytes for tier in planned.plan.tiers if tier.needed_bytes
     }
+    size = generation_size(planned)
     if planned.fits:
-        return JobPlan(verdict="fits", needed_bytes=needed)
-    return JobPlan(verdict="does_not_fit", reason=shortfall(planned), needed_bytes=needed)
+        return JobPlan(verdict="fits", needed_bytes=needed, **size)
+    return JobPlan(verdict="does_not_fit", reason=shortfall(planned), needed_bytes=needed, **size)
+
+
+def generation_size(planned: Planned) -> dict[str, Any]:
+    """Return JobPlan's fields that say how much the job has to generate; {} for task=plan."""
+    config, prediction = planned.config, planned.prediction
+    if not task_of(config).loads_model:
+        return {}
+    batch = config.batch
+    generations, steps = batch.warmup + batch.repeats, batch.new_tokens - 1
+    predicted_s = None
+    if prediction.prefill_s is not None and prediction.decode_step_s is not None:
+        predicted_s = generations * (prediction.prefill_s + steps * prediction.decode_step_s)
+    return {
+        "generations": generations,
+        "predicted_s": predicted_s,
+        "work_bytes": float(planned.plan.weight_bytes) * generations * batch.new_tokens,
+    }
 
 
 def _unsaid(message: str) -> None:

@@ -10,6 +10,7 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from zinfer.model.spec import is_counted
 from zinfer.plan.binding import binding_words
 from zinfer.plan.fit import largest_fitting_batch, shortfall
 from zinfer.plan.planned import plan_run
-from zinfer.sweep.compose import is_basic_sweeper, sweep_folder, typed_overrides
+from zinfer.sweep.compose import is_basic_sweeper, setting, sweep_folder, typed_overrides
 from zinfer.sweep.folders import make_folders
 from zinfer.sweep.grid_points import GridPoint, composed_points
 from zinfer.sweep.launchers import BASIC_LAUNCHER
 from zinfer.sweep.plan import plan_jobs
-from zinfer.units import format_bytes, format_seconds
+from zinfer.units import counted, format_bytes, format_seconds
 
 ROWS_SHOWN = 60
+POINTS_BETWEEN = 50
+"""Points between two looks at the clock, to draw how far it is."""
 Row = dict[str, Any]
 
 
@@ -55,14 +58,15 @@ def plan_grid(master: DictConfig) -> int:
     """
     started_s = time.perf_counter()
     folder = sweep_folder(master)
+    terminal = Terminal(str(setting(master, "format", "text")))
+    terminal.note("composing the points of this grid")
     points = list(composed_points(master, folder))
     make_folders(folder)
     configs = [point.config for point in points if point.config is not None]
     output_format = configs[0].format if configs else str(OmegaConf.select(master, "format"))
-    terminal = Terminal(output_format)
+    terminal.note(f"planning {counted(len(points), 'point')}")
     uncountable = count_models(configs, terminal)
-    hardware = HardwareOnce()
-    rows = [{**point.names, **point_row(point, hardware, uncountable)} for point in points]
+    rows = list(planned_rows(points, uncountable, terminal))
     table = folder / PLANS_FILE
     write_csv(table, rows)
     write_json(folder / PLANS_JSON_FILE, {"plans": list(map(plan_document, points, rows))})
@@ -75,6 +79,19 @@ def plan_grid(master: DictConfig) -> int:
     if configs:
         log_grid(configs[0], folder, rows, terminal)
     return 2 if any(row["status"] == "refused" for row in rows) else 0
+
+
+def planned_rows(
+    points: Sequence[GridPoint], uncountable: dict[str, str], terminal: Terminal
+) -> Iterator[Row]:
+    """Yield the line of each point, and show how far it is."""
+    hardware = HardwareOnce()
+    terminal.phase("plan")
+    for done, point in enumerate(points):
+        if done % POINTS_BETWEEN == 0:
+            terminal.share(done, len(points), "points")
+        yield {**point.names, **point_row(point, hardware, uncountable)}
+    terminal.close()
 
 
 class HardwareOnce:

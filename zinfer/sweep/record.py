@@ -23,8 +23,7 @@ that ran them.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Literal
 from zinfer.job.files import RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
 from zinfer.job.outcome import Json
 from zinfer.job.records import read_json, read_result, write_json
+from zinfer.sweep.time_left import JobSize
 
 if TYPE_CHECKING:
     from zinfer.sweep.earlier_runs import EarlierRun
@@ -40,6 +40,8 @@ SWEEP_VARIABLE = "ZINFER_SWEEP_DIR"
 """Environment variable that tells each job where its sweep's record is."""
 JOBS_FOLDER = ".jobs"
 """In the sweep's folder: one file for each job that has begun."""
+SAID_FILE = "said.txt"
+"""In JOBS_FOLDER: lines of jobs in other processes, which the sweep's own terminal prints."""
 
 JobState = Literal["run", "reused", "refused"]
 """refused: this configuration cannot run anywhere."""
@@ -64,6 +66,16 @@ class SweepJob:
     """Per memory tier."""
     key: str | None = None
     """Key of the run (tracking/job_key.py), where the sweep looked for earlier runs."""
+    task: str = "run"
+    generations: int = 0
+    predicted_s: float | None = None
+    work_bytes: float | None = None
+    """These three as its plan says them (zinfer.sweep.plan.JobPlan)."""
+
+    @property
+    def size(self) -> JobSize:
+        """Return what its time is estimated from."""
+        return JobSize(task=self.task, predicted_s=self.predicted_s, work_bytes=self.work_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +85,8 @@ class JobFolder:
     num: int
     folder: Path
     overrides: list[str]
+    label: str = ""
+    """Its model and the settings that differ."""
 
     def document(self) -> Json | None:
         """Return its result.json, or its reused.json. None: it has not ended."""
@@ -142,11 +156,12 @@ class Sweep:
         """Tell all jobs, in whatever process, that no further one is to start."""
         write_json(self.folder / STOP_FILE, {"reason": reason, "attempt": self.attempt})
 
-    def begin_job(self, num: int, folder: Path, overrides: list[str]) -> None:
+    def begin_job(self, num: int, folder: Path, overrides: list[str], label: str = "") -> None:
         """Record that this job has begun, in the folder that Hydra gave it."""
         notes = self.folder / JOBS_FOLDER
         notes.mkdir(exist_ok=True)
         note = {"attempt": self.attempt, "folder": str(folder), "overrides": overrides}
+        note["label"] = label
         write_json(notes / f"{num}.json", note)
 
     def begun(self) -> Iterator[JobFolder]:
@@ -159,16 +174,13 @@ class Sweep:
                     num=int(path.stem),
                     folder=Path(note["folder"]),
                     overrides=note["overrides"],
+                    label=note["label"],
                 )
 
-    def count(self) -> tuple[int, int]:
-        """Return the number of jobs that are done, and how many of them did not end well."""
-        documents = [found for job in self.begun() if (found := job.document()) is not None]
-        return len(documents), sum(not ended_well(document) for document in documents)
-
-    def elapsed_s(self) -> float:
-        """Return seconds since the start."""
-        return time.time() - self.started_s
+    def varying(self, overrides: Sequence[str]) -> list[str]:
+        """Return those of a job's overrides that others do not share; all, if they share all."""
+        swept = self.swept()
+        return [override for override in overrides if override in swept] or list(overrides)
 
 
 def ended_well(document: Json | None) -> bool:

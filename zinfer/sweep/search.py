@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zinfer.config import RunConfig
 from zinfer.driver.finishing import finish
@@ -24,6 +25,11 @@ from zinfer.sweep.record import Sweep
 from zinfer.sweep.resume import note_reused, stands_now
 from zinfer.tracking.job_key import key_here
 from zinfer.tracking.parent import announce_parent, close_parent
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from zinfer.driver.progress import JobProgress
 
 STILL_RISING = 1.02
 """A doubled batch that gives less than 2% more is no reason to double again."""
@@ -154,7 +160,7 @@ def run_trial(
         return note_reused(earlier, folder)
     forked = config.launcher.fork_workers
     stopped = never if sweep is None else lambda: sweep.stopped() == "interrupted"
-    run_job(trial, folder, Quiet(terminal), forked=forked, stopped=stopped)
+    run_job(trial, folder, Quiet(terminal, size), forked=forked, stopped=stopped)
     found: Json = read_result(folder / RESULT_FILE) or {}
     return found
 
@@ -166,9 +172,14 @@ def _is_default_path(config: RunConfig) -> bool:
 class Quiet(Terminal):
     """Leave out a trial's own tables; its progress and warnings are the search's."""
 
-    def __init__(self, terminal: Terminal) -> None:
-        super().__init__("text")
-        self._shown_on = terminal
+    def __init__(self, search: Terminal, size: int) -> None:
+        super().__init__("text", name=f"{search.name} batch.batch_size={size}", err=search.err)
+        self._live = search.live
+        self._search = search
+
+    def frame(self, progress: JobProgress, now_s: float) -> RenderableType:
+        """Return what the search's own job would be drawn as."""
+        return self._search.frame(progress, now_s)
 
     def finish(self, outcome: Outcome) -> None:
         """Show nothing: the search says one line."""

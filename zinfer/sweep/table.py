@@ -1,16 +1,14 @@
-"""Show a sweep: its jobs before it, a line for each that finished, its results after it."""
+"""Tables of a sweep: its jobs before it, its results after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from zinfer.driver.tables import new_table
-from zinfer.driver.terminal import Terminal
-from zinfer.job.outcome import Json, Outcome
-from zinfer.sweep.earlier_runs import EarlierRun
+from zinfer.job.outcome import Json
 from zinfer.sweep.record import Sweep, SweepJob
-from zinfer.units import format_bytes, format_roughly, format_seconds
+from zinfer.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,6 +21,9 @@ VERDICTS = {
     "unknown": "not known",
 }
 REASON_CHARACTERS = 160
+SPARE_OF_PLANS = ("pinned", "disk", "device", "host")
+SPARE_OF_RESULTS = ("host peak", "prefill", "decode step")
+"""Columns that a narrow terminal does without, in the order in which they go."""
 
 
 def plan_table(sweep: Sweep) -> Table:
@@ -65,12 +66,11 @@ def _verdict(job: SweepJob, sweep: Sweep) -> str:
         return f"reused: run {earlier.run_id[:8]}" + (
             "" if earlier.ended_well else f", {earlier.status}"
         )
-    said = VERDICTS[job.verdict]
-    return said if job.reason is None else f"{said}: {_short(job.reason)}"
+    return VERDICTS[job.verdict]
 
 
 def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]]) -> Table:
-    """Return a table of the results, with the reason of each job that did not end well."""
+    """Return a table of the results; `reasons` says why some jobs did not end well."""
     from rich.markup import escape
 
     swept = sweep.swept()
@@ -83,13 +83,12 @@ def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]
         "prefill",
         "decode step",
         "host peak",
-        "reason",
-        left=(0, 1, 2, 7),
+        left=(0, 1, 2),
     )
     for num, overrides, document in rows:
         varying = " ".join(override for override in overrides if override in swept or not swept)
         if document is None:
-            shown.add_row(str(num), escape(varying), "not run", *[""] * 5)
+            shown.add_row(str(num), escape(varying), "not run", *[""] * 4)
             continue
         metrics = document.get("metrics") or {}
         status = document["status"] + (" (reused)" if document.get("reused") else "")
@@ -103,14 +102,27 @@ def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]
             format_bytes(metrics["peak_host_rss_bytes"])
             if "peak_host_rss_bytes" in metrics
             else "",
-            escape(_short(reason_of(document))),
         )
     return shown
 
 
+def reasons(why: Iterable[tuple[int, str | None]]) -> Iterator[str]:
+    """Yield a line for each different reason: 'jobs 4, 5: batch.batch_size=1000 is too large'.
+
+    Args:
+        why: number of each job, and why it will not run or did not end well, if so.
+    """
+    nums: dict[str, list[int]] = {}
+    for num, reason in why:
+        if reason:
+            nums.setdefault(reason, []).append(num)
+    for reason, of in nums.items():
+        yield f"{'jobs' if len(of) > 1 else 'job'} {', '.join(map(str, of))}: {_short(reason)}"
+
+
 def reason_of(document: Json) -> str:
     """Return in one line why a job did not end well."""
-    if document["status"] in ("ok", "planned"):
+    if document.get("status", "ok") in ("ok", "planned"):
         return ""
     return " ".join(
         str(document.get("reason") or "; ".join(document.get("problems") or [])).split()
@@ -128,57 +140,3 @@ def _rate(tokens_per_s: float | None) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= REASON_CHARACTERS else text[: REASON_CHARACTERS - 1] + "…"
-
-
-class SweepTerminal(Terminal):
-    """Show one line for each finished job, and between them how far the running one is.
-
-    The latter, and the sweep's time, are shown where stderr is a terminal.
-    """
-
-    def __init__(self, sweep: Sweep, num: int, overrides: list[str]) -> None:
-        swept = sweep.swept()
-        varying = " ".join(override for override in overrides if override in swept) or " ".join(
-            overrides
-        )
-        super().__init__(sweep.output_format, name=f"job {num} {varying}".rstrip())
-        self._sweep = sweep
-        self._what = varying
-
-    def finish(self, outcome: Outcome) -> None:
-        """Show the job's one line."""
-        rate = outcome.metrics.get("generated_tokens_per_s")
-        said = outcome.status if rate is None else f"{rate:.4g} tokens/s"
-        if outcome.status not in ("ok", "planned"):
-            said += f": {reason_of(outcome.document())}"
-        self._line_of_job(said)
-
-    def reused(self, earlier: EarlierRun) -> None:
-        """Show the line of a job that needs no run."""
-        rate = "" if earlier.tokens_per_s is None else f"{earlier.tokens_per_s:.4g} tokens/s, "
-        status = "" if earlier.ended_well else f"{earlier.status}, "
-        self._line_of_job(f"{rate}{status}reused from run {earlier.run_id}")
-
-    def _line_of_job(self, said: str) -> None:
-        done, failed = self._sweep.count()
-        total = len(self._sweep.jobs) if self._sweep.jobs is not None else None
-        count = f"{done}/{total}" if total else str(done)
-        self.note(f"[{count}] {self._what}: {said}{self._how_far(done, failed, total)}")
-
-    def _how_far(self, done: int, failed: int, total: int | None) -> str:
-        """Return what failed, the time so far, and the time left at the pace of jobs that ran.
-
-        It is empty where nobody watches a live line.
-        """
-        if not self._live:
-            return ""
-        elapsed_s = self._sweep.elapsed_s()
-        parts = [f"{failed} failed"] if failed else []
-        parts.append(f"{format_seconds(elapsed_s)} so far")
-        if self._sweep.jobs is not None and total is not None:
-            reused = sum(job.state == "reused" for job in self._sweep.jobs)
-            ran = max(1, done - reused)
-            left = total - done
-            if left > 0:
-                parts.append(f"{left} left, about {format_roughly(elapsed_s / ran * left)}")
-        return f"  ({', '.join(parts)})"

@@ -19,6 +19,7 @@ from zinfer.model.hf import check_pinned, load_checkpoint_config, model_class, r
 from zinfer.model.weights.checkpoint import INDEX, WHOLE, Checkpoint, WrongWeights, read_checkpoint
 from zinfer.model.weights.demo_model import DEMO_MODEL
 from zinfer.model.weights.local import local_folder
+from zinfer.model.weights.reading import TensorCount, loading_reported
 from zinfer.model.weights.rehearsal import Rehearsal, rehearse
 from zinfer.model.weights.verified import (
     Gather,
@@ -103,7 +104,9 @@ def open_checkpoint(model: ModelConfig, dtype: torch.dtype, events: EventLog) ->
     )
 
 
-def pretrained_model(opened: Opened, dtype: torch.dtype, *, zero3_ranks: int | None = None) -> Read:
+def pretrained_model(
+    opened: Opened, dtype: torch.dtype, events: EventLog, *, zero3_ranks: int | None = None
+) -> Read:
     """Load the model with its published weights.
 
     Args:
@@ -115,7 +118,12 @@ def pretrained_model(opened: Opened, dtype: torch.dtype, *, zero3_ranks: int | N
     """
     model = opened.model
     mapping = dict(opened.rehearsal.key_mapping)
-    with sampled(zero3_ranks) if zero3_ranks else nullcontext() as samples:
+    tensors = opened.checkpoint.tensors if opened.checkpoint else {}
+    count = TensorCount(events, len(tensors) - len(opened.rehearsal.unused))
+    with (
+        sampled(zero3_ranks, count.one_more) if zero3_ranks else nullcontext() as samples,
+        loading_reported(events),
+    ):
         try:
             built, info = model_class(opened.hf_config).from_pretrained(
                 opened.source,

@@ -7,6 +7,7 @@ are taken of each tensor as it is read, and compared with what the finished mode
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 
 from zinfer.job.events import EventLog
 from zinfer.model.weights.checkpoint import first_names
+from zinfer.model.weights.reading import REPORT_S
 
 WINDOW_NUMEL = 1024
 """Elements that are compared in one place."""
@@ -92,10 +94,13 @@ def pick(tensor: torch.Tensor, parts: int) -> torch.Tensor:
 
 
 @contextmanager
-def sampled(ranks: int) -> Iterator[Samples]:
+def sampled(ranks: int, noted: Callable[[], object] = nullcontext) -> Iterator[Samples]:
     """Take samples of everything that a module loads from a state dict in this block.
 
     transformers fills ZeRO-3 models through `Module._load_from_state_dict`, on rank 0 alone.
+
+    Args:
+        noted: called after each tensor.
     """
     samples = Samples(ranks=ranks)
     original = torch.nn.Module._load_from_state_dict
@@ -104,6 +109,7 @@ def sampled(ranks: int) -> Iterator[Samples]:
         for name, _ in module.named_parameters(recurse=False):
             if prefix + name in state:
                 samples.note(prefix + name, state[prefix + name])
+                noted()
         original(module, state, prefix, *rest)
 
     torch.nn.Module._load_from_state_dict = noting
@@ -133,7 +139,7 @@ def weight_faults(
     """
     names = _names_of_parameters(model)
     numel = [_numel(parameter) for parameter in names]
-    total, done = sum(numel), 0
+    total, done, reported_s = sum(numel), 0, time.monotonic()
     not_numbers: list[str] = []
     lost: list[str] = []
     never: list[str] = []
@@ -148,7 +154,9 @@ def weight_faults(
                 elif not any(_agrees(parameter.data, values, samples.ranks) for values in read):
                     lost.append(aliases[0])
         done += size
-        events.progress(done, total, "elements verified")
+        if (now_s := time.monotonic()) - reported_s >= REPORT_S or done == total:
+            reported_s = now_s
+            events.progress(done, total, "weights")
     not_numbers += [name for name, buffer in persistent_buffers(model) if not is_finite(buffer)]
     return [
         f"{len(found)} tensors {what} ({first_names(found)})"

@@ -32,7 +32,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
             verified = None
         else:
             opened = open_checkpoint(config.model, dtype, events)
-            read = pretrained_model(opened, dtype)
+            read = pretrained_model(opened, dtype, events)
             model = read.model.to(device)
             verified = verify(opened, read, events)
     model.eval()

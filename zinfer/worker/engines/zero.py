@@ -49,7 +49,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         if opened is None:
             model = dummy_model_partitioned(config.model, spec, ds_json, dtype, events)
         else:
-            read = pretrained_model(opened, dtype, zero3_ranks=comm.get_world_size())
+            read = pretrained_model(opened, dtype, events, zero3_ranks=comm.get_world_size())
             model = read.model
     model.eval()
     engine, *_ = deepspeed.initialize(model=model, config=ds_json)
