@@ -102,7 +102,8 @@ def test_a_sweep_says_what_it_will_do_then_does_it_once(tmp_path: Path) -> None:
 
     first = run(tmp_path, *sweep)
     assert first.returncode == 0, first.stderr
-    assert "4 jobs:" in first.stderr and "[4/4] tiny-llama offload=cpu batch.batch_size=2:" in first.stderr
+    assert "4 jobs:" in first.stderr
+    assert "[4/4] tiny-llama offload=cpu batch.batch_size=2:" in first.stderr
     assert first.stdout.count(" ok ") == 4
 
     second = run(tmp_path, *sweep, "format=json")  # how fast: bench/bench_sweep.py
