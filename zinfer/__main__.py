@@ -22,7 +22,7 @@ from zinfer.driver.interrupts import Interrupts
 from zinfer.job.outcome import INTERRUPTED, Outcome
 from zinfer.output import open_output
 from zinfer.paths import conf_dir
-from zinfer.sweep.decision import DECIDED, LeaveHydra
+from zinfer.sweep.decision import DECIDED, LeaveHydra, Started
 from zinfer.tracking.deadline import LeftBehind
 
 if TYPE_CHECKING:
@@ -38,10 +38,13 @@ class Ended:
     composed = False
 
 
-def task(composed: DictConfig) -> None:
+def task(composed: DictConfig) -> float | None:
     """Do one job, single or of a sweep.
 
     In a sweep it never raises: how the job ended is in its folder, under every launcher.
+
+    Returns:
+        The job's sweep.objective, for a sweeper that searches. None where the job has none.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -56,16 +59,28 @@ def task(composed: DictConfig) -> None:
         settings = OmegaConf.to_container(context.overrides.task, resolve=False)
         assert isinstance(settings, list)
         Ended.outcome = run_single(composed, job_dir, [str(setting) for setting in settings])
-        return
+        return None
     from zinfer.sweep.compose import task_overrides
     from zinfer.sweep.job import run_sweep_job
     from zinfer.sweep.record import started_here, sweep_of_job
 
     sweep = sweep_of_job(str(context.sweep.dir))
     assert sweep is not None, "the head of a sweep writes sweep.json before the first job"
-    run_sweep_job(composed, sweep, int(context.job.num), job_dir, task_overrides(context))
+    objective = run_sweep_job(
+        composed, sweep, int(context.job.num), job_dir, task_overrides(context)
+    )
     if Interrupts.received and started_here(sweep):
         raise KeyboardInterrupt
+    hand_on_signals()
+    return objective
+
+
+def hand_on_signals() -> None:
+    """Let the launcher requeue the job that it wanted to end, now that it has ended in order."""
+    try:
+        Interrupts.hand_on()
+    except Exception as error:
+        print(f"the launcher does not run this job again: {error}", file=sys.stderr)
 
 
 def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outcome:
@@ -167,18 +182,34 @@ def compose_and_run(arguments: list[str]) -> int:
     except SystemExit as exit_:  # --help
         code = exit_.code if isinstance(exit_.code, int) else 0
     except Exception as error:
+        if isinstance(DECIDED.get(), Started) and wanted != "1":
+            print(launcher_stopped(error), file=sys.stderr)
+            return end_of_sweep(interrupted=False) or 1
         problems = None if wanted == "1" else composition_problems(error, arguments)
         if problems is None or Ended.outcome is not None:
             traceback.print_exc()
             code = 1
         else:
             code = refuse(problems, arguments)
-    decision = DECIDED.get()
-    if decision is not None:
-        from zinfer.sweep.end import end
-
-        return end(decision, interrupted=interrupted) or code
+    if DECIDED.get() is not None:
+        return end_of_sweep(interrupted=interrupted) or code
     return Ended.outcome.exit_code if Ended.outcome is not None else code
+
+
+def end_of_sweep(*, interrupted: bool) -> int:
+    """End what the head of the sweep has decided, and return the exit code."""
+    from zinfer.sweep.end import end
+
+    decision = DECIDED.get()
+    assert decision is not None, "only a sweep has a head"
+    return end(decision, interrupted=interrupted)
+
+
+def launcher_stopped(error: Exception) -> str:
+    """Return in one line why the launcher or sweeper of a sweep gave up: no job raises."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = ": ".join([type(error).__name__, *lines[:1]])[:400]
+    return f"the sweep's launcher or sweeper stopped: {said} (all of it: {FULL_ERROR}=1)"
 
 
 def refuse(problems: list[str], arguments: list[str]) -> int:

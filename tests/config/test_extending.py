@@ -30,7 +30,7 @@ def write_files(folder: Path) -> None:
         starts = [
             number
             for number, line in enumerate(lines)
-            if re.fullmatch(r"# (my_conf|my_engine)/\S+", line)
+            if re.fullmatch(r"# (my_conf|my_engine|my_launcher)/\S+", line)
         ]
         for start, end in pairwise([*starts, len(lines)]):
             path = folder / lines[start].removeprefix("# ")
@@ -65,6 +65,8 @@ def test_the_page_shows_every_file(folder: Path) -> None:
         "my_conf/offload/my-disk.yaml",
         "my_conf/batch/long.yaml",
         "my_conf/hydra/launcher/two_at_a_time.yaml",
+        "my_conf/hydra/launcher/cool_down.yaml",
+        "my_launcher/hydra_plugins/cool_down.py",
         "my_engine/row.py",
         "my_engine/loading.py",
     }
@@ -124,8 +126,48 @@ def test_a_broken_engine_of_another_package_is_a_sentence(
         zinfer.compose(overrides=["engine.name=mine"])
 
 
+def launched(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Sweep two plans under the page's own launcher, without a plugin of others."""
+    paths = os.pathsep.join(map(str, (ROOT, folder, folder / "my_launcher")))
+    return run(
+        folder, "-m", "--config-dir=my_conf", "hydra/launcher=cool_down", "offload=none",
+        "batch.batch_size=1,2", *TINY, *arguments, PYTHONPATH=paths,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_launcher_of_ones_own_runs_a_sweep(folder: Path) -> None:
+def test_a_launcher_class_of_ones_own_runs_a_sweep_and_goes_on_with_it(folder: Path) -> None:
+    first = launched(folder, "hydra.sweep.dir=S", "tracking=sqlite", "sweep.reuse_disturbed=true")
+    assert [job["status"] for job in first["jobs"]] == ["ok", "ok"]
+    again = launched(folder, "hydra.sweep.dir=S", "tracking=sqlite", "sweep.reuse_disturbed=true")
+    assert [job.get("reused") for job in again["jobs"]] == [True, True]
+
+
+def test_a_launcher_that_raises_ends_the_sweep_with_a_sentence(folder: Path) -> None:
+    plugin = folder / "my_launcher" / "hydra_plugins" / "cool_down.py"
+    text = plugin.read_text().replace("time.sleep(self.rest_s)", "raise OSError('no power left')")
+    plugin.write_text(text)
+    done = launched(folder, "task=plan")
+    assert (done["status"], [job["status"] for job in done["jobs"]]) == (
+        "failed",
+        ["planned", "not_run"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("my_launcher.Mine", "must be in the package hydra_plugins"),
+        ("hydra_plugins.nobody.Launcher", "which is not installed"),
+    ],
+)
+def test_a_launcher_that_hydra_cannot_have_is_refused(target: str, said: str, folder: Path) -> None:
+    done = launched(folder, f"hydra.launcher._target_={target}")
+    assert said in done["problems"][0]
+
+
+@pytest.mark.slow
+def test_a_launcher_preset_of_ones_own_runs_a_sweep(folder: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = run(
         folder, "-m", "--config-dir=my_conf", "hydra/launcher=two_at_a_time", "task=plan",

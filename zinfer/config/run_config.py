@@ -368,6 +368,8 @@ class SweepConfig:
 
     The search goes upwards from batch.batch_size.
     """
+    objective: str = "generated_tokens_per_s"
+    """The metric that a sweeper such as Optuna is told of each job."""
     search_max_batch: Rows = 4096
     search_trials: Annotated[int, Limits(2, 1 << 10)] = 16
     """Try at most so many batch sizes."""

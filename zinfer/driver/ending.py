@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zinfer.config import RunConfig
+from zinfer.driver.interrupts import WARNINGS
 from zinfer.driver.workers import Worker
 from zinfer.job.events import Event, EventReader
 from zinfer.job.files import EVENTS_FILE, RANK_EVENTS_FILE, WORKER_LOG
@@ -130,6 +131,8 @@ class Circumstances:
     oom_kills: int = 0
     swap_free_bytes: int | None = None
     """On the swap disk when the worker had ended; None without one."""
+    interrupted_by: signal.Signals | None = None
+    """The signal that the driver got; None where its sweep told it to stop."""
 
 
 def outcome_of(
@@ -140,7 +143,8 @@ def outcome_of(
     if watched.result is not None:
         return watched.finished()
     if seen.ended_by is EndedBy.INTERRUPTED:
-        return watched.outcome("killed", reason=f"interrupted {where}", ended_by=seen.ended_by)
+        reason = f"{_interrupted(seen.interrupted_by)} {where}"
+        return watched.outcome("killed", reason=reason, ended_by=seen.ended_by)
     if seen.ended_by is EndedBy.TIMEOUT:
         return watched.outcome(
             "timeout",
@@ -179,6 +183,15 @@ def outcome_of(
     elif (cause := disk_cause(log_tail)) is not None:
         reason = f"{cause}: {reason}"
     return watched.outcome("error", reason=reason, traceback=log_tail)
+
+
+def _interrupted(sign: signal.Signals | None) -> str:
+    """Say who interrupted the job, where that is not the person at the terminal."""
+    if sign is None or sign is signal.SIGINT:
+        return "interrupted"
+    if sign in WARNINGS:
+        return f"interrupted by the batch system's time limit or preemption ({sign.name})"
+    return f"interrupted by {sign.name}"
 
 
 def _of_signal(

@@ -18,7 +18,7 @@ from zinfer.config.tasks import task_of
 from zinfer.driver.disks import describe_disk
 from zinfer.driver.ending import Circumstances, Watched, disk_free_bytes, oom_kills, outcome_of
 from zinfer.driver.finishing import finish, in_use
-from zinfer.driver.interrupts import Interrupts
+from zinfer.driver.interrupts import SIGNALS, WARNINGS, Interrupts
 from zinfer.driver.progress import LOG, START, coming_phases
 from zinfer.driver.refusals import refusal, require_possible
 from zinfer.driver.terminal import Terminal
@@ -41,6 +41,12 @@ from zinfer.tracking.uri import URI_VARIABLE, resolved_tracking
 
 POLL_S = 0.25
 """Between two looks at the worker's events. Its end is seen at once."""
+
+
+COMMON_SIGNALS = (*SIGNALS, *WARNINGS)
+"""Signals that a batch system sends to driver and worker alike, in any order."""
+COMMON_S = 1.0
+"""After the worker died of one: time for the driver's own to come."""
 
 
 def never() -> bool:
@@ -150,7 +156,10 @@ def run_worker(
     for event in reader.new_events():  # written between the last look and the end
         watched.take(event)
     seen = Circumstances(
-        ended_by=ended_by, oom_kills=oom_kills() - ooms_before, swap_free_bytes=swap_free
+        ended_by=ended_by,
+        oom_kills=oom_kills() - ooms_before,
+        swap_free_bytes=swap_free,
+        interrupted_by=Interrupts.sign,
     )
     return outcome_of(config, job_dir, watched, worker, seen)
 
@@ -275,9 +284,19 @@ def watch(
             watched.take(event)
             terminal.event(event)
         if over:
-            return EndedBy.ITSELF
+            return EndedBy.INTERRUPTED if _signalled_together(worker) else EndedBy.ITSELF
         if Interrupts.received or stopped():
             return EndedBy.INTERRUPTED
         if deadline.is_over():
             return EndedBy.TIMEOUT
         terminal.tick()
+
+
+def _signalled_together(worker: Worker) -> bool:
+    """Return whether the driver got the signal that the worker died of, then or shortly after."""
+    if -worker.returncode not in COMMON_SIGNALS:
+        return False
+    deadline_s = time.monotonic() + COMMON_S
+    while not Interrupts.received and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    return Interrupts.received

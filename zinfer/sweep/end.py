@@ -24,8 +24,10 @@ from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Json, Status
 from zinfer.redact import redact
 from zinfer.sweep.decision import Decision, NoSweep, Planned, Previewed, Started
 from zinfer.sweep.earlier_runs import runs_of_newest_sweep
+from zinfer.sweep.queue import wait_for_queue
 from zinfer.sweep.record import Sweep, ended_well
 from zinfer.sweep.resume import would_retry
+from zinfer.sweep.sweepers import best_line
 from zinfer.sweep.table import SPARE_OF_RESULTS, reason_of, reasons, result_table
 from zinfer.tracking.parent import SweptRun, SweptState
 
@@ -124,13 +126,18 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
     Screen.close()
     terminal = Terminal(sweep.output_format)
     Servers.close()
+    if sweep.queue is not None and not interrupted:
+        wait_for_queue(sweep.queue, terminal)
+        interrupted = Interrupts.received
     if interrupted:
         sweep.stop("interrupted")
+        if sweep.queue is not None:
+            sweep.queue.cancel_waiting()
         wait_for_jobs(sweep)
     # of jobs whose process a launcher has killed
     close_abandoned(terminal, within_folder=sweep.folder)
     rows = rows_of(sweep)
-    code = exit_code(rows, interrupted=interrupted)
+    code = exit_code(rows, interrupted=interrupted or (sweep.in_process and any_interrupted(rows)))
     if sweep.output_format == "json":
         said = "interrupted" if interrupted else ("ok" if code == 0 else "failed")
         print(json.dumps(redact(document(rows, status=said))), flush=True)
@@ -139,6 +146,8 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
         terminal.table(result_table(sweep, table), SPARE_OF_RESULTS)
         for line in reasons((row.num, reason_of(row.document or {})) for row in rows):
             terminal.line(line, to_out=True)
+        if sweep.direction is not None:
+            terminal.line(best_line(sweep, table), to_out=True)
         for line in how_to_go_on(sweep, rows, interrupted=interrupted):
             terminal.note(line)
         terminal.note(f"sweep folder {sweep.folder}")
@@ -199,7 +208,7 @@ def exit_code(rows: Sequence[Row], *, interrupted: bool) -> int:
     0: every job ended well. 130: interrupted. 2: no job could run at all, as each was refused or
     does not fit. 1: a job failed, was refused, or did not run.
     """
-    if interrupted or any(row_interrupted(row.document) for row in rows):
+    if interrupted:
         return INTERRUPTED
     if all(ended_well(row.document) for row in rows):
         return 0
@@ -207,9 +216,12 @@ def exit_code(rows: Sequence[Row], *, interrupted: bool) -> int:
     return 2 if all(row.status in refused for row in rows) else 1
 
 
-def row_interrupted(document: Json | None) -> bool:
-    """Return whether this job was ended by Ctrl-C."""
-    return document is not None and document.get("ended_by") == EndedBy.INTERRUPTED
+def any_interrupted(rows: Sequence[Row]) -> bool:
+    """Return whether a signal ended a job.
+
+    In a process of its own that is the job's own affair: scancel, or a time limit.
+    """
+    return any((row.document or {}).get("ended_by") == EndedBy.INTERRUPTED for row in rows)
 
 
 def document(rows: Sequence[Row], status: str) -> Json:

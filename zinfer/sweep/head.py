@@ -39,12 +39,14 @@ from zinfer.sweep.launchers import (
     BASIC_LAUNCHER,
     ONE_PROCESS_LAUNCHERS,
     REMOTE_LAUNCHERS,
-    require_installed,
+    require_launcher,
 )
 from zinfer.sweep.plan import plan_jobs
 from zinfer.sweep.plan_grid import is_plan_grid, plan_grid
+from zinfer.sweep.queue import queue_of, still_queued
 from zinfer.sweep.record import SWEEP_VARIABLE, Sweep, SweepJob
 from zinfer.sweep.resume import note_reused, reusable_runs, with_refusals_kept, with_reused
+from zinfer.sweep.sweepers import direction_of, require_sweeper
 from zinfer.sweep.table import SPARE_OF_PLANS, plan_table, reasons
 from zinfer.tracking.parent import ParentRunCallback
 from zinfer.tracking.uri import tracking_uri
@@ -71,7 +73,8 @@ def _decide(master: DictConfig, terminal: Terminal) -> Decision:
     sweep_folder(master)  # resolves ${now:...} once; Hydra copies the value to every job
     if is_plan_grid(master):
         return Planned(exit_code=plan_grid(master))
-    require_installed(str(master.hydra.launcher._target_))
+    require_launcher(str(master.hydra.launcher._target_))
+    require_sweeper(master)
     terminal.note("composing the jobs of this sweep")
     composed = compose_jobs(master)
     configs, problems = checked(composed)
@@ -90,6 +93,10 @@ def _decide(master: DictConfig, terminal: Terminal) -> Decision:
     if sweep.preview:
         return Previewed(sweep=sweep)
     return begin(sweep, master, configs, terminal)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def checked(
@@ -141,9 +148,13 @@ def described(
         local=not launcher.startswith(REMOTE_LAUNCHERS),
         in_process=launcher == BASIC_LAUNCHER,
         forked=launcher.startswith(ONE_PROCESS_LAUNCHERS) and (not known or len(jobs) > 1),
+        queue=queue_of(launcher, _text(setting(master, "hydra.launcher.submitit_folder", None))),
+        direction=direction_of(master),
+        objective=str(setting(master, "sweep.objective", "")),
         started_s=time.time(),
         pid=os.getpid(),
         jobs=jobs if known else None,
+        fixed=[] if known else [text.partition("=")[0] for text in composed[0].overrides],
     )
 
 
@@ -255,7 +266,7 @@ def take_folder(sweep: Sweep) -> None:
     """Make the folders of the sweep and of its jobs.
 
     Raises:
-        ConfigError: they cannot be made, or another sweep works there.
+        ConfigError: they cannot be made, or another sweep works there, or jobs of one that ended.
     """
     if is_driven(sweep.folder):
         raise ConfigError(
@@ -263,6 +274,11 @@ def take_folder(sweep: Sweep) -> None:
                 f"hydra.sweep.dir={sweep.folder} is in use by a sweep that still runs. "
                 "Wait for its end, or set hydra.sweep.dir to another folder"
             ]
+        )
+    left = None if sweep.queue is None else still_queued(sweep.queue)
+    if left is not None:
+        raise ConfigError(
+            [f"hydra.sweep.dir={sweep.folder} is that of a sweep that was started before: {left}"]
         )
     make_folders(sweep.folder, *(Path(job.folder) for job in sweep.jobs or []))
 

@@ -17,22 +17,28 @@ from zinfer.driver.finishing import finish
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
 from zinfer.driver.run import run_job
+from zinfer.job.files import PARENT_FILE
 from zinfer.job.outcome import Outcome
 from zinfer.sweep.compose import problems_of_interpolation, setting
 from zinfer.sweep.earlier_runs import EarlierRun
 from zinfer.sweep.record import JobFolder, Sweep, ended_well
 from zinfer.sweep.resume import note_reused, stands_now
 from zinfer.sweep.search import search_best_batch
+from zinfer.sweep.sweepers import objective_of
 from zinfer.sweep.terminal import SweepTerminal, sweep_label
 from zinfer.tracking.job_key import key_here
 
 
 def run_sweep_job(
     composed: DictConfig, sweep: Sweep, num: int, job_dir: Path, overrides: list[str]
-) -> None:
-    """Leave the job's outcome in its folder: result.json, or reused.json for an earlier run."""
+) -> float | None:
+    """Leave the job's outcome in its folder: result.json, or reused.json for an earlier run.
+
+    Returns:
+        Its sweep.objective; None where it has not ended well, or has no such metric.
+    """
     if Interrupts.received or sweep.stopped():
-        return
+        return None
     label = sweep_label(sweep, str(setting(composed, "model.name", "")), overrides)
     job = JobFolder(num=num, folder=job_dir, overrides=overrides, label=label)
     sweep.begin_job(num, job_dir, overrides, label)
@@ -51,11 +57,12 @@ def run_sweep_job(
         finish(outcome, job_dir, terminal)
     if sweep.fail_fast and not ended_well(job.document()):
         sweep.stop("fail_fast")
+    return objective_of(job.document(), sweep.objective)
 
 
 def _run(composed: DictConfig, sweep: Sweep, job: JobFolder, terminal: SweepTerminal) -> None:
     with problems_of_interpolation():
-        config = parse_config(composed)
+        config = with_parent(parse_config(composed), sweep)
     earlier = earlier_run(sweep, job.num, config)
     if earlier is not None:
         note_reused(earlier, job.folder)
@@ -71,6 +78,14 @@ def _run(composed: DictConfig, sweep: Sweep, job: JobFolder, terminal: SweepTerm
             forked=forked,
             stopped=lambda: sweep.stopped() == "interrupted",
         )
+
+
+def with_parent(config: RunConfig, sweep: Sweep) -> RunConfig:
+    """Put the job under the sweep's run, also where the launcher passed no environment on."""
+    parent = sweep.folder / PARENT_FILE
+    if config.sweep.parent_run_id is not None or not parent.is_file():
+        return config
+    return config.changed(sweep={"parent_run_id": str(parent)})
 
 
 def earlier_run(sweep: Sweep, num: int, config: RunConfig) -> EarlierRun | None:

@@ -25,12 +25,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from zinfer.job.files import RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
 from zinfer.job.outcome import Json
 from zinfer.job.records import read_json, read_result, write_json
+from zinfer.sweep.queue import Queue
 from zinfer.sweep.time_left import JobSize
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ JobState = Literal["run", "reused", "refused"]
 """refused: this configuration cannot run anywhere."""
 Verdict = Literal["fits", "does_not_fit", "refused", "unknown"]
 """Of the memory plan, before the job runs."""
+Direction = Literal["minimize", "maximize"]
 StopReason = Literal["interrupted", "fail_fast"]
 
 
@@ -121,10 +124,18 @@ class Sweep:
     """Whether its jobs run in the process that started it."""
     forked: bool
     """Whether several jobs follow each other in one process, so that a worker server pays off."""
+    queue: Queue | None = None
+    """Its jobs with a batch system; None where its launcher runs them without one."""
+    direction: Direction | None = None
+    """Of a sweeper that searches: which end of sweep.objective it looks for."""
+    objective: str = "generated_tokens_per_s"
+    """sweep.objective: the metric of a job that such a sweeper is told."""
     started_s: float
     pid: int
     jobs: list[SweepJob] | None
     """None where another sweeper than Hydra's own chooses them one after the other."""
+    fixed: list[str] = field(default_factory=list)
+    """Where the jobs are not known: the settings that all of them have in common, by name."""
     reusable: dict[str, EarlierRun] = field(default_factory=dict)
     """Key -> earlier run that may stand for a job."""
 
@@ -137,6 +148,7 @@ class Sweep:
         """Return the job of that number; None where the jobs are not known beforehand."""
         return next((job for job in self.jobs or [] if job.num == num), None)
 
+    @cached_property
     def swept(self) -> set[str]:
         """Return the overrides that are not the same in all jobs."""
         every = [set(job.overrides) for job in self.jobs or []]
@@ -179,8 +191,11 @@ class Sweep:
 
     def varying(self, overrides: Sequence[str]) -> list[str]:
         """Return those of a job's overrides that others do not share; all, if they share all."""
-        swept = self.swept()
-        return [override for override in overrides if override in swept] or list(overrides)
+        if self.jobs is None:
+            found = [text for text in overrides if text.partition("=")[0] not in self.fixed]
+        else:
+            found = [override for override in overrides if override in self.swept]
+        return found or list(overrides)
 
 
 def ended_well(document: Json | None) -> bool:
@@ -200,6 +215,7 @@ def read_sweep(folder: Path) -> Sweep | None:
         **{
             **stored,
             "folder": Path(stored["folder"]),
+            "queue": stored["queue"] and Queue(**stored["queue"]),
             "jobs": None if jobs is None else [SweepJob(**job) for job in jobs],
             "reusable": {key: EarlierRun.read(run) for key, run in stored["reusable"].items()},
         }

@@ -31,7 +31,7 @@ def plan_table(sweep: Sweep) -> Table:
     from rich.markup import escape
 
     assert sweep.jobs is not None
-    swept = sweep.swept()
+    swept = sweep.swept
     same = (
         " ".join(override for override in sweep.jobs[0].overrides if override not in swept)
         if sweep.jobs
@@ -51,13 +51,12 @@ def plan_table(sweep: Sweep) -> Table:
             for tier in TIERS
         ]
         shown.add_row(
-            str(job.num), escape(_varying(job, swept)), *needs, escape(_verdict(job, sweep))
+            str(job.num),
+            escape(" ".join(sweep.varying(job.overrides))),
+            *needs,
+            escape(_verdict(job, sweep)),
         )
     return shown
-
-
-def _varying(job: SweepJob, swept: set[str]) -> str:
-    return " ".join(override for override in job.overrides if override in swept)
 
 
 def _verdict(job: SweepJob, sweep: Sweep) -> str:
@@ -73,7 +72,6 @@ def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]
     """Return a table of the results; `reasons` says why some jobs did not end well."""
     from rich.markup import escape
 
-    swept = sweep.swept()
     shown = new_table(
         "sweep",
         "job",
@@ -86,7 +84,7 @@ def result_table(sweep: Sweep, rows: Iterable[tuple[int, list[str], Json | None]
         left=(0, 1, 2),
     )
     for num, overrides, document in rows:
-        varying = " ".join(override for override in overrides if override in swept or not swept)
+        varying = " ".join(sweep.varying(overrides))
         if document is None:
             shown.add_row(str(num), escape(varying), "not run", *[""] * 4)
             continue
