@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.helpers.composing import composed
+from tests.helpers.planning import planned
 from tests.helpers.running import results
 from tests.helpers.tiny_models import VOCAB, tiny_model
 from zinfer.config import ConfigError, QualityConfig
@@ -23,6 +24,7 @@ from zinfer.worker.engines import Engine
 from zinfer.worker.kv_cache.session import KvSession, host_cache
 from zinfer.worker.quality import ROWS, TEXT_FILE, Pieces, compared, cut, no_reference, read_text
 from zinfer.worker.quality_scores import Scores, divergence, read_scores, scores_of, write_scores
+from zinfer.worker.run import text_to_score
 
 PREFILLED, NEW = 9, 12
 
@@ -261,6 +263,28 @@ def test_dummy_weights_are_refused_before_anything_starts(tmp_path: Path) -> Non
     assert done.returncode == 2
     assert "weights=dummy are random" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def noted(folder: Path) -> str:
+    return (folder / "events.jsonl").read_text() if (folder / "events.jsonl").exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("model=tiny-llama", "weights=dummy"), ""),
+        (("model=llama-3-8b", "weights=pretrained"), "parameters take long"),
+        (("model=opt-1.3b", "weights=pretrained", "offload=nvme"), "parameters take long"),
+        (("model=opt-350m", "weights=pretrained"), "not scored: quality.enabled=true:"),
+    ],
+    ids=["random weights", "a large model", "one that is read from a disk", "no tokenizer"],
+)
+def test_a_preset_scores_only_where_it_can_and_says_why_not(
+    overrides: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    run = planned(*overrides, "quality.enabled=auto", "hardware.accelerator=cpu")
+    assert text_to_score(run, EventLog(tmp_path)) is None
+    assert said in noted(tmp_path) and bool(said) == bool(noted(tmp_path))
 
 
 SETTINGS = (

@@ -72,7 +72,7 @@ def _rest(
         new, context = batch.prompt_tokens, float(batch.prompt_tokens)
     else:
         new, context = 1, batch.prompt_tokens + batch.new_tokens / 2
-    products_s = products_seconds(spec, rates, batch.batch_size, new) or 0.0
+    products_s = products_seconds(spec, config, rates, batch.batch_size, new) or 0.0
     kernels_s = (
         products_s
         + attention_seconds(spec, rates, batch.batch_size, new, context)

@@ -270,7 +270,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
 
 
 def _quality(config: RunConfig) -> Iterator[Problem]:
-    if config.quality.enabled and config.weights == "dummy":
+    if config.quality.enabled is True and config.weights == "dummy":
         yield Problem(
             "quality.enabled=true scores the text that the model expects, and weights=dummy are "
             "random: their text means nothing. Set weights=pretrained, or quality.enabled=false",

@@ -387,8 +387,11 @@ class CalibrateConfig:
 class QualityConfig:
     """Scoring of a run's text against the unquantised model, and what is good enough."""
 
-    enabled: bool = False
-    """Score after the timed generations; only for weights=pretrained."""
+    enabled: bool | Literal["auto"] = False
+    """Score after the timed generations; only for weights=pretrained.
+
+    auto: where that is possible and takes no more than a minute or so, else say why not.
+    """
     tokens: Annotated[int, Limits(64, 1 << 16)] = 2048
     """Tokens of the text that is read. Half of them are decoded, eight rows side by side."""
     min_agreement: Annotated[float, Limits(0, 1)] = 0.9
@@ -439,6 +442,14 @@ class RunConfig:
         return self.offload.huge_pages
 
     @property
+    def may_be_scored(self) -> bool:
+        """Tell if the run's text is compared with the unquantised model's.
+
+        Random weights never are: their text means nothing.
+        """
+        return bool(self.quality.enabled) and self.weights == "pretrained"
+
+    @property
     def quantiser(self) -> Literal["deepspeed", "zinfer"] | None:
         """Name whose code packs and unpacks the weights. None: they are not quantised.
 
@@ -484,7 +495,7 @@ def config_key(config: RunConfig) -> str:
     tree = config_to_tree(config)
     for group in ("tracking", "sweep", "format", "plan", "calibrate"):
         tree.pop(group)
-    if not config.quality.enabled:
+    if not config.may_be_scored:
         tree.pop("quality")
     if config.dtype.bits is None:
         for name in ("symmetric", "keep", "eight_bits", "rounding"):

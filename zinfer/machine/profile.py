@@ -11,18 +11,19 @@ import json
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from math import exp, log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from zinfer.paths import cache_dir
 
 PROFILE_VERSION = 5
 """Raised when what is measured, or what a field means, changes. Older profiles are not read."""
+Kind = TypeVar("Kind", bound=Hashable)
 NOTICED_SLOWDOWN = 1.25
 """A machine this much slower or faster than it was, when calibrated or in another run, is named."""
 
@@ -55,6 +56,19 @@ class DequantiseTime:
 
     bits: int
     dtype: str
+    weight_numel: int
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTime:
+    """One measured product with a packed matrix, by the kernel that dtype.kernel=auto chooses."""
+
+    bits: int
+    dtype: str
+    """Type of the rows that it is multiplied with."""
+    rows: int
     weight_numel: int
     seconds: float
     spread: float
@@ -161,6 +175,8 @@ class CalibrationProfile:
     device_to_host_pinned: Rate | None
     kernels: tuple[KernelTime, ...]
     dequantise: tuple[DequantiseTime, ...] = ()
+    packed: tuple[PackedTime, ...] = ()
+    """Empty in profiles of before there was such a kernel: then it is not predicted."""
     attention: dict[str, Rate]
     """dtype -> bytes of keys and values that a decode step's attention reads in a second."""
     attention_flops: dict[str, Rate]
@@ -212,29 +228,24 @@ class CalibrationProfile:
 
         Between measured points interpolate in logarithms; beyond the last use its rate.
         """
-        table = self._kernel_tables.get((dtype, wide))
-        if not table:
-            return None
-        by_rows = [
-            (measured_rows, _interpolate(times, weight_numel)) for measured_rows, times in table
-        ]
-        return _interpolate(by_rows, max(rows, by_rows[0][0]))
+        return _product_s(self._kernel_tables.get((dtype, wide)), rows, weight_numel)
+
+    def packed_s(self, bits: int, dtype: str, rows: float, weight_numel: int) -> float | None:
+        """Return seconds of one product with a packed matrix; None: it was not measured."""
+        return _product_s(self._packed_tables.get((bits, dtype)), rows, weight_numel)
 
     @cached_property
-    def _kernel_tables(self) -> dict[tuple[str, bool], list[tuple[int, list[tuple[int, float]]]]]:
+    def _kernel_tables(self) -> dict[tuple[str, bool], Table]:
         """Sort the kernels once: (dtype, wide) -> rising rows, each with rising (weights, seconds).
 
         A plan of a model with many experts asks hundreds of times.
         """
-        found: dict[tuple[str, bool], dict[int, list[tuple[int, float]]]] = {}
-        for row in self.kernels:
-            found.setdefault((row.dtype, row.wide), {}).setdefault(row.rows, []).append(
-                (row.weight_numel, row.seconds)
-            )
-        return {
-            kind: [(rows, sorted(times)) for rows, times in sorted(table.items())]
-            for kind, table in found.items()
-        }
+        return _tables(((row.dtype, row.wide), row) for row in self.kernels)
+
+    @cached_property
+    def _packed_tables(self) -> dict[tuple[int, str], Table]:
+        """Sort the products with packed matrices once: (bits, dtype) -> the same."""
+        return _tables(((row.bits, row.dtype), row) for row in self.packed)
 
     def dequantise_s(self, bits: int, dtype: str, weight_numel: int) -> float | None:
         """Return seconds of unpacking one matrix, interpolated as kernel_s does.
@@ -256,6 +267,32 @@ class CalibrationProfile:
     def mode_cost(self, mode: Mode, dtype: str) -> ModeCost | None:
         """Return the cost of this mode; None where it was not measured."""
         return next((cost for cost in self.modes if (cost.mode, cost.dtype) == (mode, dtype)), None)
+
+
+Table = list[tuple[int, list[tuple[int, float]]]]
+"""Rising rows, each with rising (elements of the matrix, seconds)."""
+
+
+def _tables(
+    measured: Iterable[tuple[Kind, KernelTime | PackedTime]],
+) -> dict[Kind, Table]:
+    """Sort measured products by their kind, rows and size."""
+    found: dict[Kind, dict[int, list[tuple[int, float]]]] = {}
+    for kind, row in measured:
+        times = found.setdefault(kind, {}).setdefault(row.rows, [])
+        times.append((row.weight_numel, row.seconds))
+    return {
+        kind: [(rows, sorted(times)) for rows, times in sorted(table.items())]
+        for kind, table in found.items()
+    }
+
+
+def _product_s(table: Table | None, rows: float, weight_numel: int) -> float | None:
+    """Return seconds of a product of so many rows, from a table; None where there is none."""
+    if not table:
+        return None
+    by_rows = [(measured, _interpolate(times, weight_numel)) for measured, times in table]
+    return _interpolate(by_rows, max(rows, by_rows[0][0]))
 
 
 def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
@@ -341,6 +378,7 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
         values[name] = {dtype: Rate(**rate) for dtype, rate in values[name].items()}
     values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
     values["dequantise"] = tuple(DequantiseTime(**row) for row in values["dequantise"])
+    values["packed"] = tuple(PackedTime(**row) for row in values.get("packed", ()))
     values["nvme"] = tuple(
         NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"]
     )

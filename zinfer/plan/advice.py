@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zinfer.config import RunConfig
@@ -11,7 +11,7 @@ from zinfer.config.engines import engine_of
 from zinfer.job.outcome import Json
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.deepspeed_json import min_buffer_count
-from zinfer.plan.dtype_advice import faster_dtypes, with_dtype
+from zinfer.plan.dtype_advice import faster_dtypes, fewer_bits, quantised_configs, with_dtype
 from zinfer.plan.fit import can_quantise, largest_fitting_batch, other_kv_placements
 from zinfer.plan.kv_advice import kv_document
 from zinfer.plan.planned import Planned, plan_run
@@ -47,6 +47,7 @@ def advice_document(run: Planned) -> Json:
             {"override": entry.override, "gain": entry.gain, "saved_bytes": entry.saved_bytes}
             for entry in suggestions(run, largest)
         ],
+        "fewer_bits": [asdict(entry) for entry in fewer_bits(run)],
         "kv_cache": kv_document(run),
         "rates_source": run.hardware.rates_source,
         "calibrated": run.hardware.profile is not None,
@@ -157,6 +158,5 @@ def _other_dtypes(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[str, Run
         half = replace(config.dtype, weights="bfloat16", compute="bfloat16")
         yield "dtype=bfloat16", replace(config, dtype=half)
     if can_quantise(config, spec):
-        for dtype in ("int8", "int4"):
-            quantised: Any = replace(config.dtype, weights=dtype, compute="bfloat16")
-            yield f"dtype={dtype}", replace(config, dtype=quantised)
+        for name, changed in quantised_configs(spec, config):
+            yield f"dtype={name}", changed

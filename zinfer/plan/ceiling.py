@@ -7,19 +7,21 @@ operations are counted from the model's architecture and the ZeRO layout.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
-from zinfer.config import RunConfig
+from zinfer.config import ITEMSIZE_BYTES, DtypeConfig, RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
+from zinfer.model.quantisable import stored_bits
 from zinfer.model.spec import ModelSpec, Parameter
 from zinfer.plan.binding import RESOURCES, Resource
 from zinfer.plan.kv_placement import moved_layers
 from zinfer.plan.kv_traffic import kv_traffic
-from zinfer.plan.zero_layout import ZeroLayout, zero_layout
+from zinfer.plan.zero_layout import ZeroLayout, stored_numel, zero_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,24 @@ class MatrixProducts:
     """Elements of one expert's matrix -> number of places (layer and role) that have it."""
 
 
+class Matrix(NamedTuple):
+    """One matrix as it is stored."""
+
+    numel: int
+    bits: int | None
+    """Bits of a code where it is multiplied packed; None: it is multiplied in the compute type."""
+    bytes: float
+
+
+@dataclass(frozen=True)
+class StoredProducts:
+    """The same as MatrixProducts, for the matrices as a run stores them."""
+
+    dense: Mapping[Matrix, int]
+    head: Matrix | None
+    experts: Mapping[Matrix, float]
+
+
 _COUNTED: dict[int, tuple[ModelSpec, MatrixProducts]] = {}
 """id of a model's parameters -> (model, products). Plans ask many times about one model."""
 
@@ -107,37 +127,91 @@ def matrix_products(spec: ModelSpec) -> MatrixProducts:
     return held[1]
 
 
-def _count_products(spec: ModelSpec) -> MatrixProducts:
+def _roles(spec: ModelSpec) -> Iterator[tuple[Literal["dense", "head", "expert"], Parameter]]:
     """Take every two-dimensional weight as a product, embeddings apart: they are lookups.
 
     Fused experts have the shape [experts, out, in].
     """
+    for parameter in spec.parameters:
+        dims = len(parameter.shape)
+        if parameter.is_expert and spec.num_experts:
+            if dims in (2, 3):
+                yield "expert", parameter
+        elif dims == 2 and spec.vocab_size in parameter.shape:
+            if parameter.kind != "embedding" or spec.tied_embeddings:
+                yield "head", parameter
+        elif dims == 2 and parameter.kind != "embedding" and not _is_position_table(parameter):
+            yield "dense", parameter
+
+
+def _count_products(spec: ModelSpec) -> MatrixProducts:
+    """Count the matrices of each size. Experts with a module each are one place together."""
     dense: Counter[int] = Counter()
     experts: Counter[int] = Counter()
-    head = 0
-    for parameter in spec.parameters:
-        if parameter.is_expert and spec.num_experts:
-            if len(parameter.shape) == 3:
-                experts[parameter.numel // parameter.shape[0]] += 1
-            elif len(parameter.shape) == 2:  # a module for each expert: together they are one place
-                experts[parameter.numel] += 1
-        elif len(parameter.shape) == 2 and spec.vocab_size in parameter.shape:
-            if parameter.kind != "embedding" or spec.tied_embeddings:
-                head = parameter.numel
-        elif (
-            len(parameter.shape) == 2
-            and parameter.kind != "embedding"
-            and not _is_position_table(parameter)
-        ):
+    head, separate = 0, False
+    for role, parameter in _roles(spec):
+        if role == "dense":
             dense[parameter.numel] += 1
-    separate = any(
-        parameter.is_expert and len(parameter.shape) == 2 for parameter in spec.parameters
-    )
+        elif role == "head":
+            head = parameter.numel
+        else:
+            separate |= len(parameter.shape) == 2
+            experts[_of_one_expert(parameter)] += 1
     if separate and spec.num_experts:
         experts = Counter(
             {numel: -(-count // spec.num_experts) for numel, count in experts.items()}
         )
     return MatrixProducts(dense=dense, head=head, experts=experts)
+
+
+def _of_one_expert(parameter: Parameter) -> int:
+    """Return the elements of one expert's matrix."""
+    return parameter.numel // (parameter.shape[0] if len(parameter.shape) == 3 else 1)
+
+
+def stored_products(spec: ModelSpec, config: RunConfig) -> StoredProducts:
+    """Count the matrices of a model as this run stores them, once for each way to store."""
+    return _stored_products(
+        _Counted(spec), config.dtype, config.quantiser, ITEMSIZE_BYTES[spec.dtype]
+    )
+
+
+class _Counted:
+    """A model as a key: equal where the parameters are the same objects."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def __hash__(self) -> int:
+        return id(self.spec.parameters)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Counted) and other.spec.parameters is self.spec.parameters
+
+
+@lru_cache(maxsize=64)
+def _stored_products(
+    model: _Counted, dtype: DtypeConfig, quantiser: str | None, itemsize: int
+) -> StoredProducts:
+    """Count matrices by size, bits and bytes."""
+    spec = model.spec
+    dense: Counter[Matrix] = Counter()
+    experts: defaultdict[Matrix, float] = defaultdict(float)
+    head = None
+    for role, parameter in _roles(spec):
+        stored = stored_numel(parameter, dtype, itemsize, by_deepspeed=quantiser == "deepspeed")
+        bits = stored_bits(parameter, dtype) if quantiser == "zinfer" else None
+        whole = Matrix(parameter.numel, bits, stored * itemsize)
+        if role == "dense":
+            dense[whole] += 1
+        elif role == "head":
+            head = whole
+        elif len(parameter.shape) == 3:
+            share = parameter.shape[0]
+            experts[Matrix(parameter.numel // share, bits, whole.bytes / share)] += 1
+        else:
+            experts[whole] += 1 / (spec.num_experts or 1)
+    return StoredProducts(dense=dense, head=head, experts=experts)
 
 
 def _is_position_table(parameter: Parameter) -> bool:
@@ -176,17 +250,16 @@ def pass_flops(spec: ModelSpec, rows: int, new: int, context: float, *, on_host:
     return 2.0 * (dense + expert) * rows * new + 2.0 * products.head * rows + attention
 
 
-def touched_weight_bytes(spec: ModelSpec, tokens: int, itemsize_bytes: float) -> float:
-    """Return the bytes of weights that a pass of so many tokens reads from device memory.
+def touched_weight_bytes(spec: ModelSpec, config: RunConfig, tokens: int) -> float:
+    """Return the bytes of stored weights that a pass of so many tokens reads from device memory.
 
     Of routed experts only those that it touches.
     """
-    products = matrix_products(spec)
-    dense = sum(numel * count for numel, count in products.dense.items()) + products.head
-    expert = sum(numel * count for numel, count in products.experts.items()) * touched_experts(
-        spec, tokens
-    )
-    return (dense + expert) * itemsize_bytes
+    products = stored_products(spec, config)
+    dense = sum(matrix.bytes * count for matrix, count in products.dense.items())
+    head = products.head.bytes if products.head else 0.0
+    experts = sum(matrix.bytes * count for matrix, count in products.experts.items())
+    return dense + head + experts * touched_experts(spec, tokens)
 
 
 def _pass_demand(
@@ -206,7 +279,7 @@ def _pass_demand(
     nvme = layout.swapped_numel * size if config.offload.device == "nvme" else 0
     aliased = hardware.device_is_host
     link = 0 if resident or aliased else on_host / config.launcher.ranks
-    weights = touched_weight_bytes(spec, rows * new, stored / max(1, spec.num_parameters))
+    weights = touched_weight_bytes(spec, config, rows * new)
     kv = kv_traffic(spec, config, rows, new=new, context=context, aliased=aliased)
     on_host = 0
     if config.kv_cache.placement == "host_attention" and new == 1 and not aliased:

@@ -1,21 +1,90 @@
-"""Say in which dtype this machine is fast, where that is not the one that a run computes in.
+"""Say in which dtype this machine is fast, and what fewer bits would gain and cost.
 
 A processor without bfloat16 arithmetic emulates it: on AVX2 alone, matrix products take about
 eight times as long as in float32. Many checkpoints are bfloat16, so dtype=auto meets this.
+Fewer bits of a weight are fewer bytes to read and to stream. What they cost in quality is known
+where it was measured; it differs from model to model, and small ones lose most.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zinfer.config import RunConfig
+from zinfer.job.outcome import Json
+from zinfer.model.spec import ModelSpec
+from zinfer.paths import PACKAGE
+from zinfer.plan.fit import can_quantise
 from zinfer.plan.planned import Planned, plan_run
 from zinfer.units import format_times
 
 NOTICED_GAIN = 1.25
 """A phase that another dtype would make so many times as fast is worth a sentence."""
+
+
+QUALITY_FILE = PACKAGE / "data" / "quantised_quality.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerBits:
+    """Weights of 8 or 4 bits, with what they would bring here and what they cost elsewhere."""
+
+    override: str
+    gain: float | None
+    """Ratio of tokens/s to the plan at hand; of ceilings where nothing is calibrated."""
+    is_predicted: bool
+    """The gain comes from calibrated kernels, not from the ceilings alone."""
+    stored_bytes: int
+    stored_share: float
+    """Bytes of the stored weights over those of now."""
+    fits: bool
+    quality: tuple[Json, ...]
+    """Rows of QUALITY_FILE of this model, else of the models that were measured."""
+
+
+def measured_quality(model: str, weights: str) -> tuple[Json, ...]:
+    """Return what these weights cost a model, with its source; else what they cost other models."""
+    rows: list[Json] = json.loads(QUALITY_FILE.read_text())["measured"]
+    found = [row for row in rows if row["weights"] == weights]
+    own = [row for row in found if row["model"] == model]
+    return tuple(own or found)
+
+
+def fewer_bits(run: Planned) -> Iterator[FewerBits]:
+    """Plan the same run with weights of 8 and of 4 bits; nothing where it cannot have them."""
+    if not can_quantise(run.config, run.spec):
+        return
+    now = run.plan.weight_bytes
+    for weights, config in quantised_configs(run.spec, run.config):
+        other = plan_run(config, run.hardware, run.spec)
+        mine, theirs = run.prediction, other.prediction
+        predicted = ratio(theirs.generated_tokens_per_s, mine.generated_tokens_per_s)
+        at_best = ratio(theirs.ceiling.generated_tokens_per_s, mine.ceiling.generated_tokens_per_s)
+        yield FewerBits(
+            override=f"dtype={weights}",
+            gain=at_best if predicted is None else predicted,
+            is_predicted=predicted is not None,
+            stored_bytes=other.plan.weight_bytes,
+            stored_share=other.plan.weight_bytes / now,
+            fits=other.fits,
+            quality=measured_quality(run.config.model.name, weights),
+        )
+
+
+def quantised_configs(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Yield (dtype, the same run with it). DeepSpeed's way, of zero=paper, computes in bfloat16."""
+    compute: Any = "bfloat16" if config.zero.derivation == "paper" else config.dtype.compute
+    for weights in ("int8", "int4"):
+        kind: Any = weights
+        yield weights, replace(config, dtype=replace(config.dtype, weights=kind, compute=compute))
+
+
+def ratio(better: float | None, than: float | None) -> float | None:
+    """Return better over than; None where either is unknown."""
+    return better / than if better and than else None
 
 
 def with_dtype(config: RunConfig, dtype: Any) -> RunConfig:

@@ -111,13 +111,14 @@ def other_kv_placements(run: Planned) -> Iterator[tuple[str, RunConfig]]:
 
 
 def can_quantise(config: RunConfig, spec: ModelSpec) -> bool:
-    """Tell if DeepSpeed could quantise the weights, which are not quantised yet."""
-    return (
-        config.dtype.bits is None
-        and config.weights == "dummy"
-        and engine_of(config).quantises
-        and spec.dtype != "float32"
-    )
+    """Tell if the weights could be quantised, and are not yet.
+
+    DeepSpeed, which zero=paper leaves it to, quantises dummy weights in 16 bits only.
+    """
+    if config.dtype.bits is not None or not engine_of(config).quantises:
+        return False
+    by_deepspeed = engine_of(config).zero3 and config.zero.derivation == "paper"
+    return not by_deepspeed or (config.weights == "dummy" and spec.dtype != "float32")
 
 
 def largest_fitting_batch(run: Planned, *, below: int | None = None) -> int | None:

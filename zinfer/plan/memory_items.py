@@ -22,6 +22,12 @@ from zinfer.plan.tiers import Item, ItemKind, Lifetime
 from zinfer.plan.working_memory import CUDA_CONTEXT_BYTES, prefill_bytes
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 
+UNPACKED_NUMEL, FLOAT32_BYTES = 1 << 22, 4
+"""Values of a packed matrix that are unpacked at a time, for many rows or without a kernel.
+
+Codes and values are float32 on the way to the compute type. Source: worker/quantised/kernel.py.
+"""
+
 throughout = partial(Item, lifetime=Lifetime.RUN)
 while_generating = partial(Item, lifetime=Lifetime.GENERATION)
 
@@ -91,36 +97,67 @@ def device_items(run: Demand) -> Iterator[Item]:
         yield throughout(name="CUDA context", bytes=CUDA_CONTEXT_BYTES, kind=ItemKind.CONTEXT)
     if engine_of(run.config).zero3:
         yield from _streamed_weights(run)
+    yield from _unpacked_weights(run)
 
 
 def _device_weights(run: Demand) -> Iterator[Item]:
     """Return the weights that stay on the device for the whole run."""
     size = run.layout.itemsize_bytes
     if not engine_of(run.config).zero3:
-        count = run.spec.num_parameters * size
-        yield throughout(name="weights", bytes=count, kind=ItemKind.WEIGHTS)
+        yield from _weights(run, run.layout.stored_numel * size, ranks=1)
     elif run.config.offload.device == "none":
-        yield throughout(name="weights", bytes=run.partition_bytes, kind=ItemKind.WEIGHTS)
+        yield from _weights(run, run.partition_bytes, ranks=run.config.launcher.ranks)
     elif not run.uses_partition_in_place:
         count = run.layout.small_numel * size
         yield throughout(name="persistent weights", bytes=count, kind=ItemKind.WEIGHTS)
+
+
+def _weights(run: Demand, count: int, *, ranks: int) -> Iterator[Item]:
+    """Divide so many bytes of stored weights into packed ones and those of the compute type.
+
+    Args:
+        ranks: over which they are divided.
+    """
+    packed = -(-run.layout.packed_numel // ranks) * run.layout.itemsize_bytes
+    if not packed:
+        yield throughout(name="weights", bytes=count, kind=ItemKind.WEIGHTS)
+        return
+    yield throughout(name=f"weights in {_bits_in_words(run)}", bytes=packed, kind=ItemKind.WEIGHTS)
+    yield throughout(
+        name=f"weights kept in {run.spec.dtype}", bytes=count - packed, kind=ItemKind.WEIGHTS
+    )
+
+
+def _bits_in_words(run: Demand) -> str:
+    """Name the packed types: int8, int4, or both."""
+    return " and ".join(f"int{bits}" for bits in run.layout.packed_bits)
 
 
 def _streamed_weights(run: Demand) -> Iterator[Item]:
     """Return copies that ZeRO-3 makes for a moment: gathered, prefetched, dequantised."""
     layout, size = run.layout, run.layout.itemsize_bytes
     if not run.uses_partition_in_place:
-        live = max(run.zero["stage3_max_live_parameters"], layout.layer_numel, layout.largest_numel)
+        by_deepspeed = run.config.quantiser == "deepspeed"
+        largest = layout.largest_numel if by_deepspeed else layout.largest_stored_numel
+        live = max(run.zero["stage3_max_live_parameters"], layout.layer_numel, largest)
         bucket = run.zero["stage3_prefetch_bucket_size"]
         for name, numel in (("gathered layers", live), ("prefetched parameters", bucket)):
             count = min(numel, layout.stored_numel) * size
             yield while_generating(name=name, bytes=count, kind=ItemKind.STREAMING)
-    if run.config.dtype.bits is not None:
+
+
+def _unpacked_weights(run: Demand) -> Iterator[Item]:
+    """Return copies of quantised weights in the compute type, for the moment of a product."""
+    layout, size = run.layout, run.layout.itemsize_bytes
+    if run.config.quantiser == "deepspeed":
         # without DeepSpeed's kernel 4 bits become bytes before they become numbers
         has_kernel = not run.hardware.device_is_host and run.spec.dtype == "float16"
         unpacked = 1 if run.config.dtype.bits == 4 and not has_kernel else 0
         count = (2 * size + unpacked) * layout.largest_numel
         yield while_generating(name="dequantised weights", bytes=count, kind=ItemKind.STREAMING)
+    elif layout.packed_numel:
+        count = min(UNPACKED_NUMEL, layout.largest_numel) * (2 * FLOAT32_BYTES + size)
+        yield while_generating(name="unpacked weights", bytes=count, kind=ItemKind.STREAMING)
 
 
 def _kept_by_the_allocator(run: Demand, kv: int, working: int) -> Item:
@@ -145,7 +182,7 @@ def host_items(run: Demand) -> Iterator[Item]:
         yield while_generating(name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE)
     offload = run.config.offload
     if offload.device == "cpu" and not offload.pin_memory:
-        yield throughout(name="weights", bytes=run.partition_bytes, kind=ItemKind.WEIGHTS)
+        yield from _weights(run, run.partition_bytes, ranks=run.config.launcher.ranks)
     if offload.device == "nvme":
         swapped = run.layout.swapped_numel * run.layout.itemsize_bytes
         kept = max(0, run.partition_bytes - swapped)
@@ -163,7 +200,7 @@ def pinned_items(run: Demand) -> Iterator[Item]:
         count = buffers["buffer_count"] * buffers["buffer_size"] * run.layout.itemsize_bytes
         yield throughout(name="NVMe staging buffers", bytes=count, kind=ItemKind.STREAMING)
     if offload.device == "cpu" and offload.pin_memory:
-        yield throughout(name="weights", bytes=run.partition_bytes, kind=ItemKind.WEIGHTS)
+        yield from _weights(run, run.partition_bytes, ranks=run.config.launcher.ranks)
     if run.kv and run.kv.pinned:
         yield while_generating(name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE)
 

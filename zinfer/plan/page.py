@@ -5,7 +5,7 @@ The lines are made from the JSON document of a plan, so that the driver needs no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from zinfer.job.outcome import Outcome
@@ -25,6 +25,7 @@ def page(outcome: Outcome) -> Iterator[str]:
     yield from time_lines(prediction, advice)
     yield from byte_lines(prediction)
     yield from kv_lines(advice.get("kv_cache"))
+    yield from fewer_bits_lines(advice.get("fewer_bits") or [])
     if "largest_batch_size" in advice:
         yield f"largest batch that fits: {_largest_batch(plan, advice['largest_batch_size'])}"
     helpful = advice.get("suggestions") or []
@@ -143,6 +144,34 @@ def kv_lines(advice: Mapping[str, Any] | None) -> Iterator[str]:
     if any(entry["leaves_out_host_memory"] for entry in advice["placements"]):
         yield "  * without what host memory takes: its rate is unknown"
     yield f"  {advice['why']}"
+
+
+def fewer_bits_lines(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Return a table of weights in fewer bits: what they gain here, and what they cost in quality.
+
+    A perplexity is given as a multiple of the unquantised model's.
+    """
+    if not options:
+        return
+    rates = "predicted" if options[0]["is_predicted"] else "at best"
+    yield f"weights in fewer bits (tokens/s {rates}; perplexity where it was measured):"
+    for entry in options:
+        gain = "unknown" if entry["gain"] is None else format_times(entry["gain"])
+        stored = f"{format_bytes(entry['stored_bytes'])} ({entry['stored_share']:.2f} of now)"
+        yield (
+            f"  {entry['override']:<13}{gain + ' as fast':<19}{stored:<27}{_quality(entry)}"
+            f"{'' if entry['fits'] else ', does not fit'}"
+        )
+
+
+def _quality(entry: Mapping[str, Any]) -> str:
+    """Return the perplexities that were measured, each with its model."""
+    rows = entry["quality"]
+    if not rows:
+        return "perplexity unknown"
+    models = sorted({row["model"] for row in rows})
+    each = ", ".join(f"{row['perplexity_ratio']:.3g} {row['rounding']}" for row in rows)
+    return f"perplexity x {each} ({' and '.join(models)})"
 
 
 def verdict_line(outcome: Outcome) -> str | None:

@@ -23,7 +23,7 @@ from zinfer.machine.profile import (
 )
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.binding import Binding
-from zinfer.plan.ceiling import Ceiling, ceiling, matrix_products, touched_experts
+from zinfer.plan.ceiling import Ceiling, Matrix, ceiling, stored_products, touched_experts
 from zinfer.plan.deepspeed_json import leaf_layers, staging_limit_bytes
 from zinfer.plan.kv_seconds import (
     HOST_ATTENTION,
@@ -194,7 +194,7 @@ def pass_parts(
         profile.family_cost(spec.model_type, spec.dtype),
         profile.mode_cost(fixed_mode(config, leaf=leaf), spec.dtype),
     )
-    products_s = products_seconds(spec, profile, rows, new)
+    products_s = products_seconds(spec, config, profile, rows, new)
     unpacking_s = dequantise_seconds(spec, config, profile, rows * new)
     streaming_s = streaming_seconds(config, profile, layout)
     copies_s = kv_copy_seconds(spec, config, profile, new, context)
@@ -248,27 +248,52 @@ def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
 
 
 def products_seconds(
-    spec: ModelSpec, profile: CalibrationProfile, rows: int, new: int
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, rows: int, new: int
 ) -> float | None:
-    """Return the seconds of all products with weights. None: this dtype was not calibrated."""
-    products, tokens = matrix_products(spec), rows * new
-    total = 0.0
-    for numel, count in products.dense.items():
-        seconds = profile.kernel_s(spec.dtype, tokens, numel)
-        if seconds is None:
-            return None
-        total += count * seconds
-    total += (
-        profile.kernel_s(spec.dtype, rows, products.head, wide=True) or 0.0
-        if products.head
-        else 0.0
-    )
+    """Return the seconds of all products with weights.
+
+    None: this dtype, or the kernel of packed weights, was not calibrated.
+    """
+    products, tokens = stored_products(spec, config), rows * new
+    times: list[float | None] = [
+        _scaled(count, product_seconds(spec, config, profile, matrix, tokens))
+        for matrix, count in products.dense.items()
+    ]
+    if products.head:
+        times.append(product_seconds(spec, config, profile, products.head, rows, wide=True))
     for each, experts in tokens_of_experts(spec, tokens):
-        total += experts * sum(
-            count * (profile.kernel_s(spec.dtype, each, numel) or 0.0)
-            for numel, count in products.experts.items()
-        )
-    return total
+        times += [
+            _scaled(experts * count, product_seconds(spec, config, profile, matrix, each))
+            for matrix, count in products.experts.items()
+        ]
+    known = [seconds for seconds in times if seconds is not None]
+    return sum(known) if len(known) == len(times) else None
+
+
+def product_seconds(
+    spec: ModelSpec,
+    config: RunConfig,
+    profile: CalibrationProfile,
+    matrix: Matrix,
+    rows: float,
+    *,
+    wide: bool = False,
+) -> float | None:
+    """Return the seconds of one product, by the kernel that multiplies the matrix as it is stored.
+
+    None where that was not calibrated: profiles hold the packed product that dtype.kernel=auto
+    chooses.
+    """
+    if matrix.bits is None:
+        return profile.kernel_s(spec.dtype, rows, matrix.numel, wide=wide)
+    if config.dtype.kernel != "auto":
+        return None
+    return profile.packed_s(matrix.bits, spec.dtype, rows, matrix.numel)
+
+
+def _scaled(count: float, seconds: float | None) -> float | None:
+    """Multiply what is known."""
+    return None if seconds is None else count * seconds
 
 
 def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, float]]:
@@ -294,11 +319,12 @@ def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, flo
 def dequantise_seconds(
     spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, tokens: int
 ) -> float | None:
-    """Return the seconds to unpack every quantised matrix at each use, embeddings whole.
+    """Return the seconds to unpack every matrix that DeepSpeed quantised, at each use.
 
-    None where that was not calibrated.
+    Embeddings are unpacked whole. None where that was not calibrated. Our own packed weights are
+    multiplied as they are.
     """
-    if config.dtype.bits is None:
+    if config.quantiser != "deepspeed" or config.dtype.bits is None:
         return 0.0
     used = touched_experts(spec, tokens) / spec.num_experts if spec.num_experts else 1.0
     total = 0.0

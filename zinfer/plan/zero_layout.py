@@ -29,6 +29,10 @@ class ZeroLayout:
     itemsize_bytes: int
     stored_numel: int
     """All parameters of the model as stored (quantised ones smaller), over all ranks."""
+    packed_numel: int
+    """Of these, the elements that hold codes and scales."""
+    packed_bits: tuple[int, ...]
+    """Bits of a code that occur, the most first; empty where nothing is packed."""
     swap_min_numel: int
     """Partitions of at least this many elements are swapped to NVMe, smaller ones kept."""
     swapped_numel: int
@@ -50,12 +54,14 @@ class ZeroLayout:
     """Stored elements of the largest decoder layer, over all ranks."""
     largest_numel: int
     """The largest single parameter as computed with (dequantised), in elements."""
+    largest_stored_numel: int
+    """The largest single parameter as it is stored."""
     small_numel: int
     """Elements of parameters that stay on the device: those of at most hidden_size elements."""
 
 
 def aio_block_bytes(config: RunConfig) -> int:
-    """Return the bytes of one NVMe read request; it is also the swap minimum."""
+    """Bytes of one NVMe read request; it is also the swap minimum."""
     if config.zero.derivation == "paper":
         return PAPER_AIO_BLOCK_BYTES
     return config.zero.aio_block_size_bytes or TUNED_AIO_BLOCK_BYTES
@@ -64,7 +70,7 @@ def aio_block_bytes(config: RunConfig) -> int:
 def stored_numel(
     parameter: Parameter, dtype: DtypeConfig, itemsize_bytes: int, *, by_deepspeed: bool
 ) -> int:
-    """Return the elements that are stored for this parameter.
+    """Elements that are stored for this parameter.
 
     DeepSpeed quantises linear and embedding weights: packed values plus one scale and one offset
     per group, in the compute type.
@@ -75,6 +81,13 @@ def stored_numel(
         return parameter.numel
     packed = parameter.numel * dtype.bits // (8 * itemsize_bytes)
     return packed + 2 * (parameter.numel // dtype.group_size)
+
+
+def _bits_of(parameter: Parameter, dtype: DtypeConfig, *, by_deepspeed: bool) -> int | None:
+    """Return the bits of a stored code; None: the weight is kept in the compute type."""
+    if not by_deepspeed:
+        return quantisable.stored_bits(parameter, dtype)
+    return dtype.bits if parameter.kind in ("linear", "embedding") else None
 
 
 class _ByIdentity:
@@ -91,7 +104,7 @@ class _ByIdentity:
 
 
 def zero_layout(config: RunConfig, spec: ModelSpec) -> ZeroLayout:
-    """Return the layout of this run's weights on one of its ranks."""
+    """The layout of this run's weights on one of its ranks."""
     itemsize = ITEMSIZE_BYTES[spec.dtype]
     return _layout(
         _ByIdentity(spec.parameters),
@@ -119,10 +132,15 @@ def _layout(
     per_module: Counter[str] = Counter()
     per_layer: Counter[int] = Counter()
     layer_numel: defaultdict[int, int] = defaultdict(int)
-    total = small = in_layers = largest_in_layers = 0
+    total = packed = small = largest = in_layers = largest_in_layers = 0
+    bits: set[int] = set()
     for parameter in model.parameters:
         numel = stored_numel(parameter, dtype, itemsize, by_deepspeed=by_deepspeed)
         total += numel
+        largest = max(largest, numel)
+        if stored := _bits_of(parameter, dtype, by_deepspeed=by_deepspeed):
+            packed += numel
+            bits.add(stored)
         if parameter.numel <= hidden_size:
             small += numel
         if parameter.layer is not None:
@@ -138,6 +156,8 @@ def _layout(
     return ZeroLayout(
         itemsize_bytes=itemsize,
         stored_numel=total,
+        packed_numel=packed,
+        packed_bits=tuple(sorted(bits, reverse=True)),
         swap_min_numel=swap_min,
         swapped_numel=sum(swapped),
         swapped_count=len(swapped),
@@ -151,5 +171,6 @@ def _layout(
         ),
         layer_numel=max(layer_numel.values(), default=total),
         largest_numel=max(parameter.numel for parameter in model.parameters),
+        largest_stored_numel=largest,
         small_numel=small,
     )

@@ -150,7 +150,7 @@ def run_params(config: RunConfig) -> dict[str, str]:
         flat["dtype.quantiser"] = config.quantiser
     for name in UNREAD[config.quantiser]:
         del flat[f"dtype.{name}"]
-    if not config.quality.enabled:
+    if not config.may_be_scored:
         flat = {name: value for name, value in flat.items() if not name.startswith("quality.")}
     return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flat.items()}
 

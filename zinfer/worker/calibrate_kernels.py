@@ -25,6 +25,7 @@ from zinfer.machine.hardware import detect_hardware
 from zinfer.machine.huge_pages import into_huge_pages
 from zinfer.units import MIB
 from zinfer.worker.imports import import_everything
+from zinfer.worker.quantised.rates import BITS, packed_times
 
 ROWS = (1, 2, 3, 4, 8, 16, 64, 256, 1024)
 SQUARE_SIZES = (64, 256, 512, 1024, 2048)
@@ -70,6 +71,10 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     events.phase("dequantisation")
     found["dequantise"] = [
         row for dtype in dtypes for bits in (8, 4) for row in dequantise_times(bits, dtype, device)
+    ]
+    events.phase("packed products")
+    found["packed"] = [
+        row for dtype in dtypes for bits in BITS for row in packed_times(bits, dtype, device)
     ]
     events.phase("attention")
     found["attention"] = {dtype: attention_read(dtype, device) for dtype in dtypes}

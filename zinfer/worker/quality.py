@@ -75,6 +75,30 @@ class Pieces:
         return plan_run(changed, planned.hardware, planned.spec)
 
 
+QUICK_NUMEL = 2_000_000_000
+"""Parameters up to which quality.enabled=auto scores a run."""
+NVME_TIMES = 4
+"""On NVMe so many times fewer: each of the text's tokens reads all weights from the disk."""
+
+
+class NoReference(ConfigError):
+    """No unquantised run of the same weights has left its scores."""
+
+
+def is_quickly_scored(planned: Planned, events: EventLog) -> bool:
+    """Tell if scoring takes little time beside the run, and say why where it does not."""
+    numel = planned.spec.num_active_parameters or planned.spec.num_parameters
+    times = NVME_TIMES if planned.config.offload.device == "nvme" else 1
+    if numel * times <= QUICK_NUMEL:
+        return True
+    if events.rank == 0:
+        events.write(
+            "note",
+            message=f"not scored: {numel:,} parameters take long. Set quality.enabled=true",
+        )
+    return False
+
+
 def pieces_to_score(planned: Planned) -> Pieces:
     """Tokenise the text, before anything is loaded.
 
@@ -194,7 +218,7 @@ def score(planned: Planned, engine: Engine, pieces: Pieces, events: EventLog) ->
     """Score the run against its reference, which is made and kept where none is. All ranks call it.
 
     Raises:
-        ConfigError: the weights are quantised, and no unquantised run has left a reference.
+        NoReference: the weights are quantised, and no unquantised run has left one.
     """
     events.phase("quality")
     started_s = time.perf_counter()
@@ -205,7 +229,7 @@ def score(planned: Planned, engine: Engine, pieces: Pieces, events: EventLog) ->
     is_missing = _of_first_rank(reference is None, engine.ranks)
     if is_missing:
         if planned.config.dtype.bits is not None:
-            raise ConfigError([no_reference(planned.spec.dtype)])
+            raise NoReference([no_reference(planned.spec.dtype)])
         reference = read_text(engine, pieces, plain.config, KvSession(), events)
         if path and events.rank == 0:
             write_scores(path, reference, key)

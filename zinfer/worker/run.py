@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zinfer.config import RunConfig, config_from_stored
+from zinfer.config import ConfigError, RunConfig, config_from_stored
 from zinfer.config.engines import engine_loader
 from zinfer.config.tasks import function_named, task_of
 from zinfer.job.events import EventLog
@@ -70,7 +70,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     planned = prepare(config, job_dir, events)
     if not task_of(config).loads_model:
         return None
-    pieces = text_to_score(planned)
+    pieces = text_to_score(planned, events)
     limit_s = config.launcher.stall_s if config.offload.device == "nvme" else None
     with watched(limit_s, events):
         loaded = load_engine(planned, events)
@@ -166,20 +166,48 @@ def measure(
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
 
 
-def text_to_score(planned: Planned) -> Pieces | None:
-    """Prepare the text for quality.enabled=true. Raises ConfigError before anything is loaded."""
-    if not planned.config.quality.enabled:
+def text_to_score(planned: Planned, events: EventLog) -> Pieces | None:
+    """Prepare the text that scores the run, before anything is loaded. None: it is not scored.
+
+    Raises:
+        ConfigError: quality.enabled=true, and it cannot be. With auto that is only said.
+    """
+    if not planned.config.may_be_scored:
         return None
-    from zinfer.worker.quality import pieces_to_score
+    from zinfer.worker.quality import is_quickly_scored, pieces_to_score
 
-    return pieces_to_score(planned)
+    if planned.config.quality.enabled is True:
+        return pieces_to_score(planned)
+    try:
+        return pieces_to_score(planned) if is_quickly_scored(planned, events) else None
+    except ConfigError as error:
+        _not_scored(error, events)
+        return None
 
 
-def scored_text(planned: Planned, loaded: Loaded, pieces: Pieces, events: EventLog) -> Quality:
-    """Score the text when all timing is over. Every rank takes part."""
-    from zinfer.worker.quality import score
+def scored_text(
+    planned: Planned, loaded: Loaded, pieces: Pieces, events: EventLog
+) -> Quality | None:
+    """Score the text when all timing is over. Every rank takes part. None: there is no reference.
 
-    return score(planned, loaded.engine, pieces, events)
+    Raises:
+        ConfigError: quality.enabled=true, and there is none. With auto that is only said.
+    """
+    from zinfer.worker.quality import NoReference, score
+
+    try:
+        return score(planned, loaded.engine, pieces, events)
+    except NoReference as error:
+        if planned.config.quality.enabled is True:
+            raise
+        _not_scored(error, events)
+        return None
+
+
+def _not_scored(error: ConfigError, events: EventLog) -> None:
+    """Say why a run whose scoring nobody insists on is not scored."""
+    if events.rank == 0:
+        events.write("note", message=f"not scored: {error}")
 
 
 def report(

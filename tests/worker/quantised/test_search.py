@@ -145,3 +145,13 @@ def test_groups_of_one_value_survive(value: float) -> None:
     weight = torch.full((2, 32), value)
     values = values_of(*round_searched(weight, scheme, None), scheme)
     assert values == pytest.approx(weight.clamp(-65504, 65504), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_symmetric_group_has_a_code_for_zero(bits: int) -> None:
+    scheme = Scheme(bits=bits, group_size=32, symmetric=True)
+    weight = a_weight(64)
+    weight[:, ::2] = 0.0
+    codes, scales = round_searched(weight, scheme, None)
+    assert torch.equal(scales[..., 1], scales[..., 0] * -scheme.middle)
+    assert (values_of(codes, scales, scheme)[:, ::2] == 0).all()

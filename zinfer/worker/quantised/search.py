@@ -45,12 +45,17 @@ class Scheme:
     bits: int
     group_size: int
     symmetric: bool = False
-    """The codes lie evenly around zero."""
+    """Zero is the code in the middle, and the minimum follows from the scale."""
 
     @property
     def steps(self) -> int:
         """Return the largest code."""
         return int((1 << self.bits) - 1)
+
+    @property
+    def middle(self) -> int:
+        """Return the code of zero in a symmetric group."""
+        return int(1 << (self.bits - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +180,11 @@ def _best_scales(values: torch.Tensor, counts: torch.Tensor, scheme: Scheme) -> 
 def _ranges(values: torch.Tensor, scheme: Scheme) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield scales and minima [groups, 1] that span a part of each group's range."""
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    whole = (high - low) / scheme.steps
     if scheme.symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
+        whole = torch.maximum(-low / scheme.middle, high / (scheme.middle - 1))
     for part in RANGES:
-        scale = _half((high - low) * (part / scheme.steps))
+        scale = _half(part * whole, scheme)
         yield scale, _minimum(scale, low + (high - low) * ((1 - part) / 2), scheme)
 
 
@@ -192,29 +197,31 @@ def _fitted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit scale and minimum to codes: the line of least weighted squares through the values."""
     if scheme.symmetric:
-        around = codes - scheme.steps / 2
+        around = codes - scheme.middle
         weighted = around * counts
         up = (weighted * values).sum(1, keepdim=True)
-        scale = _half(up / (weighted * around).sum(1, keepdim=True).clamp_min(1e-20))
+        spread = (weighted * around).sum(1, keepdim=True).clamp_min(1e-20)
+        scale = _half(up / spread, scheme)
         return scale, _minimum(scale, scale, scheme)
     weighted = codes * counts
     code = weighted.sum(1, keepdim=True) / total
     value = (values * counts).sum(1, keepdim=True) / total
     spread = (weighted * codes).sum(1, keepdim=True) - code * code * total
     common = (weighted * values).sum(1, keepdim=True) - code * value * total
-    scale = _half(common / spread.clamp_min(1e-12))
+    scale = _half(common / spread.clamp_min(1e-12), scheme)
     return scale, _minimum(scale, value - scale * code, scheme)
 
 
-def _half(scale: torch.Tensor) -> torch.Tensor:
-    """Round a scale to one that float16 holds, in float32."""
-    return scale.clamp(SMALLEST_SCALE, LARGEST_HALF).half().float()
+def _half(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Round a scale to one that float16 holds, as it does the minimum, in float32."""
+    most = LARGEST_HALF / scheme.middle if scheme.symmetric else LARGEST_HALF
+    return scale.clamp(SMALLEST_SCALE, most).half().float()
 
 
 def _minimum(scale: torch.Tensor, least: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Round a minimum to one that float16 holds; a symmetric one follows from the scale."""
     if scheme.symmetric:
-        least = scale * (-scheme.steps / 2)
+        least = scale * -scheme.middle
     return least.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
 
 

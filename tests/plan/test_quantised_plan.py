@@ -1,0 +1,174 @@
+"""Packed weights in the plan: their bytes, what reading them costs, and what they gain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.planning import planned, profile
+from zinfer.machine.profile import CalibrationProfile, PackedTime
+from zinfer.model.quantisable import stored_bits
+from zinfer.model.quantisable import stored_numel as own_stored_numel
+from zinfer.plan import dtype_advice
+from zinfer.plan.ceiling import stored_products, touched_weight_bytes
+from zinfer.plan.dtype_advice import fewer_bits
+from zinfer.plan.page import fewer_bits_lines
+from zinfer.plan.planned import Planned
+from zinfer.plan.tiers import ItemKind
+
+FAMILIES = ("llama-2-7b", "opt-1.3b", "bloom-560m", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
+CPU = "hardware.accelerator=cpu"
+
+
+def rows(run: Planned, tier: Any) -> dict[str, int]:
+    """Return the tier's items that are weights: name -> bytes."""
+    items = run.plan.tier(tier).items
+    return {item.name: item.bytes for item in items if item.kind is ItemKind.WEIGHTS}
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_packed_and_kept_weights_have_a_row_each_and_add_up(model: str, weights: str) -> None:
+    run = planned(f"model={model}", f"dtype={weights}", "offload=none", "hardware=h100_2nvme")
+    found = rows(run, "device")
+    kept = found.pop(f"weights kept in {run.spec.dtype}")
+    assert list(found) == ["weights in int8" if weights == "int8" else "weights in int8 and int4"]
+    assert sum(found.values()) + kept == run.plan.weight_bytes
+    expected = sum(own_stored_numel(each, run.config.dtype, 2) for each in run.spec.parameters)
+    assert run.plan.weight_bytes == expected * 2
+    unpacked = [each for each in run.spec.parameters if not stored_bits(each, run.config.dtype)]
+    assert kept == 2 * sum(each.numel for each in unpacked)
+
+
+def test_where_all_is_stored_in_four_bits_the_row_says_so() -> None:
+    run = planned("model=opt-1.3b", "dtype=int4", "dtype.eight_bits=[]", "offload=none", CPU)
+    assert "weights in int4" in rows(run, "device")
+
+
+@pytest.mark.parametrize("tier", ["host", "device"])
+def test_the_plain_model_holds_what_zero_holds(tier: Any) -> None:
+    common = ("model=opt-1.3b", "dtype=int8", "offload=none", CPU)
+    resident = planned(*common, "engine=resident")
+    assert rows(resident, tier) == rows(planned(*common), tier)
+
+
+def test_ranks_share_packed_and_kept_weights() -> None:
+    run = planned(
+        "model=opt-1.3b", "dtype=int8", "offload=cpu", "launcher.ranks=2", "batch.batch_size=2", CPU
+    )
+    shared = rows(run, "host")
+    assert sum(shared.values()) == pytest.approx(run.plan.weight_bytes / 2, rel=1e-6)
+
+
+def test_a_step_reads_stored_bytes_and_lookups_read_none() -> None:
+    """Keep the embedding of an untied model: a step does not read it, whatever its bytes."""
+    keep = "dtype.keep=[embeddings]"
+    run = planned("model=llama-2-7b", "dtype=int8", keep, "offload=none", "hardware=h100_2nvme")
+    embedding = 32_000 * 4096
+    read = touched_weight_bytes(run.spec, run.config, 1)
+    packed = run.spec.num_parameters - embedding - 65 * 4096
+    assert read == packed * (1 + 4 / 64)
+
+
+def test_experts_of_one_tensor_are_read_by_the_expert() -> None:
+    run = planned("model=mixtral-8x7b", "dtype=int4", "offload=none", "hardware=h100_2nvme")
+    products = stored_products(run.spec, run.config)
+    each = {matrix.numel: matrix for matrix in products.experts}[4096 * 14_336]
+    assert each.bits == 4 and each.bytes == 4096 * 14_336 * (0.5 + 4 / 64)
+    assert sum(products.experts.values()) == 64
+
+
+def test_unquantised_weights_are_read_as_before() -> None:
+    run = planned("model=llama-2-7b", "dtype=bfloat16", "offload=none", "hardware=h100_2nvme")
+    lookups_and_norms = 32_000 * 4096 + 65 * 4096
+    assert touched_weight_bytes(run.spec, run.config, 1) == 2 * (
+        run.spec.num_parameters - lookups_and_norms
+    )
+
+
+def with_packed_kernel(times: float) -> CalibrationProfile:
+    """Calibrate a packed product that takes 1/times as long as one in float32."""
+    return profile(
+        packed=tuple(
+            PackedTime(
+                bits=bits,
+                dtype=row.dtype,
+                rows=row.rows,
+                weight_numel=row.weight_numel,
+                seconds=row.seconds / times,
+                spread=0.0,
+            )
+            for bits in (4, 8)
+            for row in profile().kernels
+            if not row.wide
+        )
+    )
+
+
+TINY = ("model=tiny-llama", "dtype.compute=float32", "offload=none", CPU)
+
+
+def test_packed_products_take_what_their_kernel_takes() -> None:
+    whole = planned(*TINY, "dtype.weights=float32", profile=profile()).prediction.parts
+    run = planned(*TINY, "dtype.weights=int8", profile=with_packed_kernel(4))
+    parts = run.prediction.parts
+    assert parts["matrix products"] == pytest.approx(whole["matrix products"] / 4)
+    assert parts["dequantisation"] == 0.0
+    kept = planned(
+        *TINY, "dtype.weights=int8", "dtype.keep=[lm_head]", profile=with_packed_kernel(4)
+    )
+    assert parts["matrix products"] < kept.prediction.parts["matrix products"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine"),
+    [((), profile()), (("dtype.kernel=unpack",), with_packed_kernel(4))],
+    ids=["calibrated before there was a kernel", "another kernel than the calibrated one"],
+)
+def test_a_packed_product_that_nobody_measured_is_not_predicted(
+    overrides: tuple[str, ...], machine: CalibrationProfile
+) -> None:
+    said = planned(*TINY, "dtype.weights=int4", *overrides, profile=machine).prediction
+    assert said.decode_step_s is None and said.generated_tokens_per_s is None
+
+
+def test_a_plan_says_what_fewer_bits_gain_and_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ({"model": "small", "weights": "int4", "rounding": "searched", "perplexity_ratio": 1.2},)
+    monkeypatch.setattr(
+        dtype_advice, "measured_quality", lambda model, weights: rows if weights == "int4" else ()
+    )
+    opt = ("model=opt-125m", *TINY[1:], "dtype.weights=float32")
+    run = planned(*opt, profile=with_packed_kernel(4))
+    eight, four = fewer_bits(run)
+    assert four.is_predicted and (four.gain or 0) > 1.1
+    assert four.stored_share < eight.stored_share < 0.35
+    lines = list(fewer_bits_lines([vars(eight), vars(four)]))
+    assert lines[0].startswith("weights in fewer bits (tokens/s predicted")
+    assert "dtype=int8" in lines[1] and "perplexity unknown" in lines[1]
+    assert "perplexity x 1.2 searched (small)" in lines[2]
+
+
+def test_a_box_without_a_calibration_gains_what_its_bandwidth_allows() -> None:
+    run = planned("model=llama-3-8b", "dtype=bfloat16", "offload=cpu", "hardware=h100_2nvme")
+    gains = {entry.override: entry.gain or 0 for entry in fewer_bits(run)}
+    assert 1.7 < gains["dtype=int8"] < 2.0
+    assert 2.5 < gains["dtype=int4"] < 4.0
+    assert not any(entry.is_predicted for entry in fewer_bits(run))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("dtype=int8",), ("dtype=float32", "zero=paper"), ("zero=paper", "weights=pretrained")],
+)
+def test_what_cannot_be_quantised_gets_no_advice(overrides: tuple[str, ...]) -> None:
+    run = planned("model=opt-125m", *overrides, "offload=none", CPU)
+    assert list(fewer_bits(run)) == []
+
+
+def test_deepspeeds_own_scheme_is_counted_as_before() -> None:
+    run = planned("model=opt-1.3b", "dtype=int8", "zero=paper", "offload=cpu", CPU)
+    spec = run.spec
+    quantised = sum(each.numel for each in spec.parameters if each.kind in ("linear", "embedding"))
+    rest = spec.num_parameters - quantised
+    assert run.plan.weight_bytes == quantised + 2 * 2 * quantised // 64 + 2 * rest
