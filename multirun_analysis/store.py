@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from zinfer.config import TrackingConfig
 from zinfer.job.files import ENVIRONMENT_FILE
 from zinfer.redact import redact
 from zinfer.tracking.client import connect, store_errors
-from zinfer.tracking.names import MODEL_PARAMS
+from zinfer.tracking.names import MODEL_NUMBERS, NOT_PARAMETERS, NUMBERS_TAG
 from zinfer.tracking.store import (
     TrackingUnavailable,
     advised,
@@ -283,8 +284,8 @@ class MlflowStore:
         server = self.uri if self.uri.startswith(("http://", "https://")) else LOCAL_SERVER
         status = tags.get("zinfer.status", "running" if info.status == "RUNNING" else "error")
         started = datetime.fromtimestamp(info.start_time / 1000, UTC) if info.start_time else None
-        params = dict(found.data.params)
-        sizes = {name: float(params.pop(name)) for name in MODEL_PARAMS if name in params}
+        params = {key: text for key, text in found.data.params.items() if key not in NOT_PARAMETERS}
+        sizes = {name: float(params.pop(name)) for name in MODEL_NUMBERS if name in params}
         page = f"{redact(server).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
         return Run(
             run_id=info.run_id,
@@ -294,7 +295,7 @@ class MlflowStore:
             status=status,
             reason=tags.get("zinfer.reason"),
             params=params,
-            metrics={**sizes, **found.data.metrics},
+            metrics={**sizes, **numbers_of(tags), **found.data.metrics},
             tags=tags,
             url=page,
             reused=parent is not None and tags.get("mlflow.parentRunId") != parent,
@@ -320,6 +321,28 @@ class MlflowStore:
                 return json_file(Path(self.client.download_artifacts(run_id, name, folder)))
         except (MlflowException, OSError):
             return None
+
+
+def numbers_of(tags: Mapping[str, str]) -> dict[str, float]:
+    """Read the numbers of a run that are no metrics, from its tags; what is no number is left out.
+
+    Runs of earlier versions have none: all their numbers are metrics.
+    """
+    numbers: dict[str, float] = {}
+    for name, text in tags.items():
+        if name == NUMBERS_TAG or name.startswith(NUMBERS_TAG + "."):
+            numbers |= _numbers_in(text)
+    return numbers
+
+
+def _numbers_in(text: str) -> dict[str, float]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def _role(found: Found) -> str:

@@ -27,7 +27,13 @@ from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Outcome
 from zinfer.job.quality import QUALITY_METRICS
 from zinfer.plan.prediction import scored
 from zinfer.plan.tiers import TIERS
-from zinfer.tracking.names import MODEL_METRICS, MODEL_PARAMS
+from zinfer.tracking.names import (
+    COMPARED_METRICS,
+    MODEL_NUMBERS,
+    PLAN_FITS,
+    REPEAT_METRIC,
+    STEP_METRIC,
+)
 from zinfer.tracking.run import run_params
 from zinfer.worker.metrics import Metrics
 
@@ -74,8 +80,8 @@ def groups() -> list[str]:
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
-def metric_names() -> list[str]:
-    """Return the metrics that code names: those measured, planned, predicted and scored."""
+def number_names() -> list[str]:
+    """Return a run's numbers that code names: those measured, planned, predicted and scored."""
     measured = {field.name: 1.0 for field in fields(Metrics)}
     here = planned("model=tiny-opt", "offload=none", profile=profile())
     box = planned("model=tiny-opt", "offload=cpu", "hardware=a6000", "dtype=float16")
@@ -85,9 +91,8 @@ def metric_names() -> list[str]:
         for name in scored(measured, replace(made.prediction, yardstick_s=0.01), made.plan)
     }
     tiers = {f"plan_{tier}_{what}_bytes" for tier in TIERS for what in ("needed", "available")}
-    by_index = {"total_s_by_repeat", "decode_step_s_by_step", "plan_fits"}
     quality = set(QUALITY_METRICS)
-    return sorted(measured.keys() | quality | scores | MODEL_METRICS.keys() | tiers | by_index)
+    return sorted(measured.keys() | quality | scores | MODEL_NUMBERS.keys() | tiers | {PLAN_FITS})
 
 
 def named_in_code() -> dict[str, Any]:
@@ -108,10 +113,9 @@ def named_in_code() -> dict[str, Any]:
         "report_options": sorted(options),
         "json": sorted(Outcome(status="error").document()),
         "json_of_refusals": sorted(Outcome(status="refused").document()),
-        "params": sorted(
-            run_params(composed("model=tiny-opt", "offload=nvme", "dtype=int8")) | MODEL_PARAMS
-        ),
-        "metrics": metric_names(),
+        "params": sorted(run_params(composed("model=tiny-opt", "offload=nvme", "dtype=int8"))),
+        "metrics": sorted({*COMPARED_METRICS, REPEAT_METRIC, STEP_METRIC}),
+        "numbers": number_names(),
     }
 
 
@@ -153,7 +157,7 @@ def test_every_part_of_the_surface_is_frozen() -> None:
 def test_a_run_logs_and_prints_the_frozen_names(tmp_path: Path, built_ops: list[str]) -> None:
     seen, metrics = seen_in_runs(tmp_path)
     assert {part: frozen()[part] for part in seen} == seen
-    assert metrics <= set(frozen()["metrics"])
+    assert metrics <= set(frozen()["numbers"])
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:

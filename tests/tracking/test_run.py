@@ -15,84 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from zinfer.config import METHOD_VERSION, RunConfig, TrackingConfig, config_key, parse_config
+from tests.helpers.tracked_runs import (
+    CONF,
+    ENVIRONMENT,
+    OUTCOME,
+    SAMPLES,
+    config_of,
+    opened,
+    stored,
+)
+from zinfer.config import METHOD_VERSION, TrackingConfig, config_key
 from zinfer.job.outcome import Outcome, Status
 from zinfer.redact import redact
 from zinfer.tracking import run as tracking
 from zinfer.tracking import store as mlflow_store
 from zinfer.tracking import uri as uris
 from zinfer.tracking.parent import announce_parent, close_parent
-from zinfer.tracking.run import TrackedRun, open_run
+from zinfer.tracking.run import open_run
 from zinfer.tracking.store import TrackingUnavailable, ensure_store
 from zinfer.tracking.uri import tracking_uri
-
-CONF = Path(__file__).parents[2] / "conf"
-ENVIRONMENT: dict[str, Any] = {
-    "zinfer": {"version": "0.1.0", "commit": "0123abcd", "dirty": True},
-    "cpu": {"model": "AMD EPYC 7763", "usable_cores": 64, "instruction_sets": ["avx512_bf16"]},
-    "host_total_bytes": 540 * 2**30,
-    "gpus": [{"name": "NVIDIA H100 80GB HBM3"}, {"name": "NVIDIA H100 80GB HBM3"}],
-    "disk": {"filesystem": "xfs"},
-}
-SAMPLES = (
-    {"kind": "warmup", "index": 0, "prefill_s": 9.0, "decode_step_s": [9.0, 9.0], "total_s": 27.0},
-    {"kind": "timed", "index": 0, "prefill_s": 0.5, "decode_step_s": [0.1, 0.4], "total_s": 1.0},
-    {"kind": "timed", "index": 1, "prefill_s": 0.5, "decode_step_s": [0.2, 0.6], "total_s": 1.3},
-    {"kind": "timed", "index": 2, "prefill_s": 0.5, "decode_step_s": [0.3], "total_s": 0.8},
-)
-OUTCOME = Outcome(
-    status="ok",
-    model={
-        "name": "opt-125m",
-        "dtype": "float16",
-        "parameters": 125_239_296,
-        "weight_bytes": 250_478_592,
-        "kv_cache_bytes": None,
-    },
-    plan={
-        "fits": True,
-        "tiers": {
-            "device": {"needed_bytes": 300, "available_bytes": None},
-            "disk": {"needed_bytes": 1, "available_bytes": 2},
-        },
-    },
-    deepspeed={"train_batch_size": 4},
-    metrics={
-        "prefill_s": 0.5,
-        "generated_tokens_per_s": 48.5,
-        "unknown_s": float("nan"),
-        "endless_s": float("inf"),
-    },
-    samples=SAMPLES,
-    warnings=("a warning",),
-    generated={"text": "Paris is the capital of France."},
-)
-
-
-def config_of(*overrides: str) -> RunConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return parse_config(compose("config", overrides=["hardware.accelerator=cpu", *overrides]))
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default store is in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("ZINFER_PARENT_RUN_ID", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-def opened(config: RunConfig, job_dir: str = "job") -> TrackedRun:
-    Path(job_dir).mkdir(exist_ok=True)
-    return open_run(config, job_dir=Path(job_dir), environment=ENVIRONMENT)
-
-
-def stored(run: TrackedRun) -> Any:
-    assert run.client is not None and run.run_id is not None
-    return run.client.get_run(run.run_id)
-
 
 # What is logged
 
@@ -149,23 +91,6 @@ def test_the_users_tags_cannot_replace_ours() -> None:
     )
 
 
-def test_the_numbers_are_metrics_and_unknown_ones_are_absent() -> None:
-    run = opened(config_of())
-    run.finish(OUTCOME)
-    metrics = stored(run).data.metrics
-    assert metrics["prefill_s"] == 0.5
-    assert metrics["generated_tokens_per_s"] == 48.5
-    assert stored(run).data.params["model_parameters"] == "125239296"
-    assert not [name for name in metrics if name.startswith("model_")]
-    assert metrics["weight_bytes"] == 250_478_592
-    assert metrics["plan_fits"] == 1
-    assert metrics["plan_device_needed_bytes"] == 300
-    assert metrics["plan_disk_available_bytes"] == 2
-    assert not {"unknown_s", "endless_s", "kv_cache_bytes", "plan_device_available_bytes"} & set(
-        metrics
-    )
-
-
 def test_decode_latency_is_stepped_and_leaves_the_warmup_out() -> None:
     run = opened(config_of())
     run.finish(OUTCOME)
@@ -214,6 +139,7 @@ def test_the_files_are_artifacts(tmp_path: Path) -> None:
         "environment.json",
         "plan.json",
         "deepspeed.json",
+        "metrics.json",
         "samples.json",
         "generated.json",
     }

@@ -27,6 +27,7 @@ ATTEMPT_TAG, JOB_DIR_TAG, SWEEP_DIR_TAG = "zinfer.attempt", "zinfer.job_dir", "z
 METHOD_TAG, CONFIG_KEY_TAG, KEY_TAG = "zinfer.method_version", "zinfer.config_key", "zinfer.key"
 VERSION_TAG, COMMIT_TAG, DIRTY_TAG = "zinfer.version", "zinfer.commit", "zinfer.dirty"
 HARDWARE_TAG, DEVICE_TAG, DTYPE_TAG = "zinfer.hardware", "zinfer.device", "zinfer.dtype"
+MODEL_TYPE_TAG = "zinfer.model_type"
 BINDING_TAG, WARNINGS_TAG = "zinfer.binding_resource", "zinfer.warnings"
 STABILITY_TAG, STABILITY_REASON_TAG = "zinfer.stability", "zinfer.stability_reason"
 QUALITY_TAG, QUALITY_REASON_TAG = "zinfer.quality", "zinfer.quality_reason"
@@ -38,30 +39,51 @@ HEADLINE = "generated_tokens_per_s"
 """The metric that runs are compared by first."""
 STEP_METRIC, REPEAT_METRIC = "decode_step_s_by_step", "total_s_by_repeat"
 """Metrics with steps: the median of each decode step, and each timed repeat."""
-MODEL_PARAMS = {
+COMPARED_METRICS = (
+    HEADLINE, "decode_tokens_per_s", "prefill_tokens_per_s",
+    "prefill_s", "decode_step_s", "decode_step_s_p99", "time_per_output_token_s", "load_s",
+    "generated_tokens_per_s_stddev",
+    "ceiling_fraction", "ceiling_generated_tokens_per_s",
+    "predicted_generated_tokens_per_s", "prediction_ratio_tokens_per_s",
+    "streamed_bytes_per_s", "energy_j_per_token",
+    "peak_device_reserved_bytes", "peak_host_rss_bytes", "weight_bytes", "kv_cache_bytes",
+    "plan_device_needed_bytes", "plan_host_needed_bytes", "plan_disk_needed_bytes",
+    "host_attention_s",
+    "quality_token_agreement", "quality_perplexity", "quality_perplexity_ratio",
+    "best_batch_size", "search_trials",
+)  # fmt: skip
+"""Numbers that runs are compared by, the first first: MLflow's pages begin with it.
+
+Each is a chart and a line of the comparison there. All other numbers are in NUMBERS_TAG.
+"""
+NUMBERS_TAG = "zinfer.numbers"
+"""On a run: its numbers that are no metrics, as a JSON object. With many: zinfer.numbers.1, ...
+
+Constants of the model and details of the measurement; reports read them like metrics.
+"""
+MODEL_NUMBERS = {
     "model_parameters": "parameters",
     "model_active_parameters": "active_parameters",
     "kv_cache_bytes_per_token": "kv_cache_bytes_per_token",
     "kv_cache_bytes_paper": "kv_cache_bytes_paper",
     "hidden_bytes": "hidden_bytes",
+    "weight_bytes": "weight_bytes",
+    "kv_cache_bytes": "kv_cache_bytes",
 }
-"""Parameter name -> key of Outcome.model: numbers that follow from the choices.
+"""Name of a number -> key of Outcome.model; a measured value takes its place.
 
-As metrics they would be flat lines in front of every chart of MLflow. Reports read them as
-numbers; runs of earlier versions have them as metrics.
+Runs of earlier versions have the first five as parameters or metrics.
 """
-MODEL_METRICS = {"weight_bytes": "weight_bytes", "kv_cache_bytes": "kv_cache_bytes"}
-"""Metric name -> key of Outcome.model; a run that measured has the measured value instead."""
 PREDICTED_METRICS = ("predicted_", "ceiling_")
-"""Beginnings of names of a plan's own metrics: logged also where nothing was measured."""
-PLAN_FITS_METRIC = "plan_fits"
-TIER_METRICS = ("plan_{tier}_needed_bytes", "plan_{tier}_available_bytes")
+"""Beginnings of names of a plan's own numbers: logged also where nothing was measured."""
+PLAN_FITS = "plan_fits"
+TIER_NUMBERS = ("plan_{tier}_needed_bytes", "plan_{tier}_available_bytes")
 NOT_PARAMETERS = frozenset({
     "format", "profile", "tracking", "sweep", "calibrate", "offload.nvme_path",
     "launcher.master_port", "launcher.timeout_s", "batch.prompt_text", "batch.prompt_file",
     "hardware.source", "hardware.profile", "hardware.device_flops_per_s",
-    "model.overrides", "model.config_source", "model.tokenizer_id", "model.checkpoint_dtype",
-    "model.trust_remote_code", "model.allow_pickle",
+    "model.model_type", "model.overrides", "model.config_source", "model.tokenizer_id",
+    "model.checkpoint_dtype", "model.trust_remote_code", "model.allow_pickle",
 })  # fmt: skip
 """Settings that are no choices to compare runs by. They are in config.yaml."""
 

@@ -48,7 +48,7 @@ TAG_CHARACTERS = 7999
 LOG_TAIL_BYTES = 10_000_000
 ARTIFACT_FILES = (
     "config.yaml", "plan.json", "deepspeed.json", "events.jsonl", "environment.json",
-    "samples.json", "generated.json", "generated.txt",
+    "metrics.json", "samples.json", "generated.json", "generated.txt",
     "traceback.txt", "worker.log",
 )  # fmt: skip
 OF_PACKED_WEIGHTS = ("symmetric", "keep", "eight_bits", "rounding")
@@ -200,6 +200,7 @@ def run_tags(
         names.DIRTY_TAG: checkout["dirty"],
         names.HARDWARE_TAG: hardware_fingerprint(environment),
         names.DEVICE_TAG: device_description(environment),
+        names.MODEL_TYPE_TAG: config.model.model_type,
         names.JOB_DIR_TAG: job_dir.absolute(),
         names.ATTEMPT_TAG: attempt or None,
     }
@@ -285,12 +286,8 @@ def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
         for name, value in tags.items()
         if value is not None
     ]
-    client.log_batch(
-        run_id,
-        metrics=metrics[:METRICS_PER_BATCH],
-        tags=known_tags,
-        params=_params(model_params(outcome)),
-    )
+    known_tags += [RunTag(*tag) for tag in number_tags(outcome_numbers(outcome)).items()]
+    client.log_batch(run_id, metrics=metrics[:METRICS_PER_BATCH], tags=known_tags)
     for start in range(METRICS_PER_BATCH, len(metrics), METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH])
 
@@ -303,21 +300,14 @@ def profile_lines(outcome: Outcome) -> str:
     )
 
 
-def model_params(outcome: Outcome) -> dict[str, str]:
-    """Return the sizes that follow from model and batch; a measurement cannot change them."""
+def outcome_numbers(outcome: Outcome) -> dict[str, float]:
+    """Return every number of the outcome by its name; unknown and infinite ones are absent."""
     model = outcome.model or {}
-    sizes = {name: model.get(key) for name, key in names.MODEL_PARAMS.items()}
-    return {name: str(value) for name, value in sizes.items() if value is not None}
-
-
-def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:
-    """Return (name, value, step) of every number; unknown and infinite ones are absent."""
-    model = outcome.model or {}
-    values: dict[str, Any] = {name: model.get(key) for name, key in names.MODEL_METRICS.items()}
+    values: dict[str, Any] = {name: model.get(key) for name, key in names.MODEL_NUMBERS.items()}
     if outcome.plan is not None:
-        values[names.PLAN_FITS_METRIC] = int(outcome.plan["fits"])
+        values[names.PLAN_FITS] = int(outcome.plan["fits"])
         for tier, plan in outcome.plan["tiers"].items():
-            needed, available = (name.format(tier=tier) for name in names.TIER_METRICS)
+            needed, available = (name.format(tier=tier) for name in names.TIER_NUMBERS)
             values |= {needed: plan["needed_bytes"], available: plan["available_bytes"]}
         values |= {
             name: value
@@ -325,20 +315,44 @@ def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:
             if name.startswith(names.PREDICTED_METRICS)
         }
     values |= outcome.metrics
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and math.isfinite(float(value))
+    }
+
+
+def outcome_metrics(outcome: Outcome) -> list[tuple[str, float, int]]:
+    """Return (name, value, step) of the numbers to compare, in the order that MLflow keeps."""
+    values = outcome_numbers(outcome)
     timed = [sample for sample in outcome.samples if sample["kind"] == "timed"]
     rows = [
-        *((name, value, 0) for name, value in values.items()),
+        *((name, values[name], 0) for name in names.COMPARED_METRICS if name in values),
         *((names.REPEAT_METRIC, sample["total_s"], sample["index"]) for sample in timed),
         *(
             (names.STEP_METRIC, value, step)
             for step, value in enumerate(_medians([sample["decode_step_s"] for sample in timed]))
         ),
     ]
-    return [
-        (name, float(value), step)
-        for name, value, step in rows
-        if value is not None and math.isfinite(value)
-    ]
+    return [(name, float(value), step) for name, value, step in rows]
+
+
+def number_tags(numbers: Mapping[str, float]) -> dict[str, str]:
+    """Return the tags zinfer.numbers, zinfer.numbers.1, ... with all numbers that are no metrics.
+
+    Each is a JSON object of its own, within MLflow's limit for a tag.
+    """
+    parts: list[dict[str, float]] = []
+    for name, value in numbers.items():
+        if name in names.COMPARED_METRICS:
+            continue
+        if not parts or len(json.dumps({**parts[-1], name: value})) > TAG_CHARACTERS:
+            parts.append({})
+        parts[-1][name] = value
+    return {
+        names.NUMBERS_TAG + (f".{number}" if number else ""): json.dumps(part)
+        for number, part in enumerate(parts)
+    }
 
 
 def _medians(repeats: Iterable[list[float]]) -> Iterator[float]:
@@ -359,6 +373,7 @@ def write_artifacts(
         "environment.json": _json(environment),
         "plan.json": _json(outcome.plan),
         "deepspeed.json": _json(outcome.deepspeed),
+        "metrics.json": _json(outcome_numbers(outcome) or None),
         "samples.json": _json(list(outcome.samples) or None),
         "generated.json": _json(outcome.generated),
         "traceback.txt": outcome.traceback,
