@@ -57,9 +57,19 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
         "computes in 16 bits",
         "dtype.compute=bfloat16",
     ),
-    (("dtype=int8", "dtype.group_size=48"), "not one of 32, 64, 128", "dtype.group_size=64"),
+    (("dtype=int8", "dtype.group_size=48"), "not one of 32, 64, 128", "dtype.group_size=32"),
     (("dtype=int4", "dtype.keep=[lm_head]", "zero=paper"), "does not read it", "zero=tuned"),
     (("dtype=int4", "dtype.symmetric=true", "zero=paper"), "does not read it", "zero=tuned"),
+    (
+        ("dtype=int4", "dtype.rounding=searched"),
+        "weights=dummy are random",
+        "dtype.rounding=nearest",
+    ),
+    (
+        ("dtype=int4", "dtype.rounding=searched", "weights=pretrained", "model.gguf_file=a.gguf"),
+        "model.gguf_file=a.gguf is none",
+        "dtype.rounding=nearest",
+    ),
     (("dtype.weights=float32", "dtype.compute=bfloat16"), "differ", "dtype=float32"),
     (
         ("engine=resident", "offload=cpu"),

@@ -195,6 +195,24 @@ def _dtype(config: RunConfig) -> Iterator[Problem]:
         )
     if config.quantiser == "deepspeed":
         yield from _quantised_by_deepspeed(config)
+    elif dtype.bits is not None and dtype.rounding == "searched":
+        yield from _searched(config)
+
+
+def _searched(config: RunConfig) -> Iterator[Problem]:
+    """List what the search of codes cannot read."""
+    if config.weights == "dummy":
+        yield Problem(
+            "dtype.rounding=searched fits weights to what a text makes of them, and weights=dummy "
+            "are random. Set weights=pretrained, or dtype.rounding=nearest",
+            ("dtype.rounding", "weights"),
+        )
+    if config.model.gguf_file:
+        yield Problem(
+            f"dtype.rounding=searched reads safetensors, model.gguf_file={config.model.gguf_file} "
+            "is none. Set dtype.rounding=nearest",
+            ("dtype.rounding", "model.gguf_file"),
+        )
 
 
 def _quantised_by_deepspeed(config: RunConfig) -> Iterator[Problem]:

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from tests.helpers.composing import composed
+from tests.helpers.packed_models import loss_of, plainly_packed, rounded, weights_of
 from tests.helpers.tiny_models import VOCAB, tiny_model
-from zinfer.config import ConfigError, DtypeConfig
+from zinfer.config import ConfigError
 from zinfer.job.events import EventLog
-from zinfer.model.parameters import Parameter, weight_tensors
 from zinfer.model.quantisable import inputs_of, packed_bytes, stored_bits
 from zinfer.model.spec import model_spec
 from zinfer.model.weights.pretrained import Opened, open_checkpoint
-from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.quantised import searched as searched_module
 from zinfer.worker.quantised.calibrated import pack_model
 from zinfer.worker.quantised.searched import SearchedWeights, searched_weights
@@ -37,56 +36,6 @@ def opened_checkpoint(family: str, folder: Path) -> Opened:
     tiny_model(family).save_pretrained(folder, max_shard_size="100KB")
     config = composed("model=custom", f"model.source={folder}").model
     return open_checkpoint(config, torch.float32, EventLog(folder))
-
-
-def weights_of(model: Any) -> list[Parameter]:
-    return list(weight_tensors(model, model.config.num_hidden_layers))
-
-
-def rounded(model: Any, packed: dict[str, torch.Tensor], dtype: DtypeConfig) -> Any:
-    """Put the values that packed bytes stand for into an unmodified model."""
-    for parameter in weights_of(model):
-        if parameter.name not in packed:
-            continue
-        held = model.get_parameter(parameter.name).data
-        shape = held.transpose(-1, -2).shape if parameter.is_transposed else held.shape
-        rows, groups = shape[:-1].numel(), -(-shape[-1] // GROUP)
-        raw = packed[parameter.name]
-        split = raw.numel() - rows * groups * 4
-        bits = stored_bits(parameter, dtype)
-        assert bits is not None
-        values = dequantise(
-            raw[:split].view(rows, -1),
-            raw[split:].clone().view(torch.float16).view(rows, groups, 2),
-            bits,
-            GROUP,
-            torch.float32,
-        )[:, : shape[-1]].reshape(shape)
-        held.copy_(values.transpose(-1, -2) if parameter.is_transposed else values)
-    return model
-
-
-def plainly_packed(model: Any, dtype: DtypeConfig) -> dict[str, torch.Tensor]:
-    """Pack the same weights by rounding each value to the nearest code."""
-    packed = {}
-    for parameter in weights_of(model):
-        bits = stored_bits(parameter, dtype)
-        if bits is None:
-            continue
-        held = model.get_parameter(parameter.name).data
-        rows = (held.transpose(-1, -2) if parameter.is_transposed else held).flatten(0, -2)
-        missing = -rows.shape[1] % GROUP
-        rows = torch.cat([rows, rows[:, -1:].expand(-1, missing)], 1)
-        codes, scales = quantise(rows, bits, GROUP)
-        packed[parameter.name] = torch.cat([codes.flatten(), scales.view(torch.uint8).flatten()])
-    return packed
-
-
-def loss_of(model: Any, ids: torch.Tensor, exact: Any) -> float:
-    """Return the mean divergence of a model's predictions from those of the exact one."""
-    with torch.no_grad():
-        mine, theirs = (each(ids).logits.log_softmax(-1) for each in (model, exact))
-    return float((theirs.exp() * (theirs - mine)).sum(-1).mean())
 
 
 def searched(family: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +81,7 @@ def test_weights_are_searched_once_and_made_again_where_they_are_damaged(
     monkeypatch.setattr(searched_module, "pack_model", never)
     second = SearchedWeights(opened, config.dtype, spec, text(), events)
     name = "model.layers.1.mlp.up_proj.weight"
-    assert name in second and "model.norm.weight" not in second
+    assert name in second.names and "model.norm.weight" not in second.names
     bytes_of_first = first.read(name)
     assert torch.equal(second.read(name), bytes_of_first)
     monkeypatch.undo()

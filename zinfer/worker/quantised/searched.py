@@ -6,6 +6,7 @@ Loading asks for each weight by its name and gets the bytes that it would otherw
 from __future__ import annotations
 
 import hashlib
+import time
 
 import torch
 
@@ -68,11 +69,14 @@ class SearchedWeights:
             "bytes": self._sizes,
             "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         }
+        self.seconds = 0.0
+        """How long searching took; about 0 where it was done before."""
         self._kept: Kept = self._find()
 
-    def __contains__(self, name: object) -> bool:
-        """Tell if this parameter is stored packed."""
-        return name in self._kept
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the parameters that are kept packed."""
+        return tuple(self._sizes)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a parameter's packed bytes, uint8 of one dimension.
@@ -89,7 +93,10 @@ class SearchedWeights:
         return found
 
     def _find(self) -> Kept:
-        return kept_weights(self._key, self._sizes, self._make, self._events)
+        started_s = time.perf_counter()
+        found = kept_weights(self._key, self._sizes, self._make, self._events)
+        self.seconds += time.perf_counter() - started_s
+        return found
 
     def _make(self, take: Take) -> None:
         self._events.phase("round weights")
