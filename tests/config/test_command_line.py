@@ -176,6 +176,7 @@ MISTAKES = [
     ("'batch=${nope}'", ""),
     ("--config-dir /nowhere/at/all", "not found"),
     ("-m model=opt-125", "Set model=opt-125m"),
+    ("-m hydra/launcher=slurm_gp", "Set hydra/launcher=slurm_gpu"),
 ]
 
 

@@ -19,6 +19,7 @@ from zinfer.job.folder import (
     attempt_in,
     begin_attempt,
     is_driven,
+    other_jobs_at_work,
     read_job,
     write_job,
 )
@@ -119,6 +120,18 @@ def test_a_killed_job_of_a_sweep_is_found_where_the_next_sweep_has_moved_it(
         other.kill()
     with attempt_in(tmp_path / "sweep", "sweep"):
         assert abandoned_folders() == [(tmp_path / "sweep" / "earlier" / "1" / "0", "job")]
+
+
+def test_other_jobs_at_work_are_those_with_a_worker_and_a_living_driver(tmp_path: Path) -> None:
+    with holder(tmp_path / "planned") as planned, holder(tmp_path / "other") as other:
+        assert other_jobs_at_work("mine") == 0  # neither has a worker yet
+        write_job(tmp_path / "other", composed("model=tiny-llama"), "0123")
+        assert other_jobs_at_work("mine") == 1
+        assert other_jobs_at_work("0123") == 0
+        other.kill()
+        other.wait()
+        assert other_jobs_at_work("mine") == 0
+        planned.kill()
 
 
 def test_a_job_record_is_for_its_owner_alone(tmp_path: Path) -> None:

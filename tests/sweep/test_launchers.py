@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from hydra import compose, initialize_config_dir
 
 from tests.helpers.composing import CONF
 from tests.helpers.sweeping import (
-    PACKAGE,
     TINY,
     document,
     events_of,
@@ -26,13 +24,10 @@ from tests.helpers.sweeping import (
     wait_until,
 )
 from tests.misbehaving import sitecustomize as fate
+from zinfer.config import ConfigError
+from zinfer.sweep import launchers
 
 SEEDS = f"batch.seed=1,{fate.KILLED},2"
-SLURM_SMALL = (
-    "hydra.launcher.mem_gb=2",
-    "hydra.launcher.cpus_per_task=1",
-    "hydra.launcher.array_parallelism=2",
-)
 
 
 def installed(module: str) -> bool:
@@ -50,12 +45,19 @@ needs_submitit = pytest.mark.skipif(
 )
 
 
+needs_ray = pytest.mark.skipif(
+    not installed("hydra_ray_launcher"), reason="needs pip install 'zinfer[ray]'"
+)
+RAY = ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
         pytest.param(("hydra/launcher=local_processes",), marks=needs_joblib, id="joblib"),
         pytest.param(("hydra/launcher=submitit_local",), marks=needs_submitit, id="submitit_local"),
+        pytest.param(RAY, marks=needs_ray, id="ray"),
     ],
 )
 def test_a_killed_worker_costs_its_own_job(launcher: tuple[str, ...], tmp_path: Path) -> None:
@@ -73,12 +75,20 @@ def test_a_killed_worker_costs_its_own_job(launcher: tuple[str, ...], tmp_path: 
 
 
 @pytest.mark.slow
-@needs_joblib
-def test_jobs_in_other_processes_end_with_an_interrupted_sweep(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(("hydra/launcher=local_processes",), marks=needs_joblib, id="joblib"),
+        pytest.param(RAY, marks=needs_ray, id="ray"),
+    ],
+)
+def test_jobs_in_other_processes_end_with_an_interrupted_sweep(
+    launcher: tuple[str, ...], tmp_path: Path
+) -> None:
     process = start(
         tmp_path,
         "-m",
-        "hydra/launcher=local_processes",
+        *launcher,
         *TINY,
         f"batch.seed={fate.SLEEP},{fate.HANG},1",
         misbehaving=True,
@@ -90,40 +100,6 @@ def test_jobs_in_other_processes_end_with_an_interrupted_sweep(tmp_path: Path) -
     assert {logged["zinfer.status"] for logged in job_runs(tmp_path)} == {"killed"}
 
 
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the configuration of a Slurm of one node; start one where none is there."""
-    if given := os.environ.get("SLURM_CONF"):
-        yield given
-        return
-    if os.geteuid() != 0:
-        pytest.skip("starting a Slurm controller needs root")
-    folder = tmp_path_factory.mktemp("slurm")
-    script = str(PACKAGE / "scripts" / "slurm_single_machine.sh")
-    subprocess.run(
-        ["bash", script, "start", str(folder)], check=True, timeout=300, stdin=subprocess.DEVNULL
-    )
-    yield str(folder / "slurm.conf")
-    subprocess.run(["bash", script, "stop", str(folder)], check=True, timeout=60)
-
-
-@pytest.mark.slow
-@pytest.mark.slurm
-@needs_submitit
-def test_a_real_slurm_runs_the_sweep_and_goes_on_with_it(slurm: str, tmp_path: Path) -> None:
-    sweep = ("-m", "hydra/launcher=slurm_cpu", *SLURM_SMALL, *TINY, SEEDS, "format=json")
-    done = run(tmp_path, *sweep, misbehaving=True, SLURM_CONF=slurm)
-    assert statuses(done) == ["ok", "killed", "ok"], done.stderr
-    assert done.returncode == 1
-    nothing_is_left(tmp_path)
-    again = run(tmp_path, *sweep, SLURM_CONF=slurm)
-    assert [(job["status"], job.get("reused", False)) for job in document(again)["jobs"]] == [
-        ("ok", True),
-        ("ok", False),
-        ("ok", True),
-    ]
-
-
 @pytest.mark.parametrize("preset", ["slurm_gpu", "slurm_cpu", "local_processes"])
 def test_presets_compose_without_their_plugins(preset: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -131,6 +107,40 @@ def test_presets_compose_without_their_plugins(preset: str) -> None:
             "config", overrides=[f"hydra/launcher={preset}"], return_hydra_config=True
         ).hydra.launcher
     assert launcher._target_.startswith("hydra_plugins.")
+
+
+@pytest.mark.slow
+@needs_submitit
+def test_a_job_whose_driver_is_killed_costs_itself_under_submitit(tmp_path: Path) -> None:
+    process = start(
+        tmp_path,
+        "-m",
+        "hydra/launcher=submitit_local",
+        *TINY,
+        f"batch.seed={fate.SLEEP},1",
+        "hydra.sweep.dir=S",
+        misbehaving=True,
+    )
+    job = tmp_path / "S" / "0"
+    events = job / "events.jsonl"
+    wait_until(lambda: events.exists() and '"sample"' in events.read_text(), 120, "sample of job 0")
+    driver = json.loads((job / "job.json").read_text())["driver_pid"]
+    os.kill(driver, signal.SIGKILL)
+    assert process.wait(60) == 1
+    assert "stopped: " in (tmp_path / "stderr").read_text()
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    nothing_is_left(tmp_path)
+    found = {logged["zinfer.status"]: logged for logged in job_runs(tmp_path)}
+    assert set(found) == {"killed", "ok"}
+    assert "the driver was killed" in found["killed"]["zinfer.reason"]
+
+
+def test_slurm_is_refused_where_there_is_no_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "require_installed", lambda launcher: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError) as refused:
+        launchers.require_launcher(launchers.SLURM_LAUNCHER)
+    assert "sbatch, which is not on PATH" in refused.value.problems[0]
 
 
 @pytest.mark.skipif(installed("hydra_submitit_launcher"), reason="the launcher is installed here")

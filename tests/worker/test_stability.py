@@ -43,6 +43,11 @@ CASES = {
     "quiet": (CALM, "stable", ""),
     "not calibrated": (replace(CALM, calibrated_yardstick_s=None), "stable", ""),
     "nothing known": (replace(CALM, surroundings=None), "stable", ""),
+    "another job": (
+        replace(CALM, surroundings=replace(QUIET, other_jobs=1)),
+        "disturbed",
+        "another job of zinfer ran on this machine",
+    ),
     "one repeat": (replace(CALM, totals_s=(1.0,)), "noisy", "one timed generation"),
     "wide spread": (
         replace(CALM, totals_s=(1.0, 1.2, 0.8)),

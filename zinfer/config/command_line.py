@@ -29,6 +29,16 @@ def normalised(arguments: list[str]) -> list[str]:
     return flags[:1] + [argument for argument in arguments if argument not in SWEEP_FLAGS]
 
 
+PLUGINS = {
+    "hydra/launcher/joblib": "launchers",
+    "hydra/launcher/submitit_local": "launchers",
+    "hydra/launcher/submitit_slurm": "launchers",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "search",
+}
+"""Choices that plugins of Hydra bring -> zinfer's extra that installs the plugin."""
+
+
 def wants_json(arguments: list[str]) -> bool:
     """Tell if format=json is asked for, before anything is composed."""
     return any(argument.lstrip("+") == "format=json" for argument in arguments)
@@ -113,7 +123,10 @@ def _choice_problems(group: str, value: str) -> list[str]:
 
 def _no_choice(path: str, options: list[str]) -> str:
     """Say what to set for a missing choice: a catalogue name, model=custom, or the nearest one."""
-    group, _, value = path.partition("/")
+    if path in PLUGINS:
+        group, _, value = path.rpartition("/")
+        return f"{group}={value} is not installed. Try pip install 'zinfer[{PLUGINS[path]}]'"
+    group, _, value = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
     if group == "model":
         if name := name_of_hub_id(value):
             return f"model={value} is the hub's name. Set model={name}"

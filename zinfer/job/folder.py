@@ -264,6 +264,18 @@ def abandoned_folders() -> list[tuple[Path, FolderKind]]:
     return sorted(found, key=lambda entry: entry[1])
 
 
+def other_jobs_at_work(attempt: str | None) -> int:
+    """Count the jobs of this user and machine that have a worker now, other than this attempt."""
+    host, boot, count = socket.gethostname(), boot_id(), 0
+    for path in (cache_dir() / "running").glob("*.json"):
+        note = read_record(path, FolderNote)
+        if note is None or note.kind != "job" or (boot != note.boot and host != note.host):
+            continue
+        job = read_job(Path(note.folder))
+        count += job is not None and job.attempt != attempt and is_driven(Path(note.folder))
+    return count
+
+
 def forget(folder: Path) -> None:
     """Remove the note of this folder: it needs no further care."""
     _note_of(folder).unlink(missing_ok=True)

@@ -47,6 +47,8 @@ STOLEN = Limit(noisy=0.02, disturbed=0.1)
 HELD_BACK = Limit(noisy=0.02, disturbed=0.2)
 """Share of the time in which a limit on the container's processor time held it back."""
 FREQUENCY_LOST = Limit(noisy=0.15, disturbed=0.4)
+OTHER_JOBS = Limit(noisy=1, disturbed=1)
+"""Other jobs on the same machine share its memory, disks and links, whatever the processor does."""
 OVERLOAD = Limit(noisy=1.5, disturbed=4.0)
 """Load average over the machine's cores; where the kernel shows no better number."""
 
@@ -165,6 +167,9 @@ def _circumstances(evidence: Evidence) -> Iterator[tuple[float, Limit, str]]:
     around = evidence.surroundings
     if around is None:
         return
+    if around.other_jobs:
+        jobs = "another job" if around.other_jobs == 1 else f"{around.other_jobs} other jobs"
+        yield around.other_jobs, OTHER_JOBS, f"{jobs} of zinfer ran on this machine meanwhile"
     if around.others_cores is not None:
         free = around.cores - around.others_cores
         lacking = max(0.0, 1 - free / evidence.threads) if evidence.threads else 0.0

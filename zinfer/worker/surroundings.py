@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from zinfer.job.files import ATTEMPT_VARIABLE
+from zinfer.job.folder import other_jobs_at_work
 from zinfer.machine.cgroups import cgroup_folders
 from zinfer.machine.reading import ROOT
 
@@ -45,6 +47,8 @@ class Look:
     frequency_hz: float | None
     throttle_events: int | None
     """How often heat slowed a core down."""
+    other_jobs: int
+    """Other jobs of zinfer that have a worker on this machine."""
     cgroup_throttled_s: float | None
     """How long a limit on this container's processor time has held it back."""
 
@@ -66,6 +70,8 @@ class Surroundings:
     """Frequency at the slower of both looks over that at the faster."""
     throttle_events: int | None
     cgroup_throttled_share: float | None
+    other_jobs: int = 0
+    """Other jobs of zinfer that worked on this machine at one of both looks."""
 
 
 def look(root: Path = ROOT) -> Look:
@@ -83,6 +89,7 @@ def look(root: Path = ROOT) -> Look:
         machine_cores=os.cpu_count() or len(cores),
         frequency_hz=_frequency_hz(root, cores),
         throttle_events=_throttle_events(root, cores),
+        other_jobs=other_jobs_at_work(os.environ.get(ATTEMPT_VARIABLE)),
         cgroup_throttled_s=_cgroup_throttled_s(root),
     )
 
@@ -113,6 +120,7 @@ def between(before: Look, after: Look, ranks: int = 1) -> Surroundings:
         load_after=after.load_average,
         slowest_frequency_share=min(known) / max(known) if len(known) == 2 else None,
         throttle_events=None if events is None else int(events),
+        other_jobs=max(before.other_jobs, after.other_jobs),
         cgroup_throttled_share=None if throttled is None else throttled / seconds,
     )
 
