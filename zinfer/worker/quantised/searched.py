@@ -73,10 +73,9 @@ class SearchedWeights:
         """How long searching took; about 0 where it was done before."""
         self._kept: Kept = self._find()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the parameters that are kept packed."""
-        return tuple(self._sizes)
+    def __contains__(self, name: object) -> bool:
+        """Tell if this parameter is kept packed."""
+        return name in self._kept
 
     def read(self, name: str) -> torch.Tensor:
         """Return a parameter's packed bytes, uint8 of one dimension.
