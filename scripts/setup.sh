@@ -39,8 +39,16 @@ if [ ${#packages[@]} -gt 0 ]; then
 fi
 
 [ -x "$venv/bin/python" ] || { echo "making $venv with $("$python" --version)" && "$python" -m venv "$venv"; }
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-echo "installing torch and what zinfer needs (minutes the first time; pip keeps its downloads)"
+pip() {    # say every half minute that it goes on
+    "$venv/bin/python" -m pip --disable-pip-version-check "$@" &
+    local running=$! started=$SECONDS
+    while sleep 1 && kill -0 "$running" 2>/dev/null; do
+        (((SECONDS - started) % 30)) || echo "still installing, $((SECONDS - started)) s"
+    done
+    wait "$running"
+}
+
+echo "installing torch and what zinfer needs (about three minutes the first time; pip keeps its downloads)"
 pip install --quiet "$(grep '^torch==' constraints.txt)"    # first and by itself: the machine's own index decides between CPU and CUDA
 pip install --quiet --editable '.[dev,gguf]' --constraint constraints.txt

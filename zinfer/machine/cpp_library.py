@@ -114,6 +114,6 @@ def _processor() -> tuple[str, ...]:
 if __name__ == "__main__":
     for each in SOURCES:
         try:
-            print(f"{each.name}: {build_library(each)}")
+            print(f"zinfer's own kernel {each.stem} is in {build_library(each)}")
         except CannotBuild as error:
             print(f"{error}. PyTorch computes instead, more slowly")

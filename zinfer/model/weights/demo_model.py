@@ -70,7 +70,6 @@ def make_demo_model(echo: Callable[[str], None] = print) -> Path:
                 _convert(gguf, converted)
             shutil.rmtree(target, ignore_errors=True)
             converted.rename(target)
-    echo(f"the demo model is in {target}")
     return target
 
 
@@ -160,12 +159,14 @@ def _sha256(path: Path) -> str:
 
 def main() -> int:
     """Make the demo model and print where it is."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it converts there; else DeepSpeed warns
     try:
         folder = make_demo_model(echo=lambda line: print(line, file=sys.stderr, flush=True))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    print(folder)
+    print(f"the demo model is in {folder}")
     return 0
 
 
