@@ -82,7 +82,7 @@ def stability_notes(runs: Sequence[Run]) -> list[str]:
             reasons = Counter(
                 run.tags.get("zinfer.stability_reason") or "no reason was logged" for run in found
             )
-            said = "; ".join(reason for reason, _ in reasons.most_common(3))
+            said = "; ".join("; ".join(reason for reason, _ in reasons.most_common(3)).splitlines())
             notes.append(f"{counted(len(found), 'run')} {verdict}: {said}. {advice}")
     return notes
 
