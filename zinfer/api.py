@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import ConfigError, RunConfig, parse_config
-from zinfer.config.command_line import composition_problems
+from zinfer.config.command_line import composition_problems, with_own_key
 from zinfer.job.outcome import Json, Outcome
 from zinfer.model.hf import load_model_config, load_tokenizer
 from zinfer.paths import conf_dir
@@ -63,6 +63,7 @@ def compose(
     from hydra.core.global_hydra import GlobalHydra
 
     words = [*(f"{name}={value}" for name, value in choices.items()), *overrides]
+    words = [with_own_key(word) for word in words]
     path = "offload.nvme_path="
     if "offload=nvme" in words and not any(path in word for word in words):
         words.append(f"{path}'{Path.cwd() / 'swap'}'")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import zinfer
 from tests.helpers.composing import CONF, choices, composed
 from zinfer import __version__
 from zinfer.config.command_line import (
@@ -80,6 +81,27 @@ def test_a_mistyped_name_is_answered_with_the_one_that_exists(override: str, say
 )  # fmt: skip
 def test_what_is_right_is_not_complained_about(override: str) -> None:
     assert override_problems(override) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("model.overrides.num_hidden_layers=2", "++model.overrides.num_hidden_layers=2"),
+        ("tracking.tags.team=red", "++tracking.tags.team=red"),
+        ("hardware.device_flops_per_s.int8=1e12", "++hardware.device_flops_per_s.int8=1e12"),
+        ("+tracking.tags.a=b", "+tracking.tags.a=b"),
+        ("batch.batch_size=2", "batch.batch_size=2"),
+    ],
+)
+def test_a_key_of_the_readers_own_needs_no_plus(typed: str, given: str) -> None:
+    assert normalised([typed]) == [given]
+
+
+def test_keys_of_the_readers_own_compose_from_python_too() -> None:
+    own = ["model.overrides.ffn_dim=64", "tracking.tags.team=red"]
+    config = zinfer.compose(overrides=own)
+    assert config.model.overrides["ffn_dim"] == 64
+    assert config.tracking.tags == {"team": "red"}
 
 
 def test_every_model_of_the_hub_is_found_by_its_hub_id() -> None:

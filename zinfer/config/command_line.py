@@ -19,14 +19,25 @@ FREE = ("tracking.tags.", "model.overrides.", "hardware.device_flops_per_s.")
 SWEEP_FLAGS = ("-m", "--multirun")
 WORDS = {"sweep": "-m", **{name: f"task={name}" for name in TASKS}}
 """First word of the command -> what it stands for."""
+OWN_KEYS = ("model.overrides.", "tracking.tags.", "hardware.device_flops_per_s.")
+"""Settings whose keys are the reader's own."""
 
 
 def normalised(arguments: list[str]) -> list[str]:
-    """Put -m first, where alone Hydra takes it, and turn `zinfer plan ...` into task=plan."""
+    """Put -m first, where alone Hydra takes it, and turn `zinfer plan ...` into task=plan.
+
+    A key of the reader's own needs no "+".
+    """
     if arguments and arguments[0] in WORDS:
         arguments = [WORDS[arguments[0]], *arguments[1:]]
     flags = [argument for argument in arguments if argument in SWEEP_FLAGS]
-    return flags[:1] + [argument for argument in arguments if argument not in SWEEP_FLAGS]
+    rest = [argument for argument in arguments if argument not in SWEEP_FLAGS]
+    return flags[:1] + [with_own_key(argument) for argument in rest]
+
+
+def with_own_key(override: str) -> str:
+    """Let Hydra add a key that conf/ does not name: model.overrides.num_hidden_layers=2."""
+    return f"++{override}" if override.startswith(OWN_KEYS) else override
 
 
 PLUGINS = {

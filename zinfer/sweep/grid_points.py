@@ -56,7 +56,7 @@ def composed_points(master: DictConfig, folder: Path) -> Iterator[GridPoint]:
         for job in job_overrides(loader, master):
             parsed = parser.parse_overrides(job)
             names = {
-                part.get_key_element(): str(part.value())
+                part.get_key_element().lstrip("+"): str(part.value())
                 for part in parsed
                 if part.get_key_element() in swept
             }
