@@ -29,7 +29,9 @@ FOLDER = "kernels"
 
 DECODE_ATTENTION = Path(__file__).parents[1] / "worker" / "kv_cache" / "decode_attention.cpp"
 """Attention on the host: beside the worker's code that calls it."""
-SOURCES = (DECODE_ATTENTION,)
+PRODUCTS = Path(__file__).parents[1] / "worker" / "quantised" / "products.cpp"
+"""Products with packed weights, and of few rows with 16-bit weights."""
+SOURCES = (DECODE_ATTENTION, PRODUCTS)
 
 
 class CannotBuild(RuntimeError):
