@@ -65,7 +65,9 @@ def task(composed: DictConfig) -> float | None:
     from zinfer.sweep.record import started_here, sweep_of_job
 
     sweep = sweep_of_job(str(context.sweep.dir))
-    assert sweep is not None, "the head of a sweep writes sweep.json before the first job"
+    if sweep is None:
+        end_without_sweep(composed, job_dir)
+        return None
     objective = run_sweep_job(
         composed, sweep, int(context.job.num), job_dir, task_overrides(context)
     )
@@ -83,6 +85,20 @@ def hand_on_signals() -> None:
         print(f"the launcher does not run this job again: {error}", file=sys.stderr)
 
 
+def end_without_sweep(composed: DictConfig, job_dir: Path) -> None:
+    """End a job in another process than its sweep's, whose record was deleted meanwhile."""
+    from zinfer.driver.finishing import finish
+    from zinfer.driver.terminal import Terminal
+
+    outcome = Outcome(
+        status="error",
+        reason="the folder of the sweep was deleted while it ran. Leave it alone until the sweep "
+        "has ended, and type the command again",
+        job_dir=str(job_dir),
+    )
+    finish(outcome, job_dir, Terminal(format_of(composed), name=job_dir.name))
+
+
 def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outcome:
     """Check one composed configuration and do its task.
 
@@ -90,12 +106,11 @@ def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outc
         settings: overrides as they were typed.
     """
     from zinfer.config import ConfigError, parse_config
-    from zinfer.config.tasks import function_named, task_of
-    from zinfer.driver.finishing import finish, in_use
+    from zinfer.config.tasks import task_of
+    from zinfer.driver.finishing import do_task, finish
     from zinfer.driver.label import job_label
     from zinfer.driver.refusals import refusal
     from zinfer.driver.terminal import Terminal
-    from zinfer.job.folder import FolderInUse, attempt_in
 
     terminal = Terminal(format_of(composed))
     try:
@@ -103,17 +118,11 @@ def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outc
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
     terminal.name = job_label(config.model.name, settings, config.task)
-    row = task_of(config)
-    if row.takes_search and config.sweep.search == "best_batch":
+    if task_of(config).takes_search and config.sweep.search == "best_batch":
         from zinfer.sweep.search import search_best_batch
 
         return search_best_batch(config, job_dir, terminal)
-    try:
-        with attempt_in(job_dir):
-            outcome: Outcome = function_named(row.command)(config, job_dir, terminal)
-    except FolderInUse as error:
-        return in_use(error, job_dir, terminal)
-    return outcome
+    return do_task(config, job_dir, terminal)
 
 
 def format_of(composed: DictConfig) -> str:
@@ -189,6 +198,9 @@ def compose_and_run(arguments: list[str]) -> int:
         if problems is None or Ended.outcome is not None:
             traceback.print_exc()
             code = 1
+        elif isinstance(DECIDED.get(), Started):  # the sweep's own document comes below
+            print(redacted("; ".join(problems)), file=sys.stderr)
+            code = 1
         else:
             code = refuse(problems, arguments)
     if DECIDED.get() is not None:
@@ -210,6 +222,13 @@ def launcher_stopped(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = ": ".join([type(error).__name__, *lines[:1]])[:400]
     return f"the sweep's launcher or sweeper stopped: {said} (all of it: {FULL_ERROR}=1)"
+
+
+def redacted(text: str) -> str:
+    """Return the text without secrets; the rules for them are loaded only here."""
+    from zinfer.redact import redact
+
+    return redact(text)
 
 
 def refuse(problems: list[str], arguments: list[str]) -> int:

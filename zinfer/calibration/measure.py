@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from zinfer.job.calibration import (
 )
 from zinfer.job.files import KERNELS_FILE
 from zinfer.job.outcome import Json, Outcome
+from zinfer.tracking.deadline import never
 from zinfer.units import format_left
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Measurement:
     folder: Path
     terminal: Terminal
     clock: Clock
+    stopped: Callable[[], bool] = never
+    """Asked again and again; True ends the job that is measured, as Ctrl-C does."""
     runs: list[Measured] = field(default_factory=list)
     kernels: Json | None = None
     left_out: tuple[str, ...] = ()
@@ -157,7 +160,9 @@ class Measurement:
 
         started_s, count = time.monotonic(), len(self.runs)
         config = job_config(job, self.config)
-        outcome = run_job(config, self.folder / f"job{count}", Inside(), forked=True)
+        outcome = run_job(
+            config, self.folder / f"job{count}", Inside(), forked=True, stopped=self.stopped
+        )
         if outcome.status != "ok":
             raise JobFailed(f"{job.family}, {job.mode}, {job.dtype}", outcome)
         if count > 0:  # the first one waits for the imports of them all
@@ -185,7 +190,7 @@ class Measurement:
         job = Job(family="llama", mode="nvme", dtype="float32")
         config = replace(job_config(job, self.config), task="calibrate")
         folder = self.folder / "kernels"
-        outcome = run_job(config, folder, Inside(self.terminal), forked=True)
+        outcome = run_job(config, folder, Inside(self.terminal), forked=True, stopped=self.stopped)
         if outcome.status != "ok":
             raise JobFailed("that measures kernels", outcome)
         self.kernels = json.loads((folder / KERNELS_FILE).read_text())

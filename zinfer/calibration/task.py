@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,17 +25,32 @@ from zinfer.job.outcome import Outcome
 from zinfer.machine.environment import package_versions
 from zinfer.machine.hardware import Hardware, detect_hardware, machine_fingerprint
 from zinfer.machine.profile import CalibrationProfile, Mode, now_text, save_profile
+from zinfer.tracking.deadline import never
 from zinfer.units import format_rate, format_roughly, format_seconds
 
 LIBRARIES = ("torch", "transformers", "deepspeed")
 
 
-def calibrate_job(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
-    """Calibrate this machine, and leave and show how that ended."""
-    return finish(calibrated(config, job_dir, terminal), job_dir, terminal)
+def calibrate_job(
+    config: RunConfig,
+    job_dir: Path,
+    terminal: Terminal,
+    *,
+    forked: bool = False,
+    stopped: Callable[[], bool] = never,
+) -> Outcome:
+    """Calibrate this machine, and leave and show how that ended.
+
+    Args:
+        forked: of no use here: the small models are always forked from one server.
+        stopped: True ends the job that is measured, and the calibration with it.
+    """
+    return finish(calibrated(config, job_dir, terminal, stopped), job_dir, terminal)
 
 
-def calibrated(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
+def calibrated(
+    config: RunConfig, job_dir: Path, terminal: Terminal, stopped: Callable[[], bool] = never
+) -> Outcome:
     """Measure, fit, store, and say where."""
     started_s = time.perf_counter()
     job_dir.mkdir(parents=True, exist_ok=True)
@@ -47,6 +62,7 @@ def calibrated(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
         folder=job_dir,
         terminal=terminal,
         clock=Clock(budget_s=config.calibrate.budget_s),
+        stopped=stopped,
     )
     try:
         with Interrupts.in_order():  # between two jobs too: the next one ends at once

@@ -6,6 +6,7 @@ so that one typing error does not hide the next.
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from zinfer.config.sentences import choices_of, default_choice, nearest, setting
 from zinfer.config.tasks import TASKS
 from zinfer.paths import conf_dir
 
+OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors of a disk, which need not name a file."""
 FREE = ("tracking.tags.", "model.overrides.", "hardware.device_flops_per_s.")
 """Beginnings of settings whose rest is the user's own."""
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -79,7 +82,7 @@ def composition_problems(error: Exception, arguments: list[str]) -> list[str] | 
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_A_DISK):
         return [_folder_problem(error)]
     known = isinstance(error, HydraException | OmegaConfBaseException)
     if not known and not (isinstance(error, ValueError) and "override must be" in str(error)):
@@ -180,7 +183,7 @@ def _bare_word(word: str) -> str:
 
 def _folder_problem(error: OSError) -> str:
     return (
-        f"{error.filename}: the folder of this job cannot be made or written to "
+        f"{error.filename or 'hydra.run.dir'}: the folder of this job cannot be made or written to "
         f"({error.strerror}). Set hydra.run.dir=/path/to/a/folder/that/you/own"
     )
 

@@ -24,7 +24,8 @@ class Task:
     summary: str
     """One line for people who choose a task."""
     command: str
-    """Driver's side: `module:function`, called with (config, job_dir, terminal) -> Outcome."""
+    """Driver's side: `module:function`, which zinfer.driver.finishing.do_task calls with
+    (config, job_dir, terminal, forked=..., stopped=...) -> Outcome."""
     worker: str | None = None
     """Worker's side: `module:function`, called with (config, job_dir, events); None: no worker."""
     loads_model: bool = False

@@ -14,6 +14,7 @@ from zinfer.driver.interrupts import WARNINGS
 from zinfer.driver.workers import Worker
 from zinfer.job.events import Event, EventReader
 from zinfer.job.files import EVENTS_FILE, RANK_EVENTS_FILE, WORKER_LOG
+from zinfer.job.folder_state import FolderEnd
 from zinfer.job.outcome import EndedBy, Outcome, Status
 from zinfer.units import MIB, format_bytes
 
@@ -133,6 +134,8 @@ class Circumstances:
     """On the swap disk when the worker had ended; None without one."""
     interrupted_by: signal.Signals | None = None
     """The signal that the driver got; None where its sweep told it to stop."""
+    folder: FolderEnd = field(default_factory=FolderEnd)
+    """State of the job's folder when the worker had ended."""
 
 
 def outcome_of(
@@ -165,8 +168,9 @@ def outcome_of(
     said_nothing = returncode != 0 and rank not in [event["rank"] for event in failures]
     if failed is not None and not said_nothing:
         reason = failed["reason"]
-        if failed["status"] == "error" and _disk_is_full(seen):
-            reason = f"{_full_disk(config, seen)}: {reason}"
+        if failed["status"] == "error":
+            cause = _full_disk(config, seen) if _disk_is_full(seen) else None
+            reason = f"{cause}: {reason}" if cause else folder_cause(seen.folder, reason)
         return watched.outcome(
             failed["status"],
             reason=reason,
@@ -180,6 +184,8 @@ def outcome_of(
     reason = f"{who} ended with exit code {returncode} {where} and said nothing"
     if _disk_is_full(seen):
         reason = f"{_full_disk(config, seen)}: {reason}"
+    elif seen.folder.problem is not None:
+        reason = folder_cause(seen.folder, reason)
     elif (cause := disk_cause(log_tail)) is not None:
         reason = f"{cause}: {reason}"
     return watched.outcome("error", reason=reason, traceback=log_tail)
@@ -210,6 +216,11 @@ def _of_signal(
     if sign == signal.SIGBUS:
         return "error", f"a file was cut short while {who} read it, or its disk is gone (SIGBUS)"
     return "killed", f"{who} was ended by {sign.name}"
+
+
+def folder_cause(folder: FolderEnd, reason: str) -> str:
+    """Put what became of the job's folder before the reason that the worker or the system gave."""
+    return reason if folder.problem is None else f"{folder.problem}. Seen of it: {reason}"
 
 
 def disk_cause(log_tail: str | None) -> str | None:

@@ -16,7 +16,14 @@ from pathlib import Path
 from zinfer.config import ConfigError, RunConfig
 from zinfer.config.tasks import task_of
 from zinfer.driver.disks import describe_disk
-from zinfer.driver.ending import Circumstances, Watched, disk_free_bytes, oom_kills, outcome_of
+from zinfer.driver.ending import (
+    Circumstances,
+    Watched,
+    disk_free_bytes,
+    folder_cause,
+    oom_kills,
+    outcome_of,
+)
 from zinfer.driver.finishing import finish, in_use
 from zinfer.driver.interrupts import SIGNALS, WARNINGS, Interrupts
 from zinfer.driver.progress import LOG, START, coming_phases
@@ -26,7 +33,7 @@ from zinfer.driver.tracking_thread import TrackingThread
 from zinfer.driver.workers import Servers, Worker, start_worker
 from zinfer.job.events import EventReader
 from zinfer.job.files import WORKERS_FILE
-from zinfer.job.folder import FolderInUse, attempt_in, write_job
+from zinfer.job.folder import FolderInUse, attempt_in, end_of, write_job
 from zinfer.job.outcome import EndedBy, Outcome
 from zinfer.job.processes import process_start_ticks
 from zinfer.job.records import write_json
@@ -37,6 +44,7 @@ from zinfer.job.swap import (
 )
 from zinfer.machine import cpp_library, native_ops
 from zinfer.machine.hardware import detect_hardware
+from zinfer.tracking.deadline import never
 from zinfer.tracking.uri import URI_VARIABLE, resolved_tracking
 
 POLL_S = 0.25
@@ -47,11 +55,6 @@ COMMON_SIGNALS = (*SIGNALS, *WARNINGS)
 """Signals that a batch system sends to driver and worker alike, in any order."""
 COMMON_S = 1.0
 """After the worker died of one: time for the driver's own to come."""
-
-
-def never() -> bool:
-    """Answer for jobs that nobody else can stop."""
-    return False
 
 
 def run_job(
@@ -87,7 +90,9 @@ def run_attempt(
     """Run one attempt at the job, in a folder that is this process's own."""
     config = with_store(config, terminal)
     try:
-        hardware = detect_hardware(config.hardware, _nvme_path(config), config.launcher.ranks)
+        hardware = detect_hardware(
+            config.hardware, config.offload.nvme_folder, config.launcher.ranks
+        )
         require_possible(config, hardware, terminal, job_dir)
     except (ConfigError, ValueError) as error:
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
@@ -116,10 +121,6 @@ def with_store(config: RunConfig, terminal: Terminal) -> RunConfig:
     return replace(config, tracking=tracking, from_environment=texts)
 
 
-def _nvme_path(config: RunConfig) -> Path | None:
-    return Path(config.offload.nvme_path) if config.offload.nvme_path else None
-
-
 def run_worker(
     config: RunConfig,
     job_dir: Path,
@@ -132,9 +133,10 @@ def run_worker(
     """Start the worker, watch it, and say how it ended. Leaves no process and no swap file."""
     ooms_before = oom_kills()
     attempt = tracked.attempt
-    watched, reader = Watched(attempt=attempt), EventReader(job_dir, attempt)
+    watched = Watched(attempt=attempt)
     ended_by, swap_free = EndedBy.ITSELF, None
     try:
+        reader = EventReader.made(job_dir, attempt)
         if task_of(config).loads_ops:
             _build_ops(config, terminal)
         deadline = Deadline.after(config.launcher.timeout_s)
@@ -152,7 +154,8 @@ def run_worker(
             ended_by=EndedBy.INTERRUPTED,
         )
     except (OSError, RuntimeError) as error:
-        return Outcome(status="error", reason=f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return Outcome(status="error", reason=folder_cause(end_of(job_dir), reason))
     for event in reader.new_events():  # written between the last look and the end
         watched.take(event)
     seen = Circumstances(
@@ -160,6 +163,7 @@ def run_worker(
         oom_kills=oom_kills() - ooms_before,
         swap_free_bytes=swap_free,
         interrupted_by=Interrupts.sign,
+        folder=end_of(job_dir),
     )
     return outcome_of(config, job_dir, watched, worker, seen)
 

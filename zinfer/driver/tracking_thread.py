@@ -14,6 +14,7 @@ from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.orphans import close_abandoned
 from zinfer.driver.terminal import Terminal
 from zinfer.job.files import DRIVER_READY_FILE, ENVIRONMENT_FILE, NOT_LOGGED_FILE
+from zinfer.job.folder import end_of
 from zinfer.job.outcome import Outcome
 from zinfer.job.records import write_json
 from zinfer.machine.environment import environment
@@ -51,7 +52,8 @@ class TrackingThread:
         try:
             nvme_path = self._config.offload.nvme_path
             self._environment = environment(self._config, Path(nvme_path) if nvme_path else None)
-            write_json(self._job_dir / ENVIRONMENT_FILE, self._environment)
+            with contextlib.suppress(OSError):  # the folder is gone or full: finish() says so
+                write_json(self._job_dir / ENVIRONMENT_FILE, self._environment)
             self._run = self._bounded(
                 lambda: open_run(
                     self._config,
@@ -100,8 +102,9 @@ class TrackingThread:
             left = {"problem": problem, "run_id": outcome.run_id}
             write_json(self._job_dir / NOT_LOGGED_FILE, left)
         except OSError as error:
+            why = end_of(self._job_dir).problem or f"{self._job_dir}: {error.strerror}"
             self._terminal.warning(
-                f"not logged to MLflow: {problem}. Nor are its files in {self._job_dir}: {error}"
+                f"not logged to MLflow: {problem}. Nor can it be sent later: {why}"
             )
             return
         self._terminal.warning(

@@ -5,6 +5,7 @@ Their files stayed in their job folders.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from zinfer.job.folder import read_job
 from zinfer.job.outcome import Outcome
 from zinfer.job.records import NotLogged, read_record, read_result, write_json
 from zinfer.tracking.client import connect, store_errors
-from zinfer.tracking.deadline import within
+from zinfer.tracking.deadline import never, within
 from zinfer.tracking.run import TrackedRun, open_run
 from zinfer.tracking.store import TrackingUnavailable
 from zinfer.tracking.uri import resolved_tracking, tracking_uri
@@ -28,12 +29,26 @@ ROOTS = ("outputs", "multirun")
 """Where jobs are, unless hydra.run.dir or hydra.sweep.dir say otherwise."""
 
 
-def upload_job(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
-    """Send the runs that are not logged yet, and leave and show how that ended."""
-    return finish(upload(config, job_dir, terminal), job_dir, terminal)
+def upload_job(
+    config: RunConfig,
+    job_dir: Path,
+    terminal: Terminal,
+    *,
+    forked: bool = False,
+    stopped: Callable[[], bool] = never,
+) -> Outcome:
+    """Send the runs that are not logged yet, and leave and show how that ended.
+
+    Args:
+        forked: of no use here: no worker is started.
+        stopped: True leaves what is not sent yet.
+    """
+    return finish(upload(config, job_dir, terminal, stopped), job_dir, terminal)
 
 
-def upload(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
+def upload(
+    config: RunConfig, job_dir: Path, terminal: Terminal, stopped: Callable[[], bool] = never
+) -> Outcome:
     """Send every run of this working directory that is not logged yet, to the store named now."""
     config = replace(config, tracking=resolved_tracking(config.tracking, terminal.note))
     folders = sorted(path.parent for root in ROOTS for path in Path(root).rglob(NOT_LOGGED_FILE))
@@ -50,7 +65,7 @@ def upload(config: RunConfig, job_dir: Path, terminal: Terminal) -> Outcome:
                 config.tracking.timeout_s,
                 partial(send, folder, config),
                 "the run store",
-                lambda: Interrupts.received,
+                lambda: Interrupts.received or stopped(),
             )
         except TrackingUnavailable as error:
             return Outcome(

@@ -7,6 +7,7 @@ that it had got to. Every line names the attempt; readers leave out those of ano
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "failed": {"status": str, "reason": str, "problems": list},
 }
 """Event -> the fields that readers use, with their types."""
+COMPARED_BYTES = 256
+"""More than the time and the attempt of a line: enough to know the place of reading again."""
 
 
 class EventLog:
@@ -70,27 +73,73 @@ class EventLog:
 class EventReader:
     """Reads events as they arrive; a half-written last line is left for the next call.
 
-    The file stays open from its first event on: a folder that is deleted meanwhile costs nothing.
+    What happens to the file meanwhile costs no event: it stays open when it is deleted or another
+    one takes its name (that one is read too), and it is read anew when it was cut short.
     """
 
     def __init__(self, job_dir: Path, attempt: str = "", name: str = EVENTS_FILE) -> None:
         self._path = job_dir / name
         self._attempt = attempt
-        self._file: IO[bytes] | None = None
-        self._rest = b""
+        self._files: list[_Followed] = []
+        self._seen: set[int] = set()
+        """Hashes of the lines that were read: a file that is read anew repeats none."""
+
+    @classmethod
+    def made(cls, job_dir: Path, attempt: str) -> EventReader:
+        """Make the file for the worker that will write it, and hold it open from now on.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        reader = cls(job_dir, attempt)
+        reader._path.touch()
+        reader._follow()
+        return reader
 
     def new_events(self) -> Iterator[Event]:
         """Yield the attempt's events appended since the last call."""
-        if self._file is None:
-            try:
-                self._file = self._path.open("rb")
-            except OSError:
-                return
-        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
-        for line in lines:
+        self._follow()
+        for line in [line for followed in self._files for line in followed.new_lines()]:
             event = parsed_event(line)
-            if event is not None and event["attempt"] == self._attempt:
-                yield event
+            if event is None or event["attempt"] != self._attempt or hash(line) in self._seen:
+                continue
+            self._seen.add(hash(line))
+            yield event
+
+    def _follow(self) -> None:
+        """Open the file if it is none of those that are open already."""
+        try:
+            found = self._path.stat()
+            if not any(followed.is_file(found) for followed in self._files):
+                self._files.append(_Followed(self._path.open("rb")))
+        except OSError:
+            return
+
+
+class _Followed:
+    """One file that grows, and the last line of it that is not complete yet."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._rest = b""
+        self._before = b""
+        """The bytes before the place of reading. Where others stand there, the file was cut."""
+
+    def is_file(self, found: os.stat_result) -> bool:
+        return os.path.samestat(os.fstat(self._file.fileno()), found)
+
+    def new_lines(self) -> list[bytes]:
+        if not self._goes_on():
+            self._file.seek(0)
+            self._rest = self._before = b""
+        read = self._file.read()
+        self._before = (self._before + read)[-COMPARED_BYTES:]
+        *lines, self._rest = (self._rest + read).split(b"\n")
+        return lines
+
+    def _goes_on(self) -> bool:
+        start = self._file.tell() - len(self._before)
+        return os.pread(self._file.fileno(), len(self._before), start) == self._before
 
 
 def parsed_event(line: bytes) -> Event | None:

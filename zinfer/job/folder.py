@@ -40,6 +40,7 @@ from zinfer.job.files import (
     WORKER_LOG,
     WORKERS_FILE,
 )
+from zinfer.job.folder_state import FolderEnd, folder_end, open_folder
 from zinfer.job.processes import process_start_ticks
 from zinfer.job.records import (
     FolderKind,
@@ -76,6 +77,8 @@ class Held:
     """The folders that this process works on, with the attempt in each."""
 
     attempts: ClassVar[dict[Path, str]] = {}
+    descriptors: ClassVar[dict[Path, int | None]] = {}
+    """Each folder, open as it was at the start: a deleted one's number goes to no other."""
 
 
 @contextlib.contextmanager
@@ -101,12 +104,21 @@ def attempt_in(folder: Path, kind: FolderKind = "job", jobs: Iterable[Path] = ()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         attempt = Held.attempts[folder] = begin_attempt(folder, kind, jobs)
+        descriptor = Held.descriptors[folder] = open_folder(folder)
         try:
             _note(folder, kind)
             yield attempt
             forget(folder)
         finally:
-            del Held.attempts[folder]
+            del Held.attempts[folder], Held.descriptors[folder]
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def end_of(folder: Path) -> FolderEnd:
+    """Say what became of the folder since this process began its attempt in it."""
+    folder = folder.absolute()
+    return folder_end(folder, Held.descriptors.get(folder))
 
 
 def begin_attempt(folder: Path, kind: FolderKind = "job", jobs: Iterable[Path] = ()) -> str:
@@ -212,7 +224,8 @@ def _locked(folder: Path) -> Iterator[IO[str]]:
         if not _is_still(path, lock):  # its holder removed it between our opening and our lock
             raise FolderInUse(folder)
         yield lock
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder was deleted, or a file has its name
+            path.unlink(missing_ok=True)
 
 
 def _is_still(path: Path, file: IO[str]) -> bool:

@@ -6,6 +6,7 @@ path to delete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -69,9 +70,14 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
         OSError: it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch(mode=0o600 if private else 0o666)
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    try:
+        temporary.touch(mode=0o600 if private else 0o666)
+        temporary.write_text(json.dumps(value, indent=1))
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from zinfer.config import ConfigError
@@ -65,12 +66,23 @@ def make_folders(*folders: Path) -> None:
         ConfigError: one cannot be made.
     """
     for folder in folders:
-        try:
+        with writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                [
-                    f"the folder {folder} cannot be made: {error.strerror}. "
-                    "Set hydra.sweep.dir to a folder that you may write to"
-                ]
-            ) from error
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Do something in the folder of a sweep.
+
+    Raises:
+        ConfigError: its disk is full, or it cannot be made or written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"the folder {folder} cannot be made or written to: {error.strerror}. "
+                "Set hydra.sweep.dir to a folder that you may write to"
+            ]
+        ) from error

@@ -34,7 +34,7 @@ from zinfer.sweep.compose import (
     task_overrides,
 )
 from zinfer.sweep.decision import Decision, NoSweep, Planned, Previewed, Started
-from zinfer.sweep.folders import make_folders
+from zinfer.sweep.folders import make_folders, writable
 from zinfer.sweep.launchers import (
     BASIC_LAUNCHER,
     ONE_PROCESS_LAUNCHERS,
@@ -239,11 +239,7 @@ def begin(
     Raises:
         ConfigError: the folder cannot be made, or another sweep works in it.
     """
-    take_folder(sweep)
-    held = ExitStack()
-    jobs = [Path(job.folder) for job in sweep.jobs or []]
-    held.enter_context(attempt_in(sweep.folder, "sweep", jobs))
-    sweep.write()
+    held = take_folder(sweep)
     os.environ[SWEEP_VARIABLE] = str(sweep.folder)
     left = None
     if sweep.jobs is not None:
@@ -262,8 +258,8 @@ def begin(
     return Started(sweep=sweep, parent=parent, held=held, board=board, left=left)
 
 
-def take_folder(sweep: Sweep) -> None:
-    """Make the folders of the sweep and of its jobs.
+def take_folder(sweep: Sweep) -> ExitStack:
+    """Make the folders of the sweep and of its jobs, and hold the sweep's until the stack closes.
 
     Raises:
         ConfigError: they cannot be made, or another sweep works there, or jobs of one that ended.
@@ -280,7 +276,12 @@ def take_folder(sweep: Sweep) -> None:
         raise ConfigError(
             [f"hydra.sweep.dir={sweep.folder} is that of a sweep that was started before: {left}"]
         )
-    make_folders(sweep.folder, *(Path(job.folder) for job in sweep.jobs or []))
+    jobs = [Path(job.folder) for job in sweep.jobs or []]
+    make_folders(sweep.folder, *jobs)
+    with ExitStack() as held, writable(sweep.folder):
+        held.enter_context(attempt_in(sweep.folder, "sweep", jobs))
+        sweep.write()
+        return held.pop_all()
 
 
 def prepare(sweep: Sweep, configs: Sequence[RunConfig | None], terminal: Terminal) -> None:

@@ -13,12 +13,11 @@ from omegaconf import DictConfig
 
 from zinfer.config import ConfigError, RunConfig, parse_config
 from zinfer.config.tasks import task_of
-from zinfer.driver.finishing import finish
+from zinfer.driver.finishing import do_task, finish
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
-from zinfer.driver.run import run_job
 from zinfer.job.files import PARENT_FILE
-from zinfer.job.outcome import Outcome
+from zinfer.job.outcome import Json, Outcome
 from zinfer.sweep.compose import problems_of_interpolation, setting
 from zinfer.sweep.earlier_runs import EarlierRun
 from zinfer.sweep.record import JobFolder, Sweep, ended_well
@@ -40,13 +39,12 @@ def run_sweep_job(
     if Interrupts.received or sweep.stopped():
         return None
     label = sweep_label(sweep, str(setting(composed, "model.name", "")), overrides)
-    job = JobFolder(num=num, folder=job_dir, overrides=overrides, label=label)
-    sweep.begin_job(num, job_dir, overrides, label)
+    job = sweep.begin_job(num, job_dir, overrides, label)
     terminal = SweepTerminal(sweep, job)
     try:
-        _run(composed, sweep, job, terminal)
+        document = _run(composed, sweep, job, terminal)
     except ConfigError as error:
-        finish(refusal(error.problems, job_dir), job_dir, terminal)
+        document = finish(refusal(error.problems, job_dir), job_dir, terminal).document()
     except Exception as error:
         outcome = Outcome(
             status="error",
@@ -54,30 +52,33 @@ def run_sweep_job(
             traceback=traceback.format_exc(),
             job_dir=str(job_dir),
         )
-        finish(outcome, job_dir, terminal)
+        document = finish(outcome, job_dir, terminal).document()
+    sweep.end_job(job, document)
     if sweep.fail_fast and not ended_well(job.document()):
         sweep.stop("fail_fast")
     return objective_of(job.document(), sweep.objective)
 
 
-def _run(composed: DictConfig, sweep: Sweep, job: JobFolder, terminal: SweepTerminal) -> None:
+def _run(composed: DictConfig, sweep: Sweep, job: JobFolder, terminal: SweepTerminal) -> Json:
+    """Reuse, search or run. Returns the job's result document."""
     with problems_of_interpolation():
         config = with_parent(parse_config(composed), sweep)
     earlier = earlier_run(sweep, job.num, config)
     if earlier is not None:
-        note_reused(earlier, job.folder)
+        document = note_reused(earlier, job.folder)
         terminal.reused(earlier)
-    elif config.sweep.search == "best_batch":
-        search_best_batch(config, job.folder, terminal, sweep)
-    else:
-        forked = sweep.forked and config.launcher.fork_workers and task_of(config).loads_model
-        run_job(
-            config,
-            job.folder,
-            terminal,
-            forked=forked,
-            stopped=lambda: sweep.stopped() == "interrupted",
-        )
+        return document
+    if config.sweep.search == "best_batch":
+        return search_best_batch(config, job.folder, terminal, sweep).document()
+    forked = sweep.forked and config.launcher.fork_workers and task_of(config).loads_model
+    outcome = do_task(
+        config,
+        job.folder,
+        terminal,
+        forked=forked,
+        stopped=lambda: sweep.stopped() == "interrupted",
+    )
+    return outcome.document()
 
 
 def with_parent(config: RunConfig, sweep: Sweep) -> RunConfig:

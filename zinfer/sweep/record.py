@@ -22,16 +22,18 @@ that ran them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from zinfer.job.files import RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
 from zinfer.job.outcome import Json
 from zinfer.job.records import read_json, read_result, write_json
+from zinfer.sweep.decision import DECIDED, Started
 from zinfer.sweep.queue import Queue
 from zinfer.sweep.time_left import JobSize
 
@@ -91,9 +93,20 @@ class JobFolder:
     label: str = ""
     """Its model and the settings that differ."""
 
+    kept: Json | None = None
+    """Its result as this process saw it, should the folder be gone."""
+
     def document(self) -> Json | None:
         """Return its result.json, or its reused.json. None: it has not ended."""
-        return read_result(self.folder / RESULT_FILE) or read_result(self.folder / REUSED_FILE)
+        found = read_result(self.folder / RESULT_FILE) or read_result(self.folder / REUSED_FILE)
+        return found or self.kept
+
+
+class Kept:
+    """Jobs and stops that this process has seen, by the attempt, should a folder be gone."""
+
+    jobs: ClassVar[dict[tuple[str, int], JobFolder]] = {}
+    stopped: ClassVar[dict[str, StopReason]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,32 +175,43 @@ class Sweep:
     def stopped(self) -> StopReason | None:
         """Return why no further job is to start, or None."""
         found: Json = read_json(self.folder / STOP_FILE) or {}
-        return found.get("reason") if found.get("attempt") == self.attempt else None
+        if found.get("attempt") != self.attempt:
+            return Kept.stopped.get(self.attempt)
+        return found.get("reason")
 
     def stop(self, reason: StopReason) -> None:
         """Tell all jobs, in whatever process, that no further one is to start."""
-        write_json(self.folder / STOP_FILE, {"reason": reason, "attempt": self.attempt})
+        Kept.stopped[self.attempt] = reason
+        with contextlib.suppress(OSError):  # deleted or full: this process knows it anyway
+            write_json(self.folder / STOP_FILE, {"reason": reason, "attempt": self.attempt})
 
-    def begin_job(self, num: int, folder: Path, overrides: list[str], label: str = "") -> None:
+    def begin_job(self, num: int, folder: Path, overrides: list[str], label: str = "") -> JobFolder:
         """Record that this job has begun, in the folder that Hydra gave it."""
+        job = JobFolder(num=num, folder=folder, overrides=overrides, label=label)
+        Kept.jobs[self.attempt, num] = job
         notes = self.folder / JOBS_FOLDER
-        notes.mkdir(exist_ok=True)
         note = {"attempt": self.attempt, "folder": str(folder), "overrides": overrides}
         note["label"] = label
-        write_json(notes / f"{num}.json", note)
+        with contextlib.suppress(OSError):  # deleted or full: this process knows it anyway
+            notes.mkdir(parents=True, exist_ok=True)
+            write_json(notes / f"{num}.json", note)
+        return job
+
+    def end_job(self, job: JobFolder, document: Json) -> None:
+        """Keep the job's result in this process too."""
+        Kept.jobs[self.attempt, job.num] = replace(job, kept=document)
 
     def begun(self) -> Iterator[JobFolder]:
         """Yield the jobs of this attempt that have begun, in their order."""
-        notes = (self.folder / JOBS_FOLDER).glob("[0-9]*.json")
-        for path in sorted(notes, key=lambda path: int(path.stem)):
-            note = read_json(path)
-            if note is not None and note["attempt"] == self.attempt:
-                yield JobFolder(
-                    num=int(path.stem),
-                    folder=Path(note["folder"]),
-                    overrides=note["overrides"],
-                    label=note["label"],
+        jobs = {num: job for (attempt, num), job in Kept.jobs.items() if attempt == self.attempt}
+        for path in (self.folder / JOBS_FOLDER).glob("[0-9]*.json"):
+            note, num = read_json(path), int(path.stem)
+            if note is not None and note["attempt"] == self.attempt and num not in jobs:
+                folder = Path(note["folder"])
+                jobs[num] = JobFolder(
+                    num=num, folder=folder, overrides=note["overrides"], label=note["label"]
                 )
+        yield from (jobs[num] for num in sorted(jobs))
 
     def varying(self, overrides: Sequence[str]) -> list[str]:
         """Return those of a job's overrides that others do not share; all, if they share all."""
@@ -223,13 +247,21 @@ def read_sweep(folder: Path) -> Sweep | None:
 
 
 def sweep_of_job(sweep_dir: str) -> Sweep | None:
-    """Return the sweep that a job belongs to.
+    """Return the sweep that a job belongs to; None where its record was deleted.
+
+    The process that started the sweep writes a deleted record again, and the sweep goes on.
 
     Args:
         sweep_dir: hydra.sweep.dir as this job has it. Where the setting contains something that is
             swept, the jobs' folders are not below the sweep's own, which the environment names.
     """
-    return read_sweep(Path(os.environ.get(SWEEP_VARIABLE) or sweep_dir).absolute())
+    sweep = read_sweep(Path(os.environ.get(SWEEP_VARIABLE) or sweep_dir).absolute())
+    decision = DECIDED.get()
+    if sweep is None and isinstance(decision, Started):
+        sweep = decision.sweep
+        with contextlib.suppress(OSError):
+            sweep.write()
+    return sweep
 
 
 def started_here(sweep: Sweep) -> bool:

@@ -16,13 +16,14 @@ from zinfer.config import RunConfig
 from zinfer.driver.finishing import finish
 from zinfer.driver.interrupts import Interrupts
 from zinfer.driver.refusals import refusal
-from zinfer.driver.run import never, run_job
+from zinfer.driver.run import run_job
 from zinfer.driver.terminal import Terminal
 from zinfer.job.files import RESULT_FILE
 from zinfer.job.outcome import Json, Outcome
 from zinfer.job.records import read_result
 from zinfer.sweep.record import Sweep
 from zinfer.sweep.resume import note_reused, stands_now
+from zinfer.tracking.deadline import never
 from zinfer.tracking.job_key import key_here
 from zinfer.tracking.parent import announce_parent, close_parent
 
@@ -160,9 +161,8 @@ def run_trial(
         return note_reused(earlier, folder)
     forked = config.launcher.fork_workers
     stopped = never if sweep is None else lambda: sweep.stopped() == "interrupted"
-    run_job(trial, folder, Quiet(terminal, size), forked=forked, stopped=stopped)
-    found: Json = read_result(folder / RESULT_FILE) or {}
-    return found
+    outcome = run_job(trial, folder, Quiet(terminal, size), forked=forked, stopped=stopped)
+    return read_result(folder / RESULT_FILE) or outcome.document()
 
 
 def _is_default_path(config: RunConfig) -> bool:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hydra.experimental.callback import Callback
 from pydantic.dataclasses import dataclass as checked
@@ -65,6 +65,12 @@ class Announced:
 
     tags: dict[str, str]
     run_id: str | None
+
+
+class Known:
+    """The parents that this process announced or created, by file, should the file be gone."""
+
+    parents: ClassVar[dict[Path, Announced]] = {}
 
 
 class ParentRunCallback(Callback):
@@ -140,7 +146,8 @@ def announce_parent(sweep_dir: Path, overrides: list[str]) -> Path:
     }
     sweep_dir.mkdir(parents=True, exist_ok=True)
     file = sweep_dir / PARENT_FILE
-    write_json(file, vars(Announced(tags=tags, run_id=None)))
+    Known.parents[file] = Announced(tags=tags, run_id=None)
+    write_json(file, vars(Known.parents[file]))
     return file
 
 
@@ -152,26 +159,32 @@ def parent_run_id(given: str | None, client: MlflowClient, experiment_id: str) -
     """
     if given is None or Path(given).name != PARENT_FILE:
         return given
-    if not Path(given).is_file():
-        return None
-    with Path(given).open("r+") as file:
+    path = Path(given)
+    if not path.is_file():
+        known = Known.parents.get(path)
+        return None if known is None else _created(path, known, client, experiment_id)
+    with path.open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        announced = read_record(Path(given), Announced)
+        announced = read_record(path, Announced)
         if announced is None:
             return None
-        if announced.run_id is not None:
-            return announced.run_id
-        run_id = str(
-            client.create_run(
-                experiment_id,
-                tags=announced.tags,
-                run_name=announced.tags.get(names.RUN_NAME_TAG),
-            ).info.run_id
-        )
-        file.seek(0)
-        file.truncate()
-        json.dump({"tags": announced.tags, "run_id": run_id}, file, indent=1)
+        run_id = _created(path, announced, client, experiment_id)
+        if announced.run_id is None:
+            file.seek(0)
+            file.truncate()
+            json.dump({"tags": announced.tags, "run_id": run_id}, file, indent=1)
         return run_id
+
+
+def _created(path: Path, announced: Announced, client: MlflowClient, experiment_id: str) -> str:
+    """Return the id of the announced run, which is created if it is not yet."""
+    run_id = announced.run_id
+    if run_id is None:
+        name = announced.tags.get(names.RUN_NAME_TAG)
+        run = client.create_run(experiment_id, tags=announced.tags, run_name=name)
+        run_id = str(run.info.run_id)
+    Known.parents[path] = Announced(tags=announced.tags, run_id=run_id)
+    return run_id
 
 
 def jobs_tags(runs: Sequence[SweptRun]) -> dict[str, str]:
@@ -217,7 +230,7 @@ def close_parent(
     from zinfer.tracking.store import TrackingUnavailable
     from zinfer.tracking.uri import artifact_location, tracking_uri
 
-    announced = read_record(file, Announced)
+    announced = read_record(file, Announced) or Known.parents.get(file)
     if announced is None or (announced.run_id is None and experiment is None):
         return None
     compared = [run.run_id for run in runs if run.run_id is not None]

@@ -306,7 +306,7 @@ def _wait_for_quiet_driver(job_dir: Path, events: EventLog) -> None:
     """Start timing when the driver has imported MLflow: a sample never shares a core with it."""
     ready = job_dir / DRIVER_READY_FILE
     deadline_s = time.monotonic() + DRIVER_READY_WAIT_S
-    while not ready.exists():
+    while not ready.exists() and job_dir.exists():  # a deleted folder gets no more files
         if time.monotonic() > deadline_s:
             events.warning(
                 f"the driver was still busy after {DRIVER_READY_WAIT_S:.0f} s: "
