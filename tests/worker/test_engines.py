@@ -5,40 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-
-def test_the_last_tokens_of_a_prefill_are_one_matrix_with_an_unpacked_head(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """PyTorch's own linear makes a batch of them, and a copy of the head for each row."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from zinfer.worker.engines.zero import multiply_in_one_matrix
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            names.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    monkeypatch.setattr(
-        torch.nn.functional, "linear", torch.nn.functional.linear
-    )  # put back afterwards
-    last, head = torch.randn(4, 32, 64)[:, -1:, :], torch.randn(1000, 64)
-    products = []
-    for _ in range(2):
-        names: list[str] = []
-        with torch.no_grad(), Seen():
-            products.append(torch.nn.functional.linear(last, head))
-        assert ("bmm" in names) == (len(products) == 1)
-        multiply_in_one_matrix()
-    torch.testing.assert_close(*products)
-
 
 GATHERING = """
 import os, sys, tempfile

@@ -145,7 +145,7 @@ def weight_faults(
     never: list[str] = []
     for (parameter, aliases), size in zip(names.items(), numel, strict=True):
         with gather(parameter), torch.no_grad():
-            if not is_finite(parameter.data):
+            if not is_finite(_numbers(parameter)):
                 not_numbers.append(aliases[0])
             elif samples is not None:
                 read = [samples.values[name] for name in aliases if name in samples.values]
@@ -217,4 +217,17 @@ def _agrees(held: torch.Tensor, read: torch.Tensor, ranks: int) -> bool:
     mine = pick(held, ranks)
     if mine.numel() != read.numel():
         return False
-    return torch.equal(mine, read.to(device=mine.device, dtype=mine.dtype))
+    wanted = read.to(device=mine.device, dtype=mine.dtype)
+    return torch.equal(mine, wanted) or torch.equal(_bits(mine), _bits(wanted))
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """View values as bytes: in packed weights any bit pattern may be, also one of NaN."""
+    return values.contiguous().view(torch.uint8)
+
+
+def _numbers(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return what must be finite: all of it, or the scales of a packed weight."""
+    found: Callable[[torch.Tensor], torch.Tensor] | None
+    found = getattr(parameter, "zinfer_numbers", None)
+    return parameter.data if found is None else found(parameter.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from zinfer.model.spec import ModelSpec
 from zinfer.model.weights.dummy import dummy_model
 from zinfer.model.weights.pretrained import open_checkpoint, pretrained_model, verify
 from zinfer.worker.engines import Engine, tokenizer_for
+from zinfer.worker.quantised.building import dummy_packed
+from zinfer.worker.quantised.loading import packed_model
+from zinfer.worker.quantised.searched import searched_if_asked
 
 
 def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
@@ -26,15 +30,30 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         else "cpu"
     )
     dtype = getattr(torch, spec.dtype)
+    quantised = config.dtype if config.quantiser else None
+    place = mover(device)
+    verified = None
     with torch.no_grad():
-        if config.weights == "dummy":
-            model = dummy_model(config.model, spec, dtype, device, events)
-            verified = None
-        else:
+        if config.weights == "pretrained":
             opened = open_checkpoint(config.model, dtype, events)
-            read = pretrained_model(opened, dtype, events)
+            read = (
+                packed_model(
+                    opened,
+                    quantised,
+                    dtype,
+                    place,
+                    events,
+                    searched=searched_if_asked(opened, config, spec, events),
+                )
+                if quantised
+                else pretrained_model(opened, dtype, events)
+            )
             model = read.model.to(device)
             verified = verify(opened, read, events)
+        elif quantised:
+            model = dummy_packed(config.model, quantised, spec, dtype, place, events).to(device)
+        else:
+            model = dummy_model(config.model, spec, dtype, device, events)
     model.eval()
     return Engine(
         model=model,
@@ -47,3 +66,12 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         ),
         verified=verified,
     )
+
+
+def mover(device: torch.device) -> Callable[[torch.nn.Parameter], None]:
+    """Return what moves a parameter to the device as soon as it has its values."""
+
+    def place(parameter: torch.nn.Parameter) -> None:
+        parameter.data = parameter.data.to(device)
+
+    return place

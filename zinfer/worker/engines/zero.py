@@ -14,18 +14,26 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.inference.quantization.utils import wrap_quantized_functional
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from zinfer.config import RunConfig
+from zinfer.config import ConfigError, RunConfig
 from zinfer.job.events import EventLog
 from zinfer.machine import native_ops
 from zinfer.machine.huge_pages import into_huge_pages
 from zinfer.model.spec import ModelSpec
 from zinfer.model.weights.dummy import dummy_model_partitioned
-from zinfer.model.weights.pretrained import open_checkpoint, pretrained_model, verify
+from zinfer.model.weights.pretrained import (
+    Opened,
+    Read,
+    open_checkpoint,
+    pretrained_model,
+    verify,
+)
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.worker.engines import Engine, tokenizer_for
+from zinfer.worker.quantised.building import dummy_packed
+from zinfer.worker.quantised.loading import packed_model
+from zinfer.worker.quantised.searched import searched_if_asked
 
 GATHERS, GATHERED_NUMEL = 16, 1 << 17
 """More gathers than gloo has threads, each so long that the next one finds another thread.
@@ -43,18 +51,11 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     gc.freeze()  # the collector need not walk the libraries again while the model is timed
     dtype = getattr(torch, spec.dtype)
     opened = None if config.weights == "dummy" else open_checkpoint(config.model, dtype, events)
-    # While this lives, transformers builds models under zero.Init.
-    alive = HfDeepSpeedConfig(ds_json)
+    build = build_packed if config.quantiser == "zinfer" else build_plain
     with torch.no_grad():
-        if opened is None:
-            model = dummy_model_partitioned(config.model, spec, ds_json, dtype, events)
-        else:
-            read = pretrained_model(opened, dtype, events, zero3_ranks=comm.get_world_size())
-            model = read.model
-    model.eval()
+        read, alive = build(config, spec, ds_json, opened, events)
+    model = read.model.eval()
     engine, *_ = deepspeed.initialize(model=model, config=ds_json)
-    if config.dtype.bits is not None and config.zero.derivation == "tuned":
-        multiply_in_one_matrix()
     module = engine.module.eval()
     if config.stages_in_huge_pages:
         stage_in_huge_pages(module, zero_layout(config, spec))
@@ -80,6 +81,61 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     )
 
 
+def build_plain(
+    config: RunConfig,
+    spec: ModelSpec,
+    ds_json: dict[str, Any],
+    opened: Opened | None,
+    events: EventLog,
+) -> tuple[Read, HfDeepSpeedConfig]:
+    """Build the model under zero.Init. Weights in 8 or 4 bits are DeepSpeed's own."""
+    dtype = getattr(torch, spec.dtype)
+    # While this lives, transformers builds models under zero.Init.
+    alive = HfDeepSpeedConfig(ds_json)
+    if opened is not None:
+        ranks = comm.get_world_size()
+        return pretrained_model(opened, dtype, events, zero3_ranks=ranks), alive
+    model = dummy_model_partitioned(config.model, spec, ds_json, dtype, events)
+    return Read(model=model, samples=None), alive
+
+
+def build_packed(
+    config: RunConfig,
+    spec: ModelSpec,
+    ds_json: dict[str, Any],
+    opened: Opened | None,
+    events: EventLog,
+) -> tuple[Read, HfDeepSpeedConfig]:
+    """Build the model with packed weights, each partitioned and swapped before the next one.
+
+    Raises:
+        ConfigError: gathers would add bytes up.
+    """
+    if ds_json["zero_optimization"].get("stage3_use_all_reduce_for_fetch_params"):
+        raise ConfigError(
+            [
+                "stage3_use_all_reduce_for_fetch_params gathers weights by adding partitions up, "
+                "and packed weights are no numbers. Set it to false, or dtype=bfloat16"
+            ]
+        )
+    dtype = getattr(torch, spec.dtype)
+    partition = deepspeed.zero.Init(config_dict_or_path=ds_json)
+
+    def place(parameter: torch.nn.Parameter) -> None:
+        partition._convert_to_zero_parameters([parameter])
+
+    if opened is not None:
+        ranks = comm.get_world_size()
+        searched = searched_if_asked(opened, config, spec, events)
+        read = packed_model(
+            opened, config.dtype, dtype, place, events, ranks=ranks, searched=searched
+        )
+    else:
+        model = dummy_packed(config.model, config.dtype, spec, dtype, place, events)
+        read = Read(model=model, samples=None)
+    return read, HfDeepSpeedConfig(ds_json)
+
+
 def gather_in_one_thread() -> None:
     """Let each of gloo's threads copy alone, without a team of OMP_NUM_THREADS of its own.
 
@@ -103,23 +159,6 @@ def gather_in_one_thread() -> None:
     ]:  # at once, so that every thread gets one
         handle.wait()
     torch.set_num_threads(threads)
-
-
-def multiply_in_one_matrix() -> None:
-    """Multiply unpacked weights by PyTorch's own linear, on contiguous input.
-
-    DeepSpeed's linear serves training, but its unpacking of quantised weights hangs on it. Both
-    linears take the last tokens of a prefill, a view of all hidden states, for a batch of matrices
-    when the weight needs no gradient; on a CPU that copies the output head once for each row.
-    A contiguous input is one matrix. Source: should_fold in ATen/native/LinearAlgebra.cpp.
-    """
-
-    def linear(
-        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return torch._C._nn.linear(input.contiguous(), weight, bias)
-
-    torch.nn.functional.linear = wrap_quantized_functional(linear)
 
 
 def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> None:

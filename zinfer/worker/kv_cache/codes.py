@@ -15,13 +15,16 @@ SMALLEST_SCALE = 2.0**-24
 """The smallest number above zero in float16."""
 
 
-def quantise(values: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(
+    values: torch.Tensor, bits: int, group_size: int, *, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round values to codes.
 
     Args:
         values: [..., dim] in any floating type.
         bits: 8 or 4.
         group_size: values that share a scale; divides dim.
+        symmetric: zero is the code in the middle, 2^(bits-1), and the minimum follows from it.
 
     Returns:
         Codes as bytes [..., dim * bits / 8], and scales with minima [..., dim / group_size, 2] in
@@ -31,12 +34,23 @@ def quantise(values: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Te
     steps = (1 << bits) - 1
     least = groups.amin(-1, keepdim=True).clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
     most = groups.amax(-1, keepdim=True)
-    scale = ((most - least) / steps).clamp(SMALLEST_SCALE, LARGEST_HALF).half().float()
+    if symmetric:
+        middle = 1 << (bits - 1)
+        reach = torch.maximum(-groups.amin(-1, keepdim=True) / middle, most / (middle - 1))
+        scale = _half_scale(reach, LARGEST_HALF / middle)
+        least = -scale * middle
+    else:
+        scale = _half_scale((most - least) / steps, LARGEST_HALF)
     codes = ((groups - least) / scale).round_().clamp_(0, steps).to(torch.uint8)
     if bits == 4:
         half = group_size // 2
         codes = codes[..., :half] | (codes[..., half:] << 4)
     return codes.flatten(-2), torch.cat([scale, least], -1).half()
+
+
+def _half_scale(scale: torch.Tensor, largest: float) -> torch.Tensor:
+    """Round scales to float16, so that codes are chosen with what will be stored."""
+    return scale.clamp(SMALLEST_SCALE, largest).half().float()
 
 
 def dequantise(

@@ -103,6 +103,15 @@ class SearchedWeights:
         pack_model(self._opened, self._dtype, self._spec.parameters, self._ids, take, self._events)
 
 
+def searched_if_asked(
+    opened: Opened, config: RunConfig, spec: ModelSpec, events: EventLog
+) -> SearchedWeights | None:
+    """Find or make them as `searched_weights` does; None under dtype.rounding=nearest."""
+    if config.dtype.rounding != "searched":
+        return None
+    return searched_weights(opened, config, spec, events)
+
+
 def searched_weights(
     opened: Opened, config: RunConfig, spec: ModelSpec, events: EventLog
 ) -> SearchedWeights:
