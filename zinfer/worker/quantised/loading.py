@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from zinfer.config import DtypeConfig
+from zinfer.config import ConfigError, DtypeConfig
 from zinfer.job.events import EventLog
 from zinfer.model.weights.checkpoint import (
     SAFETENSORS_DTYPES,
@@ -86,6 +86,9 @@ def stored_slices(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return name -> tensor of all files, none of them read yet.
 
     Pickles are read whole: their format has no other way.
+
+    Raises:
+        ConfigError: a file was changed since its header was checked.
     """
     found: dict[str, Any] = {}
     for file in checkpoint.files:
@@ -93,7 +96,10 @@ def stored_slices(checkpoint: Checkpoint) -> dict[str, Any]:
         if path.suffix != ".safetensors":
             found |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             continue
-        header, raw = read_header(path)
+        try:
+            header, raw = read_header(path)
+        except (OSError, ValueError) as error:
+            raise ConfigError([str(error)]) from error
         found |= {
             name: StoredSlice(path, name, 8 + len(raw), row)
             for name, row in header.items()
