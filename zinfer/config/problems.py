@@ -193,12 +193,6 @@ def _dtype(config: RunConfig) -> Iterator[Problem]:
             f"Set dtype={dtype.weights}",
             ("dtype.weights", "dtype.compute"),
         )
-    if dtype.rounding == "searched" and dtype.bits is not None and config.weights == "dummy":
-        yield Problem(
-            "dtype.rounding=searched makes the text better, and weights=dummy are random: their "
-            "text means nothing. Set dtype.rounding=nearest, or weights=pretrained",
-            ("dtype.rounding", "weights"),
-        )
     if config.quantiser == "deepspeed":
         yield from _quantised_by_deepspeed(config)
     elif dtype.bits is not None and dtype.rounding == "searched":
