@@ -53,7 +53,6 @@ class PackedModel:
         self.waiting = {names[0] for names in self.aliases.values()}
         """Names of the parameters that have no values yet."""
         self._place, self._searched = place, searched
-        self._kept = frozenset(searched.names if searched else ())
         self._first = {name: names[0] for names in self.aliases.values() for name in names}
         self._packings = {
             each.name: Packing.of(each, bits, dtype_config)
@@ -68,7 +67,7 @@ class PackedModel:
     def is_kept(self, name: str) -> bool:
         """Tell if the packed bytes of a tensor are known before it is read."""
         first = self._first.get(name)
-        return first in self._packings and first in self._kept
+        return self._searched is not None and first in self._packings and first in self._searched
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter that has no values yet."""
