@@ -128,11 +128,9 @@ def shape_cells(
     values = torch.randn(rows, kv_heads, tokens, DIM)
     copies = {}
     for name, kind in KINDS:
-        one = stored(values, kind), stored(values, kind)
-        count = max(1, min(16, ROTATED_BYTES // bytes_of(*one)))
-        copies[name] = [one] + [
-            (stored(values, kind), stored(values, kind)) for _ in range(count - 1)
-        ]
+        one = stored(values, kind)
+        count = max(2, ROTATED_BYTES // bytes_of(one, one))
+        copies[name] = [(copied(one), copied(one)) for _ in range(count)]
     rates: dict[str, list[float]] = {name: [] for name, _ in KINDS}
     faster: dict[str, list[float]] = {name: [] for name, _ in KINDS}
     bandwidths = []

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from zinfer.machine import cpp_library
 from zinfer.worker.kv_cache import kernel as module
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.kv_cache.kernel import (
@@ -63,14 +66,19 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how
 
 
 def problem(
-    heads: tuple[int, int], dim: int, tokens: int, kinds: tuple[Any, Any], seed: int = 0
+    heads: tuple[int, int],
+    dim: int,
+    tokens: int,
+    kinds: tuple[Any, Any],
+    seed: int = 0,
+    group: int | None = None,
 ) -> tuple[Any, ...]:
-    """A random problem with a padded row, sinks, and room behind the tokens."""
+    """Make a random problem with a padded row, sinks, and room behind the tokens."""
     torch.manual_seed(seed)
     query_heads, kv_heads = heads
     query = torch.randn(ROWS, query_heads, dim) * 2
     stored = [torch.randn(ROWS, kv_heads, tokens + SPARE, dim) for _ in range(2)]
-    group = 32 if dim % 32 == 0 else 16
+    group = group or (32 if dim % 32 == 0 else 16)
     (keys, k), (values, v) = (
         rows_of(each, kind, group) for each, kind in zip(stored, kinds, strict=True)
     )
@@ -97,6 +105,57 @@ def test_the_compiled_kernel_is_right_at_every_length(
             assert error < (1e-5 if isinstance(kind, torch.dtype) else 5e-4), (tokens, dim)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_groups_of_every_size_are_right(heads: tuple[int, int], bits: int, group: int) -> None:
+    for tokens, dim in itertools.product((1, 66, 300), (64, 128, 192, 256, 512)):
+        if dim % group or (bits == 4 and group == 16):
+            continue
+        query, keys, values, how, expected = problem(heads, dim, tokens, (bits, bits), group=group)
+        error = (compiled(query, keys, values, tokens, how).double() - expected).abs().max()
+        assert error < 5e-4, (tokens, dim)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_a_bfloat16_query_on_bfloat16_keys_loses_nothing_but_its_output(
+    heads: tuple[int, int],
+) -> None:
+    for tokens, dim in itertools.product(LENGTHS, (32, 80, 128, 256)):
+        _, keys, values, how, _ = problem(heads, dim, tokens, (torch.bfloat16, torch.bfloat16))
+        torch.manual_seed(1)
+        query = torch.randn(ROWS, heads[0], dim).bfloat16().float()
+        k, v = (each.data[:, :, :tokens].double() for each in (keys, values))
+        expected = reference(query, k, v, how)
+        error = (compiled(query, keys, values, tokens, how).double() - expected).abs().max()
+        assert error < 3e-5, (tokens, dim)
+
+
+OTHER_PROCESSORS = {
+    "AVX2": ("-mno-avx512f",),
+    "AVX-512 without integer products": ("-mno-avx512vnni",),
+    "AVX-512 without bfloat16": ("-mno-avx512bf16",),
+    "no vectors": ("-mno-avx", "-mno-fma", "-mno-f16c"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+@pytest.mark.parametrize("processor", OTHER_PROCESSORS)
+def test_the_kernel_is_right_as_it_is_compiled_for_other_processors(
+    processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path))
+    flags = (*cpp_library.FLAGS, *OTHER_PROCESSORS[processor])
+    monkeypatch.setattr(cpp_library, "FLAGS", flags)
+    lib = ctypes.CDLL(str(cpp_library.build_library(module.DECODE_ATTENTION)))
+    monkeypatch.setattr(module, "library", lambda: lib)
+    for heads, kind, tokens in itertools.product(HEADS, (*FLOATS, 8, 4), (1, 66, 300)):
+        query, keys, values, how, expected = problem(heads, 128, tokens, (kind, kind), group=64)
+        error = (compiled(query, keys, values, tokens, how).double() - expected).abs().max()
+        assert error < (1e-5 if isinstance(kind, torch.dtype) else 5e-4), (heads, kind, tokens)
 
 
 @pytest.mark.parametrize(("keys", "values"), itertools.permutations([torch.bfloat16, 8, 4], 2))
@@ -209,4 +268,4 @@ def test_the_structure_handed_over_has_the_fields_of_the_source() -> None:
     struct = text[text.index("struct Problem {") : text.index("};", text.index("struct Problem {"))]
     positions = [struct.index(f"{name}") for name, _ in module._Problem._fields_]
     assert len(positions) == struct.count(",") + struct.count(";")
-    assert ctypes.sizeof(module._Problem) == 8 * 19 + 4 * 4
+    assert ctypes.sizeof(module._Problem) == 8 * 19 + 4 * 5 + 4  # padded to eight bytes

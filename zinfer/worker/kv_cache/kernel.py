@@ -82,6 +82,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("bias_batch_stride", "bias_head_stride")),
         *((name, ctypes.c_int32) for name in ("k_kind", "v_kind", "threads")),
         ("softcap", ctypes.c_float),
+        ("scale", ctypes.c_float),
     ]
 
 
@@ -118,14 +119,14 @@ def compiled(
     batch, heads, head_dim = query.shape
     kv_heads, capacity = keys.data.shape[1:3]
     assert keys.data.is_contiguous() and values.data.is_contiguous()
-    scaled = (query.float() * scoring.scale).contiguous()
+    wide = query.float().contiguous()
     out = torch.empty(batch, heads, values.dim)
     bias = None if scoring.bias is None else scoring.bias[..., :tokens].float()
     if bias is not None and bias.stride(-1) != 1:
         bias = bias.contiguous()
     sinks = None if scoring.sinks is None else scoring.sinks.float().contiguous()
     problem = _Problem(
-        q=scaled.data_ptr(),
+        q=wide.data_ptr(),
         k=keys.data.data_ptr(),
         v=values.data.data_ptr(),
         k_scales=None if keys.scales is None else keys.scales.data_ptr(),
@@ -148,6 +149,7 @@ def compiled(
         v_kind=CODE_KINDS[values.bits] if values.bits < 16 else KINDS[values.data.dtype],
         threads=torch.get_num_threads(),
         softcap=scoring.softcap or 0.0,
+        scale=scoring.scale,
     )
     if lib.zinfer_decode_attention(ctypes.byref(problem)) != 0:
         raise ValueError(f"the kernel refused this problem: {unsupported(keys, values)}")
