@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multirun_analysis.command import parser
+from multirun_analysis.progress import Progress, shown_progress
 from multirun_analysis.runs import ReportError, Selection
-from multirun_analysis.terminal import show, show_against, shown_progress
+from multirun_analysis.terminal import show, show_against
 from zinfer.tracking.store import TrackingUnavailable
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def report(options: argparse.Namespace) -> int:
         raise ReportError("--fail-if-slower needs what to compare with. Set --against EARLIER")
     out: Path = options.out or Path("reports") / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     with shown_progress() as progress:
-        progress("reading runs")
-        selection = select(options)
+        selection = select(options, progress)
         from multirun_analysis.report import write_report
 
         written = write_report(selection, out, baseline, progress)
@@ -56,7 +56,7 @@ def report(options: argparse.Namespace) -> int:
     return code
 
 
-def select(options: argparse.Namespace) -> Selection:
+def select(options: argparse.Namespace, progress: Progress) -> Selection:
     """Read the runs that were asked for."""
     if options.from_dir is not None:
         if options.filter or options.uri or options.against:
@@ -66,7 +66,7 @@ def select(options: argparse.Namespace) -> Selection:
             )
         from multirun_analysis.folders import read_folder
 
-        return read_folder(options.from_dir)
+        return read_folder(options.from_dir, progress)
     from multirun_analysis.store import read_mlflow, store_uri
 
     return read_mlflow(
@@ -74,6 +74,7 @@ def select(options: argparse.Namespace) -> Selection:
         experiment=options.experiment,
         run_id=options.run,
         where=options.filter,
+        progress=progress,
     )
 
 

@@ -10,21 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from multirun_analysis.notes import run_notes
+from multirun_analysis.plans import grid_runs
+from multirun_analysis.progress import READING, Progress, silent
 from multirun_analysis.runs import History, Json, ReportError, Run, Selection, started_s
 from zinfer.job.files import (
     EARLIER_FOLDER,
     ENVIRONMENT_FILE,
     EVENTS_FILE,
     JOB_FILE,
+    PLANS_JSON_FILE,
     RESULT_FILE,
 )
+from zinfer.tracking.names import LARGEST_BATCH, PLAN_FITS
 from zinfer.tracking.run import flat_params
 from zinfer.units import counted
 
 STEP_HISTORY = "decode_step_s_by_step"
 
 
-def read_folder(folder: Path) -> Selection:
+def read_folder(folder: Path, progress: Progress = silent) -> Selection:
     """Read result.json, and job.json or .hydra/config.yaml beside it, at any depth.
 
     Raises:
@@ -34,7 +38,7 @@ def read_folder(folder: Path) -> Selection:
         raise ReportError(
             f"{folder} is not a folder. Set --from-dir outputs, or --uri for an MLflow store"
         )
-    runs = tuple(sorted(folder_runs(folder), key=started_s))
+    runs = tuple(sorted(folder_runs(folder, progress), key=started_s))
     if not runs:
         raise ReportError(
             f"no job folder (with a {RESULT_FILE}) is in {folder}. Set --from-dir outputs or "
@@ -58,14 +62,42 @@ def read_folder(folder: Path) -> Selection:
     )
 
 
-def folder_runs(folder: Path) -> Iterator[Run]:
-    """Yield the run of every readable result.json below `folder`, earlier attempts left out."""
-    for path in sorted(folder.rglob(RESULT_FILE)):
+def folder_runs(folder: Path, progress: Progress = silent) -> Iterator[Run]:
+    """Yield the run of every readable result.json below `folder`, earlier attempts left out.
+
+    Each point of a grid of plans (plans.json) is a run too.
+    """
+    results = sorted(folder.rglob(RESULT_FILE))
+    for number, path in enumerate(results):
+        progress(READING, number + 1, len(results))
         if EARLIER_FOLDER in path.relative_to(folder).parts:
             continue
         result = json_file(path)
         if result is not None and "status" in result:
             yield _run(path.parent, result)
+    for path in sorted(folder.rglob(PLANS_JSON_FILE)):
+        if EARLIER_FOLDER not in path.relative_to(folder).parts:
+            yield from grid_runs(_grid(path), file_of)
+
+
+def _grid(path: Path) -> Run:
+    """Return the run that a grid of plans would be in a store."""
+    return Run(
+        run_id=str(path.parent),
+        name=path.parent.name,
+        experiment="",
+        started=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+        status="planned",
+        reason=None,
+        params={},
+        metrics={},
+        tags={"zinfer.job_dir": str(path.parent)},
+    )
+
+
+def file_of(run: Run, name: str) -> Json | None:
+    """Return a JSON file of the run's folder; None where it is missing or broken."""
+    return json_file(Path(run.tags["zinfer.job_dir"]) / name)
 
 
 def _run(job_dir: Path, result: Json) -> Run:
@@ -90,6 +122,8 @@ def _metrics(result: Json) -> dict[str, Any]:
     metrics = {
         "model_parameters": model.get("parameters"),
         "weight_bytes": model.get("weight_bytes"),
+        PLAN_FITS: int(plan["fits"]) if "fits" in plan else None,
+        LARGEST_BATCH: (plan.get("advice") or {}).get("largest_batch_size"),
     }
     for tier, needs in (plan.get("tiers") or {}).items():
         metrics |= {

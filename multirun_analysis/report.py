@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from multirun_analysis.figures.canvas import Canvas, Figure
 from multirun_analysis.formats import write_tables
 from multirun_analysis.frame import write_exports
 from multirun_analysis.notes import mixtures
+from multirun_analysis.progress import Progress, silent
 from multirun_analysis.published.beside import Comparison, compare_published
 from multirun_analysis.ratios import Baseline, Ratio, default_baseline, ratios
 from multirun_analysis.render import render
@@ -29,6 +30,7 @@ from multirun_analysis.tables.plans import plans_table
 from multirun_analysis.tables.published import published_table
 from multirun_analysis.tables.runs import runs_table
 from multirun_analysis.tables.speedup import speedup_table
+from zinfer.units import counted
 
 MAX_ENVIRONMENTS = 3
 """Columns of the environment table: each needs one file of the store."""
@@ -42,8 +44,6 @@ NOT_CLAIMED = (
     "That a difference within the spread is a difference: the spread is over repeats on one "
     "machine, not over machines or days.",
 )
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +106,17 @@ def write_report(
     selection: Selection,
     out: Path,
     baseline: Baseline | None = None,
-    progress: Progress = lambda step: None,
+    progress: Progress = silent,
 ) -> Report:
     """Compare, draw and write everything into `out`.
 
     Args:
         baseline: what speed-ups are over; None chooses it.
-        progress: called with the name of each step before it.
+        progress: shows the step that runs.
     """
-    progress(f"comparing {len(selection.runs)} runs")
+    progress(f"comparing {counted(len(selection.runs), 'run')}")
     compared = compare(selection, baseline)
     out.mkdir(parents=True, exist_ok=True)
-    progress("drawing")
     with Canvas(out / "figures") as canvas:
         figures = draw(
             canvas,
@@ -126,11 +125,12 @@ def write_report(
             compared.baseline,
             compared.published,
             selection.history,
+            progress,
         )
     notes = [*selection.notes, *mixtures(compared.found)]
     if baseline and not any(item.ratio for item in compared.ratios):
         notes.append(f"No speed-up over {baseline}: no run that was measured has it.")
-    progress("writing")
+    progress("writing the report")
     report = _report(compared, figures, notes)
     write_tables([table for table in (report.runs, *report.tables) if table.rows], out / "tables")
     write_exports(selection, out / "data")
@@ -192,11 +192,9 @@ def environments(selection: Selection, found: Sequence[Configuration]) -> list[t
 
 def status_counts(selection: Selection) -> tuple[tuple[str, str, int], ...]:
     """Count how many runs came to what end, in a fixed order."""
-    counted = Counter(run.status for run in selection.runs)
+    number = Counter(run.status for run in selection.runs)
     return tuple(
-        (status, words, counted[status])
-        for status, words in STATUS_WORDS.items()
-        if counted[status]
+        (status, words, number[status]) for status, words in STATUS_WORDS.items() if number[status]
     )
 
 

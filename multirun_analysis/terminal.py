@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from multirun_analysis.configuration import RATE
@@ -13,7 +11,7 @@ from zinfer.escape import printable
 
 if TYPE_CHECKING:
     from multirun_analysis.against import Against
-    from multirun_analysis.report import Progress, Report
+    from multirun_analysis.report import Report
 
 ROWS = 40
 WIDTH = 160
@@ -89,18 +87,6 @@ def print_table(table: Table, indices: tuple[int, ...], console: Any) -> None:
     console.print(grid)
     if len(table.rows) > ROWS:
         console.print(f"... and {len(table.rows) - ROWS} more in the report")
-
-
-@contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """Show the step that runs, on a terminal only; it is gone when the report is there."""
-    if not sys.stderr.isatty():
-        yield lambda step: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("reading runs") as status:
-        yield lambda step: status.update(step)
 
 
 def _console() -> Any:

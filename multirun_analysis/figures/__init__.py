@@ -15,6 +15,7 @@ from multirun_analysis.figures.quality import quality
 from multirun_analysis.figures.speedup import speedup
 from multirun_analysis.figures.throughput import throughput
 from multirun_analysis.figures.tradeoff import latency_tradeoff, memory_tradeoff, quality_tradeoff
+from multirun_analysis.progress import Progress, silent
 from multirun_analysis.published.beside import Comparison
 from multirun_analysis.ratios import Baseline, Ratio
 from multirun_analysis.runs import History, Run
@@ -27,6 +28,7 @@ def draw(
     baseline: Baseline | None,
     comparisons: Sequence[Comparison],
     history: Callable[[Run, str], History],
+    progress: Progress = silent,
 ) -> tuple[Figure, ...]:
     """Draw every figure of a report, in its order."""
     groups = [
@@ -37,16 +39,21 @@ def draw(
     several = [
         (label, group) for label, group in groups if sum(item.measured for item in group) > 1
     ] or groups
-    return (
-        throughput(canvas, several),
-        memory_tradeoff(canvas, groups),
-        latency_tradeoff(canvas, groups),
-        quality_tradeoff(canvas, groups),
-        ceiling(canvas, found),
-        step_time(canvas, leaders(groups)),
-        memory(canvas, leaders(groups)),
-        speedup(canvas, ratios, baseline),
-        decode_latency(canvas, leaders(groups), history),
-        quality(canvas, found),
-        plans(canvas, found, comparisons),
+    in_order: tuple[Callable[[], Figure], ...] = (
+        lambda: throughput(canvas, several),
+        lambda: memory_tradeoff(canvas, groups),
+        lambda: latency_tradeoff(canvas, groups),
+        lambda: quality_tradeoff(canvas, groups),
+        lambda: ceiling(canvas, found),
+        lambda: step_time(canvas, leaders(groups)),
+        lambda: memory(canvas, leaders(groups)),
+        lambda: speedup(canvas, ratios, baseline),
+        lambda: decode_latency(canvas, leaders(groups), history),
+        lambda: quality(canvas, found),
+        lambda: plans(canvas, found, comparisons),
     )
+    figures = []
+    for number, draw_one in enumerate(in_order):
+        progress("drawing figures", number + 1, len(in_order))
+        figures.append(draw_one())
+    return tuple(figures)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from multirun_analysis.store import numbers_of, read_mlflow
+from multirun_analysis.logged import numbers_of
+from multirun_analysis.store import read_mlflow
 from tests.helpers.tracked_runs import OUTCOME, config_of, opened, stored
 from zinfer.tracking.names import COMPARED_METRICS
 from zinfer.tracking.run import number_tags

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Column, Table
 
-WORDS_WIDTH = 24
+WORDS_WIDTH, LEAST_WIDTH = 24, 8
 PADDING = 3
 """Characters between two columns."""
 
@@ -31,23 +31,30 @@ def new_table(title: str, *columns: str, left: Collection[int] = (0,)) -> Table:
     return table
 
 
-def leave_out(table: Table, spare: Sequence[str], console: Console) -> None:
-    """Leave columns out, in the order of `spare`, until a table fits the console's width.
+def fit(table: Table, spare: Sequence[str], console: Console) -> None:
+    """Make a table fit the console: leave columns out in the order of `spare`, then fold words.
 
-    Columns of numbers are never cut. Words are folded down to WORDS_WIDTH characters.
+    Columns of numbers are never cut. Words are folded to WORDS_WIDTH characters before a column
+    goes, and to less only where none is spare.
     """
     from rich.measure import Measurement
 
-    def width_of(column: Column) -> int:
-        cells = [column.header, *column.cells]
-        widths = [Measurement.get(console, console.options, cell).maximum for cell in cells]
-        widest = max(widths, default=0)
-        return widest if column.no_wrap else min(widest, WORDS_WIDTH)
+    def natural(column: Column) -> int:
+        cells = (column.header, *column.cells)
+        widest = (Measurement.get(console, console.options, cell).maximum for cell in cells)
+        return max(widest, default=0) + PADDING
+
+    def least(column: Column) -> int:
+        return natural(column) if column.no_wrap else min(natural(column), WORDS_WIDTH + PADDING)
 
     for head in spare:
-        if sum(width_of(column) + PADDING for column in table.columns) <= console.width:
-            return
+        if sum(map(least, table.columns)) <= console.width:
+            break
         table.columns = [column for column in table.columns if column.header != head]
+    over = sum(map(natural, table.columns)) - console.width
+    if over > 0:
+        widest = max((column for column in table.columns if not column.no_wrap), key=natural)
+        widest.width = max(LEAST_WIDTH, natural(widest) - PADDING - over)
 
 
 def plan_table(outcome: Outcome) -> Table:

@@ -185,12 +185,12 @@ class Terminal:
     def _print(self, table: Table, spare: Sequence[str] = (), *, to_out: bool = True) -> None:
         from rich.console import Console
 
-        from zinfer.driver.tables import leave_out
+        from zinfer.driver.tables import fit
 
         file = self._out if to_out else self.err
         width = None if file.isatty() else PIPE_WIDTH
         console = Console(file=file, width=width, highlight=False)
-        leave_out(table, spare, console)
+        fit(table, spare, console)
         console.print(table)
 
     def table(self, table: Table, spare: Sequence[str] = (), *, to_out: bool = True) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import TextIO
 
-from zinfer.driver.progress import JobProgress
+from zinfer.driver.progress import START, JobProgress
 from zinfer.driver.screen import Screen, is_live
 from zinfer.job.events import EventReader
 from zinfer.job.folder import read_job
@@ -87,6 +87,7 @@ class Followed:
     def __init__(self, job: JobFolder) -> None:
         self._job = job
         self._progress = JobProgress(job.label)
+        self._progress.take({"event": "phase", "name": START, "time_s": time.time()})
         self._reader: EventReader | None = None
 
     def look(self) -> JobProgress:

@@ -75,7 +75,7 @@ def plan_grid(master: DictConfig) -> int:
     else:
         show(rows, list(points[0].names), terminal)
     took = format_seconds(time.perf_counter() - started_s)
-    terminal.note(f"{len(rows)} plans in {took}: {table}")
+    terminal.note(f"{counted(len(rows), 'plan')} in {took}: {table}")
     if configs:
         log_grid(configs[0], folder, rows, terminal)
     return 2 if any(row["status"] == "refused" for row in rows) else 0
@@ -196,7 +196,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 def show(rows: list[Row], swept: list[str], terminal: Terminal) -> None:
     """Show the table; of a large grid the fastest points that fit."""
     order = rows
-    title = f"{len(rows)} plans"
+    title = counted(len(rows), "plan")
     if len(rows) > ROWS_SHOWN:
         order = sorted(rows, key=lambda row: (not row.get("fits"), -(_rate(row) or 0.0)))[
             :ROWS_SHOWN

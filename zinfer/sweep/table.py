@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from zinfer.driver.tables import new_table
 from zinfer.job.outcome import Json
 from zinfer.sweep.record import Sweep, SweepJob
-from zinfer.units import format_bytes, format_seconds
+from zinfer.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,18 +37,19 @@ def plan_table(sweep: Sweep) -> Table:
         if sweep.jobs
         else ""
     )
+    tiers = [tier for tier in TIERS if any(tier in job.needed_bytes for job in sweep.jobs)]
     shown = new_table(
-        escape(f"{len(sweep.jobs)} jobs: {same}".rstrip(": ")),
+        escape(f"{counted(len(sweep.jobs), 'job')}: {same}".rstrip(": ")),
         "job",
         "",
-        *TIERS,
+        *tiers,
         "plan",
-        left=(0, 1, 6),
+        left=(0, 1, 2 + len(tiers)),
     )
     for job in sweep.jobs:
         needs = [
             format_bytes(job.needed_bytes[tier]) if tier in job.needed_bytes else ""
-            for tier in TIERS
+            for tier in tiers
         ]
         shown.add_row(
             str(job.num),

@@ -77,6 +77,8 @@ Runs of earlier versions have the first five as parameters or metrics.
 PREDICTED_METRICS = ("predicted_", "ceiling_")
 """Beginnings of names of a plan's own numbers: logged also where nothing was measured."""
 PLAN_FITS = "plan_fits"
+LARGEST_BATCH = "largest_batch_size"
+"""That fits; only of jobs that plan and do not run."""
 TIER_NUMBERS = ("plan_{tier}_needed_bytes", "plan_{tier}_available_bytes")
 NOT_PARAMETERS = frozenset({
     "format", "profile", "tracking", "sweep", "calibrate", "offload.nvme_path",

@@ -306,6 +306,8 @@ def outcome_numbers(outcome: Outcome) -> dict[str, float]:
     values: dict[str, Any] = {name: model.get(key) for name, key in names.MODEL_NUMBERS.items()}
     if outcome.plan is not None:
         values[names.PLAN_FITS] = int(outcome.plan["fits"])
+        advice = outcome.plan.get("advice") or {}
+        values[names.LARGEST_BATCH] = advice.get("largest_batch_size")
         for tier, plan in outcome.plan["tiers"].items():
             needed, available = (name.format(tier=tier) for name in names.TIER_NUMBERS)
             values |= {needed: plan["needed_bytes"], available: plan["available_bytes"]}
