@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
+from zinfer.output import is_live
+
 READING = "reading runs"
 
 
@@ -45,8 +47,6 @@ class LogLines:
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
     """Show the steps on stderr; on a terminal they are gone when the report is there."""
-    from zinfer.driver.screen import is_live
-
     if not is_live(sys.stderr):
         yield LogLines(sys.stderr)
         return

@@ -102,3 +102,8 @@ def open_output() -> Outputs:
     out, err = Output(sys.stdout), Output(sys.stderr)
     sys.stdout, sys.stderr = out, err
     return Outputs(out, err)
+
+
+def is_live(stream: TextIO) -> bool:
+    """Return whether frames can be drawn there: a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")

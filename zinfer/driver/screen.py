@@ -7,7 +7,6 @@ screen is open, `Screen.print_line` writes a plain line.
 from __future__ import annotations
 
 import atexit
-import os
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
 if TYPE_CHECKING:
@@ -62,8 +61,3 @@ class Screen:
         screen, cls.current = cls.current, None
         if screen is not None:
             screen._live.stop()
-
-
-def is_live(stream: TextIO) -> bool:
-    """Return whether frames can be drawn there: a terminal that can move its cursor."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")

@@ -12,9 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from zinfer.driver.screen import Screen, is_live
+from zinfer.driver.screen import Screen
 from zinfer.job.events import Event
 from zinfer.job.outcome import Outcome
+from zinfer.output import is_live
 from zinfer.redact import redact
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ import time
 from typing import TextIO
 
 from zinfer.driver.progress import START, JobProgress
-from zinfer.driver.screen import Screen, is_live
+from zinfer.driver.screen import Screen
 from zinfer.job.events import EventReader
 from zinfer.job.folder import read_job
+from zinfer.output import is_live
 from zinfer.sweep.pace import Pace
 from zinfer.sweep.record import JOBS_FOLDER, SAID_FILE, JobFolder, Sweep
 
