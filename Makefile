@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Two tests at a time where there are two cores; groups of tests that must not meet run in turn.
 TWO_AT_A_TIME := $(shell [ "$$(nproc)" -ge 2 ] && echo "-n 2 --dist loadgroup")
 
-.PHONY: help setup setup-nvme demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-kv bench-plan bench-report bench-sweep test-slurm docs clean
+.PHONY: help setup setup-nvme demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-kv bench-quantized bench-plan bench-report bench-sweep test-slurm docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ bench-derivation: setup-nvme  ## tokens/s of zero=tuned against the published de
 
 bench-kv: setup  ## attention over a KV cache on the host: GB/s of the kernel, tokens/s of each placement
 	$(BIN)/python bench/bench_kv.py
+
+bench-quantized: setup-nvme  ## packed weights against bfloat16: products alone, decode steps of whole runs
+	$(BIN)/python bench/bench_quantised.py
 
 catalogue-specs: setup  ## count the catalogue's models anew, after a change to the code that counts: half a minute
 	$(BIN)/python scripts/count_catalogue.py

@@ -88,7 +88,8 @@ def sources_of(config: RunConfig) -> tuple[Path, ...]:
     """List the kernels that a run of this configuration loads."""
     kv = config.kv_cache
     attends = kv.placement == "host_attention" and kv.kernel != "torch"
-    return (DECODE_ATTENTION,) if attends else ()
+    multiplies = config.dtype.bits is not None and config.dtype.kernel in ("auto", "compiled")
+    return (*((DECODE_ATTENTION,) if attends else ()), *((PRODUCTS,) if multiplies else ()))
 
 
 def is_built(source: Path) -> bool:

@@ -14,7 +14,14 @@ from zinfer.machine import cpp_library
 from zinfer.machine.cpp_library import PRODUCTS
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.quantised import kernel as module
-from zinfer.worker.quantised.kernel import by_unpacking, library, multiply, skinny_linear, unpack
+from zinfer.worker.quantised.kernel import (
+    Kernel,
+    by_unpacking,
+    library,
+    multiply,
+    skinny_linear,
+    unpack,
+)
 
 FLAGS_OF_VECTORS = (
     (512, []),
@@ -22,6 +29,7 @@ FLAGS_OF_VECTORS = (
     (0, ["-mno-avx512f", "-mno-avx2", "-mno-avx", "-mno-fma", "-mno-f16c"]),
 )
 """Bits of a vector, and what the compiler is told so that it uses no wider ones."""
+KERNELS: tuple[Kernel, ...] = ("auto", "compiled", "torch", "unpack")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 3, 5, 8, 13, 32, 100)
 SHAPES = ((7, 32), (33, 96), (20, 192), (50, 1280), (130, 4128), (3, 11008))
@@ -192,7 +200,7 @@ def test_every_way_gives_the_same_product(rows: int) -> None:
     codes, scales, values = packed(1100, 4096, 4, 64)
     x, bias = torch.randn(rows, 4096), torch.randn(1100)
     exact = x.double() @ values.T + bias.double()
-    for kernel in ("auto", "torch"):
+    for kernel in KERNELS:
         found = multiply(x, codes, scales, bits=4, group_size=64, bias=bias, kernel=kernel)
         assert error_of(found, exact) < LARGEST_ERROR[torch.float32]
     found = by_unpacking(x, codes, scales, bits=4, group_size=64, bias=bias)

@@ -19,8 +19,13 @@ from zinfer.machine.cpp_library import PRODUCTS, CannotBuild, build_library
 from zinfer.machine.processor import cpu_flags
 from zinfer.worker.kv_cache.codes import dequantise
 
-Kernel = Literal["auto", "compiled", "torch"]
-"""What `dtype.kernel` may be: the compiled kernel where it suits, always, or never."""
+Kernel = Literal["auto", "compiled", "torch", "unpack"]
+"""Ways to multiply, as `dtype.kernel` names them.
+
+`auto` takes the compiled kernel where it suits; `torch` unpacks with PyTorch, because PyTorch's own
+packed products take other schemes (docs/quantised.md); `unpack` makes a plain matrix, compiled
+where that is possible, however few rows there are.
+"""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 PACKED_ROWS = 64
@@ -89,7 +94,7 @@ def multiply(
         return by_unpacking(x, codes, scales, bits=bits, group_size=group_size, bias=bias)
     lib = library()
     assert isinstance(lib, ctypes.CDLL), "checked by unsupported"
-    if x.shape[0] > PACKED_ROWS and kernel == "auto":
+    if kernel == "unpack" or (x.shape[0] > PACKED_ROWS and kernel == "auto"):
         return _by_parts(lib, x, codes, scales, bits, group_size, bias)
     y = x.new_empty(x.shape[0], codes.shape[0])
     if y.numel() == 0:
@@ -117,7 +122,7 @@ def skinny_linear(
     Returns:
         [rows, out] in the type of x, accumulated in float32.
     """
-    lib = library() if kernel != "torch" else ""
+    lib = library() if kernel in ("auto", "compiled") else ""
     suits = (
         isinstance(lib, ctypes.CDLL)
         and x.dtype == weight.dtype
