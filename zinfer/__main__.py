@@ -26,6 +26,7 @@ from zinfer.sweep.decision import DECIDED, LeaveHydra, Started
 from zinfer.tracking.deadline import LeftBehind
 
 if TYPE_CHECKING:
+    from hydra.conf import HydraConf
     from omegaconf import DictConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -54,7 +55,7 @@ def task(composed: DictConfig) -> float | None:
     Interrupts.install()  # some launchers run this in processes of their own
     context = HydraConfig.get()
     job_dir = Path(context.runtime.output_dir)
-    redact_hydra_files(job_dir, context.output_subdir)
+    redact_what_hydra_wrote(composed, context, job_dir)
     if context.mode != RunMode.MULTIRUN:
         settings = OmegaConf.to_container(context.overrides.task, resolve=False)
         assert isinstance(settings, list)
@@ -136,14 +137,20 @@ def format_of(composed: DictConfig) -> str:
         return "text"
 
 
-def redact_hydra_files(job_dir: Path, subdir: str | None) -> None:
+def redact_what_hydra_wrote(composed: DictConfig, context: HydraConf, job_dir: Path) -> None:
     """Take secrets out of what Hydra wrote down of the command, as out of our own files."""
-    from zinfer.redact import redact
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
 
-    for path in (job_dir / subdir).glob("*.yaml") if subdir else ():
-        text = path.read_text()
-        if redact(text) != text:
-            path.write_text(redact(text))
+    from zinfer.job.left_files import redact_hydra
+    from zinfer.redact import hide_named
+
+    hide_named(OmegaConf.to_container(composed, resolve=False))
+    hide_named(list(context.overrides.task))
+    if context.output_subdir is not None:
+        redact_hydra(sorted((job_dir / context.output_subdir).glob("*.yaml")))
+    if context.mode == RunMode.MULTIRUN:
+        redact_hydra([Path(str(context.sweep.dir)) / "multirun.yaml"])
 
 
 def main() -> None:
@@ -196,7 +203,7 @@ def compose_and_run(arguments: list[str]) -> int:
             return end_of_sweep(interrupted=False) or 1
         problems = None if wanted == "1" else composition_problems(error, arguments)
         if problems is None or Ended.outcome is not None:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr)
             code = 1
         elif isinstance(DECIDED.get(), Started):  # the sweep's own document comes below
             print(redacted("; ".join(problems)), file=sys.stderr)

@@ -17,6 +17,8 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 HIDDEN = "***"
 SHORTEST_SECRET = 6
 """Shorter values are words such as `true`: replacing them destroys text and protects nothing."""
+SHORTEST_LINE = 16
+"""A line of a secret with several lines is hidden alone, too, from this length on."""
 
 SECRET_VARIABLE = re.compile(
     r"TOKEN(?!IZER)|PASSWORD|PASSWD|PASSPHRASE|(?:^|_)(?:PASS|PWD|PW|DSN)(?:_|$)"
@@ -51,8 +53,10 @@ WEBHOOK = re.compile(
 """Whoever knows the path of a web hook can post to it."""
 HUB_TOKEN = re.compile(r"\bhf_(?:(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{8,}|[A-Za-z0-9]{20,})")
 AUTHORIZATION = re.compile(
-    r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+)[^\s\"']+"
+    r"(?i)(authorization[\"']?(?:\\?\s)*\\?[:=](?:\\?\s)*[\"']?(?:bearer|basic|token)(?:\\?\s)+)"
+    r"[^\s\"']+"
 )
+"""Also as Hydra writes an override: `note=Authorization\\:\\ Bearer\\ abc`."""
 NAMED_SECRET = re.compile(
     rf"(?i)((?:\b|_|(?-i:(?<=[a-z])(?=[A-Z]))){SECRET_WORDS}s?[\"']?\s*[:=]\s*[\"']?)"
     r"(?!null\b|none\b|true\b|false\b|[\d.]+\b|\*\*\*|\$\{|(?:bearer|basic|token)\s)[^\s\"',}&;]+"
@@ -65,7 +69,29 @@ Bare JSON words and numbers stay, so JSON stays JSON. `${...}` names a secret an
 _from_environment: dict[str, str] = {}
 """Values that a configuration took from the environment -> the text to show instead."""
 
+_named: dict[str, str] = {}
+"""Values that a configuration has under the names of secrets -> ***."""
+
 T = TypeVar("T")
+
+
+def hide_named(tree: Any, name: str = "") -> None:
+    """Make redact hide, from now on, what stands in this tree under the name of a secret.
+
+    Also passwords in its URIs, and what its overrides (`name.db_pass=value`) set so.
+    """
+    if isinstance(tree, Mapping):
+        for key, item in tree.items():
+            hide_named(item, f"{name}.{key}" if not SECRET_KEY.search(name) else name)
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            hide_named(item, name)
+    elif isinstance(tree, str):
+        key, _, value = tree.partition("=")
+        found = [tree] if SECRET_KEY.search(name) else _uri_passwords(tree)
+        found += [value, *value.split(",")] if SECRET_KEY.search(key.lstrip("+~")) else []
+        plain = (text.strip().strip("'\"") for text in found if "${" not in text)
+        _named.update((text, HIDDEN) for text in plain if len(text) >= SHORTEST_SECRET)
 
 
 def hide(value: str, shown_as: str) -> None:
@@ -99,12 +125,18 @@ def known_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     for value in variables.values():
         if "://" in value and "@" in value:
             secrets.update(dict.fromkeys(_uri_passwords(value), HIDDEN))
-    secrets |= _from_environment
+    secrets |= _named | _from_environment
+    secrets |= {
+        line: shown
+        for secret, shown in secrets.items()
+        for line in secret.splitlines()[1:-1]  # of a key in PEM form, whose ends are known words
+        if len(line) >= SHORTEST_LINE
+    }
     spellings = {
         spell(secret.strip()): shown
         for secret, shown in secrets.items()
         if len(secret.strip()) >= SHORTEST_SECRET
-        for spell in (_quote_all, quote_plus, _json_escape, str)
+        for spell in (_quote_all, quote_plus, _json_escape, _override_escape, str)
     }
     return dict(sorted(spellings.items(), key=lambda entry: -len(entry[0])))
 
@@ -163,6 +195,11 @@ def _uri_passwords(uri: str) -> list[str]:
 
 def _quote_all(secret: str) -> str:
     return quote(secret, safe="")
+
+
+def _override_escape(secret: str) -> str:
+    """As Hydra writes a value into overrides.yaml and hydra.yaml."""
+    return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", secret)
 
 
 def _json_escape(secret: str) -> str:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from zinfer import redact as module
-from zinfer.redact import hide, redact
+from zinfer.redact import hide, hide_named, redact
 
 
 @pytest.fixture(autouse=True)
 def _nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "_from_environment", {})
+    monkeypatch.setattr(module, "_named", {})
     yield
 
 
@@ -76,10 +77,27 @@ def test_what_stands_under_the_name_of_a_secret_is_hidden(given: Any, shown: Any
         ("password: ${oc.env:PW}", "password: ${oc.env:PW}"),
         ("http://u:${oc.env:PW}@h/x", "http://u:${oc.env:PW}@h/x"),
         ("compass: north", "compass: north"),
+        ("Authorization: Bearer eyJ.x", "Authorization: Bearer ***"),
+        (r"note=Authorization\:\ Bearer\ eyJ.x", r"note=Authorization\:\ Bearer\ ***"),
     ],
 )
 def test_secrets_are_known_by_their_form(text: str, shown: str) -> None:
     assert redact(text) == shown
+
+
+def test_what_stands_under_the_name_of_a_secret_is_hidden_wherever_it_stands() -> None:
+    hide_named({"tracking": {"tags": {"db_pass": "correct horse", "who": "me"}}, "a": ["x"]})
+    hide_named(["+tracking.tags.pin_passphrase='four, words'", "batch.batch_size=2"])
+    hide_named({"uri": "http://u:Zugang-77@h/", "password": "${oc.env:PW}", "pwd": "abc"})
+    said = r"correct horse, correct\ horse, correct%20horse; four, words; me; Zugang-77"
+    assert redact(said) == "***, ***, ***; ***; me; ***"
+
+
+def test_the_lines_of_a_key_are_hidden_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "-----BEGIN KEY-----\nMIIEowIBAAKCAQEA7x\nzq\n-----END KEY-----"
+    monkeypatch.setenv("DEPLOY_KEY", key)
+    assert redact("  MIIEowIBAAKCAQEA7x\n  zq") == "  ***\n  zq"
+    assert redact(f"key {key}") == "key ***"
 
 
 def test_what_was_taken_from_the_environment_is_shown_as_it_was_typed() -> None:

@@ -61,6 +61,39 @@ def test_opt_175b_on_nvme_by_hand() -> None:
     assert not plan.fits  # 82 GB of KV cache in 48 GB
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_buffers_of_gpu_direct_storage_are_on_the_device(dtype: str) -> None:
+    """DeepSpeed makes them on the accelerator and locks no host memory for them."""
+    common = (
+        "model=opt-30b", "offload=nvme", f"dtype={dtype}", "hardware=a6000",
+        "offload.buffer_count=6",
+    )  # fmt: skip
+    through_host = planned(*common).plan
+    direct = planned(*common, "offload.use_gds=true").plan
+    staged = item(through_host, "pinned", "NVMe staging buffers")
+    assert staged > 0 and item(through_host, "device", "NVMe staging buffers") == 0
+    assert item(direct, "device", "NVMe staging buffers") == staged
+    assert direct.tier("pinned").per_rank_bytes == 0
+    grown = direct.tier("device").per_rank_bytes - through_host.tier("device").per_rank_bytes
+    assert grown == staged
+
+
+def test_tuned_buffers_of_gpu_direct_storage_leave_the_device_room() -> None:
+    """Their limit is a quarter of the device's memory, whatever the host has."""
+    sizes = [
+        item(
+            planned(
+                "model=opt-175b", "offload=nvme", "dtype=float16", "hardware=a6000",
+                "offload.use_gds=true", host_available_bytes=host, host_total_bytes=host,
+            ).plan,
+            "device",
+            "NVMe staging buffers",
+        )
+        for host in (64 * GIB, 4096 * GIB)
+    ]  # fmt: skip
+    assert sizes[0] == sizes[1] <= 12 * GIB
+
+
 def test_the_published_buffers_of_bloom_take_90_gib() -> None:
     plan = planned(
         "model=bloom-176b", "offload=nvme", "dtype=float16", "zero=paper", "hardware=a6000"

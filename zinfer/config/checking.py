@@ -25,6 +25,7 @@ from zinfer.config.reading import (
 )
 from zinfer.config.run_config import RUN_CONFIG, ConfigError, RunConfig, config_to_tree
 from zinfer.config.sentences import choices_in, usable_value, validation_problem
+from zinfer.redact import hide_named
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -75,6 +76,7 @@ def _checked(reading: Reading) -> RunConfig:
     A wrong value is replaced by one that is right in itself, so that the next layer can be checked
     too; what that layer says of replaced settings is left out.
     """
+    hide_named(reading.tree)
     problems, replaced = list(reading.problems), set(reading.unread)
     config = None
     for _ in range(ROUNDS):

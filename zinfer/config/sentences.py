@@ -21,6 +21,8 @@ SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32":
 """What other programs call our choices."""
 ALIKE = 0.6
 """Likeness from which a word is taken for a mistyped one; difflib's own threshold."""
+SHORTEST_BEGINNING = 2
+"""Characters of a word's first part that are enough to mean it."""
 KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -83,10 +85,13 @@ def nearest(text: str, known: list[str]) -> str | None:
     """Return the known word that is most like this one; None when none is.
 
     Of a dotted name its last part counts too: people type `batchsize` for batch.batch_size.
+    A word that goes on where the text ends is nearer than any other: h100 is h100_2nvme.
     """
     text = SHORT_NAMES.get(text.lower(), text.lower())
 
     def likeness(word: str) -> float:
+        if len(text) >= SHORTEST_BEGINNING and re.match(rf"{re.escape(text)}[^a-z0-9]", word):
+            return 1.0
         parts = ((text, word), (text.rpartition(".")[2], word.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in parts)
 

@@ -12,6 +12,7 @@ from zinfer.driver.terminal import Terminal
 from zinfer.job.files import RESULT_FILE
 from zinfer.job.folder import FolderInUse, attempt_in, end_of
 from zinfer.job.folder_state import FolderState
+from zinfer.job.left_files import redact_left
 from zinfer.job.outcome import Outcome
 from zinfer.job.records import write_json
 from zinfer.tracking.deadline import never
@@ -69,6 +70,7 @@ def store(outcome: Outcome, job_dir: Path, attempt: str) -> str | None:
         return found.problem
     try:
         write_json(job_dir / RESULT_FILE, {**outcome.document(), "attempt": attempt})
+        redact_left(job_dir)
     except OSError as error:
         return found.problem or f"{job_dir}: {error.strerror}"
     return None

@@ -24,6 +24,7 @@ from zinfer.job.folder import (
     forget,
     read_job,
 )
+from zinfer.job.left_files import redact_left
 from zinfer.job.outcome import EndedBy, Json, Outcome
 from zinfer.job.processes import is_alive
 from zinfer.job.records import (
@@ -123,6 +124,7 @@ def close_job(job_dir: Path, terminal: Terminal) -> Outcome | None:
             f"closed {job_dir}: {outcome.reason or outcome.status}"
             + (f" (MLflow run {run_id})" if run_id else "")
         )
+    redact_left(job_dir)
     return outcome
 
 
@@ -228,3 +230,4 @@ def close_sweep(sweep_dir: Path) -> None:
         sweep = read_json(sweep_dir / SWEEP_FILE)
         uri = sweep.get("tracking_uri") if isinstance(sweep, dict) else None
         close_parent(sweep_dir / PARENT_FILE, uri if isinstance(uri, str) else None, "killed")
+    redact_left(sweep_dir)

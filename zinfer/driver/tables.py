@@ -95,7 +95,7 @@ def plan_table(outcome: Outcome) -> Table:
     )
     table.add_row(
         "weights",
-        format_bytes(model.get("weight_bytes")),
+        format_bytes(outcome.plan.get("weight_bytes", model.get("weight_bytes"))),
         "",
         format_bytes(metrics.get("weight_bytes")),
         "",

@@ -17,6 +17,7 @@ from zinfer.job.files import DRIVER_READY_FILE, ENVIRONMENT_FILE, NOT_LOGGED_FIL
 from zinfer.job.folder import end_of
 from zinfer.job.outcome import Outcome
 from zinfer.job.records import write_json
+from zinfer.job.unsent import note_unsent
 from zinfer.machine.environment import environment
 from zinfer.redact import redact
 from zinfer.tracking.deadline import within
@@ -101,6 +102,7 @@ class TrackingThread:
         try:
             left = {"problem": problem, "run_id": outcome.run_id}
             write_json(self._job_dir / NOT_LOGGED_FILE, left)
+            note_unsent(self._job_dir)
         except OSError as error:
             why = end_of(self._job_dir).problem or f"{self._job_dir}: {error.strerror}"
             self._terminal.warning(

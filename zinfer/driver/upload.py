@@ -5,6 +5,7 @@ Their files stayed in their job folders.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,14 +20,12 @@ from zinfer.job.files import NOT_LOGGED_FILE, RESULT_FILE
 from zinfer.job.folder import read_job
 from zinfer.job.outcome import Outcome
 from zinfer.job.records import NotLogged, read_record, read_result, write_json
+from zinfer.job.unsent import unsent
 from zinfer.tracking.client import connect, store_errors
 from zinfer.tracking.deadline import never, within
 from zinfer.tracking.run import TrackedRun, open_run
 from zinfer.tracking.store import TrackingUnavailable
 from zinfer.tracking.uri import resolved_tracking, tracking_uri
-
-ROOTS = ("outputs", "multirun")
-"""Where jobs are, unless hydra.run.dir or hydra.sweep.dir say otherwise."""
 
 
 def upload_job(
@@ -49,16 +48,19 @@ def upload_job(
 def upload(
     config: RunConfig, job_dir: Path, terminal: Terminal, stopped: Callable[[], bool] = never
 ) -> Outcome:
-    """Send every run of this working directory that is not logged yet, to the store named now."""
+    """Send every run of this working directory that is not logged yet, to the store named now.
+
+    Their folders may be anywhere. Those of other working directories are only named.
+    """
     config = replace(config, tracking=resolved_tracking(config.tracking, terminal.note))
-    folders = sorted(path.parent for root in ROOTS for path in Path(root).rglob(NOT_LOGGED_FILE))
     if config.tracking.store == "none":
         return Outcome(
             status="error",
             reason="tracking=none stores nothing. "
             "Set tracking=sqlite, or tracking=server tracking.uri=...",
         )
-    sent = 0
+    found, sent = unsent(), 0
+    folders = found.folders
     for folder in folders:
         try:
             run_id = within(
@@ -81,7 +83,10 @@ def upload(
         sent += 1
         terminal.note(f"sent {folder} as run {run_id}")
     said = f"{sent} of {len(folders)} runs sent to {tracking_uri(config.tracking, Path.cwd())}"
+    said += f"; looked in {', '.join(found.looked_in)} of {Path.cwd()}"
     terminal.note(said)
+    for other in found.elsewhere:
+        terminal.note(f"{other} has more: cd {shlex.quote(other)} && zinfer task=upload")
     return Outcome(status="ok", reason=said, job_dir=str(job_dir))
 
 

@@ -36,6 +36,8 @@ EARLIER_FOLDER = "earlier"
 
 SWEEP_FILE = "sweep.json"
 """Facts that every process of a sweep must know."""
+JOBS_FOLDER = ".jobs"
+"""In the sweep's folder: one file for each job that has begun."""
 STOP_FILE = "stop.json"
 """Why no further job of the sweep is to start."""
 PARENT_FILE = "parent_run.json"

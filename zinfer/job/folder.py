@@ -301,7 +301,7 @@ def _note(folder: Path, kind: FolderKind) -> None:
     )
     with contextlib.suppress(OSError):
         _note_of(folder).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_note_of(folder), vars(note))
+        write_json(_note_of(folder), vars(note), private=True)
 
 
 def _note_of(folder: Path) -> Path:

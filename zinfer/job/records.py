@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from zinfer.job.outcome import EndedBy, Json, Status
+from zinfer.redact import redact
 
 STRICT = ConfigDict(extra="ignore", strict=True, defer_build=True)
 FolderKind = Literal["job", "sweep"]
@@ -53,6 +54,15 @@ class FolderNote:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class UnsentNote:
+    """A note in the cache: this folder holds a run that its store has not got."""
+
+    folder: str
+    working_directory: str
+    host: str
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class NotLogged:
     """not_logged.json: why a run is not in its store, and which run was opened there."""
 
@@ -64,7 +74,7 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     """Write the whole document or nothing: nobody ever finds half of one.
 
     Args:
-        private: only the owner may read it.
+        private: keep its secrets, which another process needs; only the owner may read it.
 
     Raises:
         OSError: it cannot be written.
@@ -72,7 +82,7 @@ def write_json(path: Path, value: Any, *, private: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch(mode=0o600 if private else 0o666)
-        temporary.write_text(json.dumps(value, indent=1))
+        temporary.write_text(json.dumps(value if private else redact(value), indent=1))
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

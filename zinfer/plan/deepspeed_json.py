@@ -17,7 +17,7 @@ TUNED_QUEUE_DEPTH = 16
 TUNED_INTRA_OP_PARALLELISM = 4
 MIN_TUNED_BUFFERS = 5
 STAGING_SHARE = 0.25
-"""Tuned NVMe buffers take at most this share of the host memory that is available."""
+"""Tuned NVMe buffers take at most this share of the memory that is available for them."""
 
 
 def derive(config: RunConfig, spec: ModelSpec, hardware: Hardware) -> Json:
@@ -26,7 +26,13 @@ def derive(config: RunConfig, spec: ModelSpec, hardware: Hardware) -> Json:
 
 
 def staging_limit_bytes(config: RunConfig, hardware: Hardware) -> int | None:
-    """Return the bytes that a rank's tuned NVMe buffers may lock. None: unknown host memory."""
+    """Return the bytes that a rank's tuned NVMe buffers may take. None: unknown memory.
+
+    They lock host memory, or with offload.use_gds=true lie in the memory of the rank's device.
+    """
+    if config.offload.use_gds:
+        device = hardware.device_free_bytes or hardware.device_total_bytes
+        return None if device is None else int(device * STAGING_SHARE)
     host, locked = hardware.host_available_bytes, hardware.memlock_limit_bytes
     limits = [] if host is None else [int(host * STAGING_SHARE)]
     limits += [] if locked is None else [locked]
@@ -39,7 +45,7 @@ def deepspeed_json(
     """Return the DeepSpeed configuration of this run.
 
     Args:
-        staging_limit_bytes: page-locked memory per rank that tuned NVMe buffers may use. They are
+        staging_limit_bytes: bytes per rank that tuned NVMe buffers may take. They are
             never fewer than work.
     """
     if config.zero.derivation == "paper":

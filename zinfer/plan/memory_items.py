@@ -97,6 +97,8 @@ def device_items(run: Demand) -> Iterator[Item]:
         yield throughout(name="CUDA context", bytes=CUDA_CONTEXT_BYTES, kind=ItemKind.CONTEXT)
     if engine_of(run.config).zero3:
         yield from _streamed_weights(run)
+    if run.config.offload.use_gds:
+        yield from _staging_buffers(run)
     yield from _unpacked_weights(run)
 
 
@@ -195,14 +197,24 @@ def pinned_items(run: Demand) -> Iterator[Item]:
     DeepSpeed locks NVMe staging buffers on every accelerator, offloaded weights on GPUs.
     """
     offload = run.config.offload
-    if offload.device == "nvme":
-        buffers = run.zero["offload_param"]
-        count = buffers["buffer_count"] * buffers["buffer_size"] * run.layout.itemsize_bytes
-        yield throughout(name="NVMe staging buffers", bytes=count, kind=ItemKind.STREAMING)
+    if not offload.use_gds:
+        yield from _staging_buffers(run)
     if offload.device == "cpu" and offload.pin_memory:
         yield from _weights(run, run.partition_bytes, ranks=run.config.launcher.ranks)
     if run.kv and run.kv.pinned:
         yield while_generating(name="kv cache", bytes=run.kv.host_bytes, kind=ItemKind.KV_CACHE)
+
+
+def _staging_buffers(run: Demand) -> Iterator[Item]:
+    """Return the buffers through which DeepSpeed reads weights from NVMe.
+
+    They are on the device with offload.use_gds=true, else in locked host memory.
+    Source: deepspeed/runtime/swap_tensor/partitioned_param_swapper.py, `buffer_device`.
+    """
+    if run.config.offload.device == "nvme":
+        buffers = run.zero["offload_param"]
+        count = buffers["buffer_count"] * buffers["buffer_size"] * run.layout.itemsize_bytes
+        yield throughout(name="NVMe staging buffers", bytes=count, kind=ItemKind.STREAMING)
 
 
 def disk_items(run: Demand) -> Iterator[Item]:

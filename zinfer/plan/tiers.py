@@ -140,6 +140,7 @@ class MemoryPlan:
         return {
             "fits": self.fits,
             "ranks": self.ranks,
+            "weight_bytes": self.weight_bytes,
             "problems": list(self.problems),
             "tiers": tiers,
         }

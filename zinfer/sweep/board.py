@@ -14,10 +14,11 @@ from typing import TextIO
 from zinfer.driver.progress import START, JobProgress
 from zinfer.driver.screen import Screen
 from zinfer.job.events import EventReader
+from zinfer.job.files import JOBS_FOLDER
 from zinfer.job.folder import read_job
 from zinfer.output import is_live
 from zinfer.sweep.pace import Pace
-from zinfer.sweep.record import JOBS_FOLDER, SAID_FILE, JobFolder, Sweep
+from zinfer.sweep.record import SAID_FILE, JobFolder, Sweep
 
 LOOK_S = 1.0
 

@@ -6,6 +6,7 @@ that holds the jobs together, and what to type to go on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from zinfer.driver.terminal import Terminal
 from zinfer.driver.workers import Servers
 from zinfer.job.files import NOT_LOGGED_FILE
 from zinfer.job.folder import is_driven
+from zinfer.job.left_files import redact_left
 from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Json, Status
 from zinfer.redact import redact
 from zinfer.sweep.decision import Decision, NoSweep, Planned, Previewed, Started
@@ -161,6 +163,8 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
     )
     if page is not None:
         terminal.note(f"to compare them: {page}")
+    with contextlib.suppress(OSError):  # the folder was deleted, or is full
+        redact_left(sweep.folder)
     started.held.close()
     return code
 

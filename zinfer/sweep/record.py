@@ -30,7 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from zinfer.job.files import RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
+from zinfer.job.files import JOBS_FOLDER, RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
 from zinfer.job.outcome import Json
 from zinfer.job.records import read_json, read_result, write_json
 from zinfer.sweep.decision import DECIDED, Started
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 SWEEP_VARIABLE = "ZINFER_SWEEP_DIR"
 """Environment variable that tells each job where its sweep's record is."""
-JOBS_FOLDER = ".jobs"
-"""In the sweep's folder: one file for each job that has begun."""
 SAID_FILE = "said.txt"
 """In JOBS_FOLDER: lines of jobs in other processes, which the sweep's own terminal prints."""
 
@@ -155,7 +153,8 @@ class Sweep:
     def write(self) -> None:
         """Store the sweep's record for its jobs."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SWEEP_FILE, {**asdict(self), "folder": str(self.folder)})
+        record = {**asdict(self), "folder": str(self.folder)}
+        write_json(self.folder / SWEEP_FILE, record, private=True)
 
     def job(self, num: int) -> SweepJob | None:
         """Return the job of that number; None where the jobs are not known beforehand."""
@@ -194,7 +193,7 @@ class Sweep:
         note["label"] = label
         with contextlib.suppress(OSError):  # deleted or full: this process knows it anyway
             notes.mkdir(parents=True, exist_ok=True)
-            write_json(notes / f"{num}.json", note)
+            write_json(notes / f"{num}.json", note, private=True)
         return job
 
     def end_job(self, job: JobFolder, document: Json) -> None:

@@ -9,15 +9,16 @@ the memory plan says that it does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from zinfer.config import RunConfig
-from zinfer.job.files import EARLIER_FOLDER, RESULT_FILE, REUSED_FILE
+from zinfer.job.files import RESULT_FILE, REUSED_FILE
 from zinfer.job.folder import attempt_in
 from zinfer.job.outcome import STOPPED_FROM_OUTSIDE, Json
 from zinfer.job.records import read_result, write_json
+from zinfer.job.unsent import folders_since
 from zinfer.machine.disk import filesystem_of
 from zinfer.machine.environment import environment
 from zinfer.sweep.earlier_runs import EarlierRun, ended_runs
@@ -161,19 +162,8 @@ def _result_of(earlier: EarlierRun) -> Json:
     """Return the result.json that this run wrote, also where its folder was used again since."""
     if earlier.job_dir is None:
         return {}
-    for folder in _folders_since(Path(earlier.job_dir)):
+    for folder in folders_since(Path(earlier.job_dir)):
         found = read_result(folder / RESULT_FILE) or {}
         if found.get("run_id") == earlier.run_id:
             return found
     return {}
-
-
-def _folders_since(job_dir: Path) -> Iterator[Path]:
-    """Yield where the files of a job may be now.
-
-    They are in its folder, or in earlier/N of it, or of a folder that it was in.
-    """
-    yield job_dir
-    for above in (job_dir, *job_dir.parents):
-        for attempt in above.glob(f"{EARLIER_FOLDER}/[0-9]*"):
-            yield attempt / job_dir.relative_to(above)

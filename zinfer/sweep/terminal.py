@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, ClassVar
 from zinfer.driver.label import job_label
 from zinfer.driver.screen import Screen
 from zinfer.driver.terminal import Terminal
+from zinfer.job.files import JOBS_FOLDER
 from zinfer.job.outcome import Outcome
 from zinfer.output import is_live
 from zinfer.sweep.earlier_runs import EarlierRun
 from zinfer.sweep.pace import Pace
-from zinfer.sweep.record import JOBS_FOLDER, SAID_FILE, JobFolder, Sweep, started_here
+from zinfer.sweep.record import SAID_FILE, JobFolder, Sweep, started_here
 from zinfer.sweep.table import reason_of
 
 if TYPE_CHECKING:
