@@ -1,20 +1,41 @@
-"""Lay out the live table: a row for each phase of a job, for terminals of any width."""
+"""Lay out the live table: a line for each phase of a job, for terminals of any width.
+
+What does not fit goes in this order: the bar, the count, the words around the time left. Names and
+times of phases are never cut; labels of jobs are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zinfer.driver.progress import WORDS, JobProgress, Phase
-from zinfer.units import format_left, format_seconds
+from zinfer.units import format_bytes, format_left, format_roughly
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.text import Text
 
 BAR_WIDTH = 20
-WIDE, MEDIUM = 84, 56
-"""Columns from which on a line has everything, and the count but no bar."""
+LABEL_WIDTH, REST_WIDTH = 12, 36
+"""Of jobs side by side: least characters of a label, and what is kept for share and time left."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a name, a time, and what is said beside them in order of length."""
+
+    name: str
+    took: str = ""
+    said: Sequence[str] = ("",)
+    style: str = ""
+
+    def text(self, name_width: int, took_width: int, width: int) -> Text:
+        """Return the line with the longest sayings that fit."""
+        start = f"  {self.name:<{name_width}}  {self.took:>{took_width}}"
+        fitting = (said for said in self.said if len(start) + 2 + len(said) <= width)
+        return line(f"{start}  {next(fitting, '')}".rstrip(), self.style)
 
 
 @dataclass(frozen=True)
@@ -28,15 +49,11 @@ class JobFrame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay it out for the width that the terminal has now."""
-        progress, width = self.progress, options.max_width
-        table = _grid(width)
-        for phase in progress.phases:
-            left_s = progress.seconds_left(self.now_s) if phase is progress.current else None
-            _add(table, phase.words, phase, self.now_s, left_s, width)
-        for name in progress.coming:
-            table.add_row(f"  {WORDS.get(name, name)}", style="dim")
-        yield from (line(text, style="bold") for text in (self.head, progress.label) if text)
-        yield table
+        progress = self.progress
+        rows = [phase_row(phase, progress, self.now_s) for phase in progress.phases]
+        rows += [Row(WORDS.get(name, name), style="dim") for name in progress.coming]
+        yield from (line(text, "bold") for text in (self.head, progress.label) if text)
+        yield from lines(rows, options.max_width)
 
 
 @dataclass(frozen=True)
@@ -50,58 +67,66 @@ class JobsFrame:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay it out for the width that the terminal has now."""
         width = options.max_width
-        table = _grid(width)
-        for job in self.jobs:
-            phase = job.current
-            if phase is not None:
-                said = f"{job.label}: {phase.words}"
-                _add(table, said, phase, self.now_s, job.seconds_left(self.now_s), width)
-        yield line(self.head, style="bold")
-        yield table
+        phases = [(job, job.current) for job in self.jobs]
+        rows = [(job, phase_row(phase, job, self.now_s)) for job, phase in phases if phase]
+        room = width - REST_WIDTH - max((len(row.name + row.took) for _, row in rows), default=0)
+        room = max(LABEL_WIDTH, min(room, max((len(job.label) for job, _ in rows), default=0)))
+        named = [
+            Row(f"{cut(job.label, room):<{room}}  {row.name}", row.took, row.said)
+            for job, row in rows
+        ]
+        yield line(self.head, "bold")
+        yield from lines(named, width)
 
 
-def line(text: str, style: str = "") -> RenderableType:
+def lines(rows: Sequence[Row], width: int) -> Iterator[Text]:
+    """Yield the lines of rows, their columns below each other."""
+    name_width = max((len(row.name) for row in rows), default=0)
+    took_width = max((len(row.took) for row in rows), default=0)
+    for row in rows:
+        yield row.text(name_width, took_width, width)
+
+
+def phase_row(phase: Phase, progress: JobProgress, now_s: float) -> Row:
+    """Return the line of a phase: dim once it is over, with share and time left while it runs."""
+    took = clock(phase.elapsed_s(now_s))
+    if phase.ended_s is not None:
+        return Row(phase.words, took, style="dim")
+    return Row(phase.words, took, list(sayings(phase, progress.seconds_left(now_s))))
+
+
+def sayings(phase: Phase, left_s: float | None) -> Iterator[str]:
+    """Yield what is known of a phase that runs, the longest text first."""
+    left = () if left_s is None else (format_left(left_s),)
+    if phase.share is not None and phase.done:
+        filled = int(phase.share * BAR_WIDTH)
+        share = f"{phase.share:>4.0%}"
+        yield "  ".join((f"{'#' * filled:.<{BAR_WIDTH}} {share} {phase.count}", *left))
+        yield "  ".join((f"{share} {phase.count}", *left))
+        yield "  ".join((share, *left))
+        if left_s is not None:
+            yield f"{share}  {format_roughly(left_s)}"
+        yield share
+    else:
+        if phase.unit == "bytes" and phase.total:
+            yield "  ".join((format_bytes(phase.total), *left))
+        yield from left
+
+
+def clock(seconds: float) -> str:
+    """Show a duration without the digits that nobody reads while they change: '45 s', '3 min'."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def cut(text: str, width: int) -> str:
+    """Return at most so many characters, the end of a longer text left out."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def line(text: str, style: str = "") -> Text:
     """Return one line, cut with an ellipsis where the terminal is narrower."""
     from rich.text import Text
 
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
-
-
-def _grid(width: int) -> Table:
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, overflow="ellipsis")
-    for justify in ("right", "left", "left") if width >= MEDIUM else ("right", "left"):
-        table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
-    return table
-
-
-def _add(
-    table: Table, words: str, phase: Phase, now_s: float, left_s: float | None, width: int
-) -> None:
-    """Add the line of a phase: dim once it is over, with its share and time left while it runs."""
-    is_over = phase.ended_s is not None
-    took = _clock(phase.elapsed_s(now_s))
-    left = "" if left_s is None else format_left(left_s)
-    share = "" if phase.share is None or is_over else f"{phase.share:.0%}"
-    if width >= MEDIUM:
-        shown = "" if is_over else _share(phase, share, width)
-        cells = [f"  {words}", took, shown, left]
-    else:
-        cells = [f"  {words}", share or took, left.removeprefix("about ")]
-    table.add_row(*cells, style="dim" if is_over else "")
-
-
-def _share(phase: Phase, share: str, width: int) -> str:
-    """Return the bar, the percentage and the count; no bar where lines are short."""
-    if phase.share is None:
-        return ""
-    filled = int(phase.share * BAR_WIDTH)
-    bar = f"{'#' * filled}{'.' * (BAR_WIDTH - filled)} " if width >= WIDE else ""
-    return f"{bar}{share:>4} {phase.count}"
-
-
-def _clock(seconds: float) -> str:
-    """Show a duration without fractions that nobody reads while they change."""
-    return format_seconds(seconds) if seconds >= 99.5 else f"{seconds:.0f} s"

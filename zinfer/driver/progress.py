@@ -19,7 +19,6 @@ START, LOG = "start", "log"
 """Phases that the driver itself reports: the worker's start, and the run's end in MLflow."""
 WORDS = {
     START: "start worker",
-    "import": "import libraries",
     "load": "load weights",
     "verify": "verify weights",
     "warm-up": "warm up",

@@ -181,7 +181,7 @@ class Teacher(LogitsProcessor):
         self._step += 1
         if time.perf_counter() - self._said_s >= PROGRESS_S:
             self._said_s = time.perf_counter()
-            self._events.progress(self._step, self._targets.shape[1], "tokens of the text")
+            self._events.progress(self._step, self._targets.shape[1], "tokens")
         forced = torch.full_like(logits, -torch.inf)
         return forced.scatter_(1, target[:, None].to(logits.device), 0.0)
 
