@@ -171,6 +171,13 @@ def test_every_command_has_a_way_or_a_reason() -> None:
     assert unknown == []
 
 
+@pytest.mark.parametrize("page", PAGES[1:-1], ids=lambda path: path.name)
+def test_every_page_has_a_command_and_what_it_prints(page: Path) -> None:
+    text = page.read_text()
+    assert re.search(r"^```\n|# prints: |`make bench`|`make docs`", text, re.MULTILINE)
+    assert "```python" in text or EVERY[page.relative_to(ROOT).as_posix()]
+
+
 def test_every_reason_is_needed_and_names_tests_that_exist() -> None:
     found = {command.text for page in EVERY.values() for command in page}
     assert [like for like in NOT_HERE if not any(re.match(like, text) for text in found)] == []

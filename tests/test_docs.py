@@ -136,6 +136,13 @@ def test_every_file_and_module_that_a_page_names_exists(name: str) -> None:
     assert [module for module in modules if find_spec(module) is None] == []
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
+def test_every_source_that_a_page_names_by_its_last_part_exists(name: str) -> None:
+    sources = {path.name for path in ROOT.rglob("*.py")} | {"report.html"}
+    named = re.findall(r"`(\w+\.py)`", prose(ROOT / name))
+    assert [source for source in named if source not in sources] == []
+
+
 def test_modules_that_code_and_make_start_exist() -> None:
     sources = [ROOT / "Makefile", *ROOT.glob("scripts/*"), *ROOT.glob("bench/*.py")]
     sources += [*ROOT.glob("zinfer/**/*.py"), *ROOT.glob("tests/**/*.py")]
