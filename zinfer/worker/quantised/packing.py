@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -20,7 +21,7 @@ from zinfer.model.quantisable import groups_of, packed_bytes
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.quantised import kernel
 
-BLOCK_NUMEL = 1 << 22
+BLOCK_NUMEL = 1 << 20
 """Values that are packed at a time, so that their float32 copies stay small."""
 
 
@@ -35,7 +36,7 @@ class Packing:
     bits: int
     group_size: int
     symmetric: bool = False
-    route: str = "auto"
+    route: Literal["auto", "compiled", "torch", "unpack"] = "auto"
     """As dtype.kernel."""
 
     @classmethod
@@ -156,8 +157,13 @@ def product(
     missing = packing.groups * packing.group_size - packing.inputs
     if missing:  # nothing is added by what fills a group up
         flat = functional.pad(flat, (0, missing))
-    multiply = kernel.by_unpacking if packing.route == "unpack" else kernel.multiply
-    out = multiply(flat, codes, scales, bits=packing.bits, group_size=packing.group_size, bias=bias)
+    bits, group_size = packing.bits, packing.group_size
+    if packing.route == "unpack":
+        out = functional.linear(flat, dequantise(codes, scales, bits, group_size, x.dtype), bias)
+    else:
+        out = kernel.multiply(
+            flat, codes, scales, bits=bits, group_size=group_size, bias=bias, kernel=packing.route
+        )
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
