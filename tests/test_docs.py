@@ -91,7 +91,7 @@ def test_every_override_of_a_command_exists(name: str) -> None:
         word
         for command in commands(ROOT / name)
         if re.match(r"(\.venv/bin/)?zinfer( |$)", command)
-        for word in command.split()[1:]
+        for word in (part.strip("'\"") for part in command.split()[1:])
         if "=" in word and not known_setting(word.partition("=")[0])
     ]
     assert unknown == []

@@ -20,18 +20,19 @@ SEARCH = (
     "hydra.sweeper.n_trials=6",
     "hydra.sweeper.sampler._target_=optuna.samplers.RandomSampler",
     "~hydra.sweeper.sampler.n_startup_trials",
+    "plan.headroom=0.9",  # a batch of 2^20 rows fits no machine then
 )
 
 
 def test_a_search_survives_its_jobs_says_the_best_and_goes_on(tmp_path: Path) -> None:
-    space = (f"batch.seed=1,{fate.KILLED}", "batch.batch_size=1,8,1000000000")
+    space = (f"batch.seed=1,{fate.KILLED}", "batch.batch_size=1,8,1048576")
     done = run(tmp_path, *SEARCH, *TINY, *space, misbehaving=True)
     assert done.returncode == 1, done.stderr
     assert "best of" in done.stdout
     assert "batch.batch_size=" in done.stdout.partition("best of")[2]
     nothing_is_left(tmp_path)
     first = {logged["zinfer.status"] for logged in job_runs(tmp_path)}
-    assert first == {"ok", "killed"}
+    assert {"ok", "killed"} <= first <= {"ok", "killed", "does_not_fit"}
     again = run(tmp_path, *SEARCH, *TINY, *space, "format=json")
     found = document(again)["jobs"]
     assert len(found) == 6
@@ -44,7 +45,7 @@ def test_a_search_survives_its_jobs_says_the_best_and_goes_on(tmp_path: Path) ->
 def test_a_search_in_which_no_job_ends_well_is_a_sentence(tmp_path: Path) -> None:
     done = run(
         tmp_path, *SEARCH, *TINY, "hydra.sweeper.n_trials=2",
-        "batch.batch_size=1000000000,3000000000",
+        "batch.batch_size=1048576,3000000000",
     )  # fmt: skip
     assert done.returncode == 2
     assert "no job has generated_tokens_per_s, so none is best" in done.stdout

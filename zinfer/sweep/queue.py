@@ -67,16 +67,16 @@ def queue_of(launcher: str, folder: str | None) -> Queue | None:
 
 def wait_for_queue(queue: Queue, terminal: Terminal) -> None:
     """Return when none of its jobs is left, at Ctrl-C, or when Slurm has been silent too long."""
-    said, answered_s = False, time.monotonic()
+    answered_s, looks = time.monotonic(), 0
     while not Interrupts.received:
         left = queue.left()
         if left is not None:
             answered_s = time.monotonic()
             if not left:
                 return
-            if not said:
+            looks += 1
+            if looks == 2:  # at the first, Slurm may still be cleaning up after the last one
                 terminal.note(_still_there(queue, left) + ". Ctrl-C ends them")
-            said = True
         elif time.monotonic() - answered_s > SILENCE_S:
             terminal.warning(
                 f"Slurm has not answered for {SILENCE_S:.0f} s; its jobs may still run: "
