@@ -38,6 +38,10 @@ LOCAL_SERVER = "http://127.0.0.1:5000"
 """Where `mlflow server` answers by default; links of a sqlite store lead there."""
 
 
+SYSTEM_PREFIX = "system/"
+"""MLflow's own beginning of such metrics."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoggedRuns:
     """Reads what the store's runs say."""
@@ -98,7 +102,7 @@ class LoggedRuns:
             status=status,
             reason=tags.get("zinfer.reason"),
             params=params,
-            metrics={**sizes, **numbers_of(tags), **found.data.metrics},
+            metrics={**sizes, **numbers_of(tags), **own_metrics(found.data.metrics)},
             tags=tags,
             url=page,
             reused=parent is not None and tags.get("mlflow.parentRunId") != parent,
@@ -124,6 +128,11 @@ class LoggedRuns:
                 return json_file(Path(self.client.download_artifacts(run_id, name, folder)))
         except (MlflowException, OSError):
             return None
+
+
+def own_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Leave out the load of the whole machine (tracking.system_metrics): it is no result."""
+    return {name: value for name, value in metrics.items() if not name.startswith(SYSTEM_PREFIX)}
 
 
 def numbers_of(tags: Mapping[str, str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ MISBEHAVING = str(Path(__file__).parents[1] / "misbehaving")
 TINY = (
     "model=tiny-llama", "dtype=float32", "launcher.omp_threads=1", "hardware.accelerator=cpu",
     "batch.prompt_tokens=4", "batch.new_tokens=3", "batch.repeats=2", "batch.warmup=0",
-    "sweep.reuse_disturbed=true",
+    "sweep.reuse_disturbed=true", "sweep.report=false",
 )  # fmt: skip
 """A job of a second. Its runs are reused also where the machine that tests has other work."""
 

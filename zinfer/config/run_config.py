@@ -307,6 +307,8 @@ class TrackingConfig:
     experiment: str = "zinfer"
     run_name: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
+    system_metrics: bool = False
+    """Sample processors, memory, disk, network and GPUs of the whole machine while the job runs."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -361,6 +363,8 @@ class SweepConfig:
     """Reuse runs, too, that the machine disturbed while they were measured."""
     fail_fast: bool = False
     """Start no more jobs after the first that fails."""
+    report: bool = True
+    """Write the report when the sweep ends, and put it beside the sweep's run."""
     preview: bool = False
     """Print the table of jobs and run nothing."""
     search: Literal["none", "best_batch"] = "none"

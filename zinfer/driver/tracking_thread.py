@@ -25,6 +25,7 @@ from zinfer.tracking.run import TrackingUnavailable, open_run
 
 if TYPE_CHECKING:
     from zinfer.tracking.run import TrackedRun
+    from zinfer.tracking.system_metrics import SystemMetrics
 
 
 class TrackingThread:
@@ -41,6 +42,7 @@ class TrackingThread:
         self._job_dir = job_dir
         self._terminal = terminal
         self._run: TrackedRun | None = None
+        self._system: SystemMetrics | None = None
         self._problem: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -63,6 +65,8 @@ class TrackingThread:
                     attempt=self.attempt,
                 )
             )
+            if self._config.tracking.system_metrics:
+                self._sample_machine()
             if task_of(self._config).loads_model:
                 close_abandoned(self._terminal)
         except TrackingUnavailable as error:
@@ -72,6 +76,20 @@ class TrackingThread:
         finally:
             with contextlib.suppress(OSError):  # the folder was deleted: finish() says so
                 (self._job_dir / DRIVER_READY_FILE).touch()
+
+    def _sample_machine(self) -> None:
+        """Sample the machine's load from now on. What prevents it is said, and the run goes on."""
+        run = self._run
+        if run is None or run.run_id is None or run.uri is None:
+            return
+        from zinfer.tracking.system_metrics import SystemMetrics
+
+        try:
+            self._system = SystemMetrics(run.run_id, run.uri)
+            self._system.start()
+        except Exception as error:  # each monitor raises its own
+            self._system = None
+            self._terminal.warning(f"no system metrics: {type(error).__name__}: {error}")
 
     def _bounded(self, call: Any) -> Any:
         """Call the store, for tracking.timeout_s at most, and not beyond the second Ctrl-C."""
@@ -87,11 +105,12 @@ class TrackingThread:
         if self._thread is not None:
             self._thread.join()  # each of its steps has a deadline
         outcome = replace(outcome, environment=self._environment)
+        system = self._system.stop() if self._system is not None else []
         run = self._run
         if run is not None:
             outcome = replace(outcome, run_id=run.run_id, run_page=run.page)
             try:
-                self._bounded(lambda: run.finish(outcome))
+                self._bounded(lambda: run.finish(outcome, system))
             except TrackingUnavailable as error:
                 self._problem = str(error)
         if self._problem is not None:

@@ -28,6 +28,7 @@ from zinfer.sweep.decision import Decision, NoSweep, Planned, Previewed, Started
 from zinfer.sweep.earlier_runs import runs_of_newest_sweep
 from zinfer.sweep.queue import wait_for_queue
 from zinfer.sweep.record import Sweep, ended_well
+from zinfer.sweep.report import report_sweep
 from zinfer.sweep.resume import would_retry
 from zinfer.sweep.sweepers import best_line
 from zinfer.sweep.table import SPARE_OF_RESULTS, reason_of, reasons, result_table
@@ -165,6 +166,8 @@ def end_sweep(started: Started, *, interrupted: bool) -> int:
         terminal.note(f"to compare them: {page}")
     with contextlib.suppress(OSError):  # the folder was deleted, or is full
         redact_left(sweep.folder)
+    if code != INTERRUPTED:
+        report_sweep(sweep, runs, terminal)
     started.held.close()
     return code
 

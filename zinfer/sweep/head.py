@@ -144,6 +144,7 @@ def described(
         retry=first.sweep.retry if first is not None else "failed",
         reuse_disturbed=first is not None and first.sweep.reuse_disturbed,
         fail_fast=first is not None and first.sweep.fail_fast,
+        report=first is not None and first.sweep.report,
         preview=bool(setting(master, "sweep.preview", False)),
         local=not launcher.startswith(REMOTE_LAUNCHERS),
         in_process=launcher == BASIC_LAUNCHER,

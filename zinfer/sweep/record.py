@@ -128,6 +128,8 @@ class Sweep:
     reuse_disturbed: bool = False
     """sweep.reuse_disturbed."""
     fail_fast: bool
+    report: bool = True
+    """sweep.report."""
     preview: bool
     local: bool
     """Whether its jobs run on this machine, so that keys computed at the start are theirs."""

@@ -187,6 +187,12 @@ def _created(path: Path, announced: Announced, client: MlflowClient, experiment_
     return run_id
 
 
+def created_parent(file: Path) -> str | None:
+    """Return the id of the sweep's run that this parent_run.json announces; None: not created."""
+    announced = read_record(file, Announced) or Known.parents.get(file)
+    return announced.run_id if announced is not None else None
+
+
 def jobs_tags(runs: Sequence[SweptRun]) -> dict[str, str]:
     """Return the tags zinfer.jobs, zinfer.jobs.1, ... that name the jobs of a sweep.
 

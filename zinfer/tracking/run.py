@@ -15,7 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from zinfer.machine.environment import hardware_fingerprint
 from zinfer.redact import redact
 from zinfer.tracking import names
 from zinfer.tracking.client import connect, experiment, store_errors
+from zinfer.tracking.inputs import dataset_inputs
 from zinfer.tracking.job_key import job_key
 from zinfer.tracking.names import run_status
 from zinfer.tracking.pages import run_page
@@ -38,6 +39,7 @@ from zinfer.tracking.uri import artifact_location, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 __all__ = ["TrackedRun", "TrackingUnavailable", "ensure_store", "open_run", "tracking_uri"]
 
@@ -73,10 +75,13 @@ class TrackedRun:
     page: str | None = None
     """How to see it."""
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: Outcome, system: Sequence[Metric] = ()) -> None:
         """Log everything that the job came to, and end the run with its truthful status.
 
         It ends also when something cannot be logged.
+
+        Args:
+            system: samples of the machine's load.
 
         Raises:
             TrackingUnavailable: the store did not take it all.
@@ -85,7 +90,7 @@ class TrackedRun:
             return
         with store_errors(self.uri):
             try:
-                log_outcome(self.client, self.run_id, outcome)
+                log_outcome(self.client, self.run_id, outcome, system)
                 self.client.set_tag(self.run_id, names.NOTE_TAG, note(self.config, outcome))
                 self._name_dtype(outcome)
                 with tempfile.TemporaryDirectory(prefix="zinfer-artifacts-") as folder:
@@ -129,6 +134,8 @@ def open_run(
             experiment_id, tags=tags, run_name=tags[names.RUN_NAME_TAG]
         ).info.run_id
         client.log_batch(run_id, params=_params(run_params(config)))
+        if inputs := dataset_inputs(config):
+            client.log_inputs(run_id, inputs)
     return TrackedRun(
         run_id=run_id,
         config=config,
@@ -261,12 +268,15 @@ def device_description(environment: Json) -> str:
     return f"{cpu['model'] or 'CPU'}{sets}, {cpu['usable_cores']} cores"
 
 
-def log_outcome(client: MlflowClient, run_id: str, outcome: Outcome) -> None:
+def log_outcome(
+    client: MlflowClient, run_id: str, outcome: Outcome, system: Sequence[Metric] = ()
+) -> None:
     """Log status, reason and every number, in as few requests as MLflow allows."""
     from mlflow.entities import Metric, RunTag
 
     now_ms = int(time.time() * 1000)
     metrics = [Metric(name, value, now_ms, step) for name, value, step in outcome_metrics(outcome)]
+    metrics += system
     tags = {
         names.STATUS_TAG: outcome.status,
         names.REASON_TAG: outcome.reason,
