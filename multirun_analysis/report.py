@@ -30,6 +30,7 @@ from multirun_analysis.tables.plans import plans_table
 from multirun_analysis.tables.published import published_table
 from multirun_analysis.tables.runs import runs_table
 from multirun_analysis.tables.speedup import speedup_table
+from multirun_analysis.tables.traffic import traffic_table
 from zinfer.units import counted
 
 MAX_ENVIRONMENTS = 3
@@ -173,6 +174,7 @@ def all_tables(compared: Compared) -> list[Table]:
         *([speedup_table(compared.ratios, baseline)] if baseline else []),
         published_table(compared.published),
         memory_table(found),
+        traffic_table(found),
         environment_table(environments(compared.selection, found)),
     ]
 

@@ -156,6 +156,36 @@ def test_a_run_is_scored_against_its_prediction() -> None:
     assert "slowdown" not in found  # data sheets say nothing of the yardstick
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])
+def test_effective_rates_are_bytes_of_a_token_times_tokens_per_s(
+    offload: str, batch_size: int
+) -> None:
+    run = planned(
+        "model=opt-30b", f"offload={offload}", "hardware=a6000", "dtype=float16",
+        f"batch.batch_size={batch_size}",
+        *(["offload.nvme_path=/nvme"] if offload == "nvme" else []),
+    )  # fmt: skip
+    demand = run.prediction.ceiling.decode_step.demand
+    found = scored({"decode_tokens_per_s": 2.0 * batch_size}, run.prediction, run.plan)
+    moved = {
+        "nvme": demand.nvme_bytes,
+        "link": demand.host_device_link_bytes,
+        "host_memory": demand.host_memory_bytes,
+        "device_memory": demand.device_memory_bytes,
+    }
+    for name, count in moved.items():
+        assert found.get(f"predicted_{name}_bytes_per_token", 0) == pytest.approx(
+            count / batch_size
+        )
+        assert found.get(f"effective_{name}_bytes_per_s", 0) == pytest.approx(2.0 * count)
+    assert bool(demand.nvme_bytes) == (offload == "nvme")
+    read = {"decode_tokens_per_s": 3.0, "nvme_read_bytes_per_token": 5e9}
+    measured = scored(read, run.prediction, run.plan).get("effective_nvme_bytes_per_s")
+    assert measured == (15e9 if offload == "nvme" else None), "bytes that were read win"
+    assert "effective_link_bytes_per_s" not in scored({}, run.prediction, run.plan)
+
+
 @pytest.mark.parametrize(
     ("yardstick_s", "slowdown", "words"),
     [

@@ -31,6 +31,7 @@ USE = MemoryUse(
     mlocked_bytes=10,
     huge_page_bytes=None,
     nvme_read_bytes=7,
+    nvme_written_bytes=1000,
     peak_device_allocated_bytes=None,
     peak_device_reserved_bytes=None,
 )
@@ -72,6 +73,9 @@ def test_memory_is_summed_over_ranks_and_the_unknown_stays_unknown() -> None:
         20,
         14,
     )
+    assert metrics.nvme_written_bytes == 2000
+    tokens = 4 * 4 * 3  # generations, the warm-up too, times rows times new tokens
+    assert metrics.nvme_read_bytes_per_token == pytest.approx(14 / tokens)
     assert metrics.weight_bytes == 10
     assert metrics_by_rank((RANK,)) == {}
     assert metrics_by_rank((RANK, RANK)) == {

@@ -22,7 +22,7 @@ from zinfer.machine.profile import (
     ModeCost,
 )
 from zinfer.model.spec import ModelSpec
-from zinfer.plan.binding import Binding
+from zinfer.plan.binding import Binding, Resource
 from zinfer.plan.ceiling import Ceiling, Matrix, ceiling, stored_products, touched_experts
 from zinfer.plan.deepspeed_json import leaf_layers, staging_limit_bytes
 from zinfer.plan.kv_seconds import (
@@ -43,6 +43,15 @@ FEW_TOKENS = 64
 """Tokens of a pass up to which it matters how they are spread over the experts."""
 THIN_ROWS = 64
 """A product with more rows than this spends its time on arithmetic, not on waiting for weights."""
+
+
+MOVED_OVER: Mapping[Resource, str] = {
+    "nvme": "nvme",
+    "host_device_link": "link",
+    "host_memory": "host_memory",
+    "device_memory": "device_memory",
+}
+"""Resource that bytes move over -> its name in metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,11 @@ class Prediction:
             "predicted_peak_device_bytes": plan.peak_device_bytes,
             "predicted_kv_cache_bytes": plan.kv_cache_bytes,
         }
-        return {name: value for name, value in values.items() if value is not None}
+        moved = {
+            f"predicted_{MOVED_OVER[resource]}_bytes_per_token": count
+            for resource, count in self.ceiling.decode_bytes_per_token.items()
+        }
+        return {name: value for name, value in (values | moved).items() if value is not None}
 
     def document(self, plan: MemoryPlan) -> dict[str, Any]:
         """Return as JSON values the metrics, what binds, and how the ceiling came about."""
@@ -445,6 +458,7 @@ def scored(
         ratios["streamed_bytes_per_s"] = (
             prediction.ceiling.streamed_bytes / metrics["decode_step_s"]
         )
+    ratios |= effective_rates(metrics, predicted)
     if prediction.yardstick_s and metrics.get("yardstick_s"):
         ratios["slowdown"] = metrics["yardstick_s"] / prediction.yardstick_s
         if "prediction_ratio_tokens_per_s" in ratios:
@@ -452,6 +466,28 @@ def scored(
                 ratios["prediction_ratio_tokens_per_s"] / ratios["slowdown"]
             )
     return {**predicted, **ratios}
+
+
+def effective_rates(
+    metrics: Mapping[str, float], predicted: Mapping[str, float]
+) -> dict[str, float]:
+    """Bytes per second over each resource while decoding: bytes of a token times tokens/s.
+
+    The bytes are those measured on the disk, and the plan's elsewhere: nobody counts them there.
+    """
+    tokens_per_s = metrics.get("decode_tokens_per_s")
+    if not tokens_per_s:
+        return {}
+    bytes_of = {
+        name: predicted.get(f"predicted_{name}_bytes_per_token") for name in MOVED_OVER.values()
+    }
+    if bytes_of["nvme"] and metrics.get("nvme_read_bytes_per_token"):
+        bytes_of["nvme"] = metrics["nvme_read_bytes_per_token"]
+    return {
+        f"effective_{name}_bytes_per_s": count * tokens_per_s
+        for name, count in bytes_of.items()
+        if count
+    }
 
 
 def speed_warnings(scores: Mapping[str, float]) -> Iterator[str]:

@@ -45,7 +45,8 @@ COMPARED_METRICS = (
     "generated_tokens_per_s_stddev",
     "ceiling_fraction", "ceiling_generated_tokens_per_s",
     "predicted_generated_tokens_per_s", "prediction_ratio_tokens_per_s",
-    "streamed_bytes_per_s", "energy_j_per_token",
+    "streamed_bytes_per_s", "effective_nvme_bytes_per_s", "effective_link_bytes_per_s",
+    "nvme_read_bytes_per_token", "nvme_written_bytes", "energy_j_per_token",
     "peak_device_reserved_bytes", "peak_host_rss_bytes", "weight_bytes", "kv_cache_bytes",
     "plan_device_needed_bytes", "plan_host_needed_bytes", "plan_disk_needed_bytes",
     "host_attention_s",
@@ -84,8 +85,9 @@ NOT_PARAMETERS = frozenset({
     "format", "profile", "tracking", "sweep", "calibrate", "offload.nvme_path",
     "launcher.master_port", "launcher.timeout_s", "batch.prompt_text", "batch.prompt_file",
     "hardware.source", "hardware.profile", "hardware.device_flops_per_s",
-    "model.model_type", "model.overrides", "model.config_source", "model.tokenizer_id",
-    "model.checkpoint_dtype", "model.trust_remote_code", "model.allow_pickle",
+    "model.model_type", "model.hub_id", "model.overrides", "model.config_source",
+    "model.tokenizer_id", "model.checkpoint_dtype", "model.trust_remote_code",
+    "model.allow_pickle",
 })  # fmt: skip
 """Settings that are no choices to compare runs by. They are in config.yaml."""
 

@@ -102,6 +102,10 @@ class Metrics:
     mlocked_bytes: int
     huge_page_bytes: int | None
     nvme_read_bytes: int | None
+    nvme_read_bytes_per_token: float | None = None
+    """Over the new tokens of all rows and all generations, warm-up included."""
+    nvme_written_bytes: int | None = None
+    """By the whole run, all ranks."""
     peak_device_allocated_bytes: int | None
     peak_device_reserved_bytes: int | None
     energy_j_per_token: float | None = None
@@ -160,7 +164,11 @@ def summarise(measured: Measured, batch: BatchConfig) -> Metrics:
         peak_host_rss_bytes=sum(use.peak_host_rss_bytes for use in memory),
         mlocked_bytes=sum(use.mlocked_bytes for use in memory),
         huge_page_bytes=_total([use.huge_page_bytes for use in memory]),
-        nvme_read_bytes=_total([use.nvme_read_bytes for use in memory]),
+        nvme_read_bytes=(read := _total([use.nvme_read_bytes for use in memory])),
+        nvme_read_bytes_per_token=None
+        if read is None
+        else read / (len(measured.samples) * batch.batch_size * batch.new_tokens),
+        nvme_written_bytes=_total([use.nvme_written_bytes for use in memory]),
         peak_device_allocated_bytes=_total([use.peak_device_allocated_bytes for use in memory]),
         peak_device_reserved_bytes=_total([use.peak_device_reserved_bytes for use in memory]),
         **energy_numbers(

@@ -1,4 +1,4 @@
-"""Ask the kernel and torch for this process's peak memory and for what it read from disks."""
+"""Ask the kernel and torch for this process's peak memory, and for its bytes on disks."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class MemoryUse:
 
     Source: read_bytes of /proc/self/io.
     """
+    nvme_written_bytes: int | None
+    """Written to block devices since the process began: the swap files, while loading.
+
+    Source: write_bytes of /proc/self/io. What waits in the page cache counts too.
+    """
     peak_device_allocated_bytes: int | None
     """By torch's allocator; None on a device that is host memory."""
     peak_device_reserved_bytes: int | None
@@ -49,6 +54,7 @@ def memory_use(device: torch.device, read_before: int | None) -> MemoryUse:
         mlocked_bytes=_proc_bytes("status", "VmLck") or 0,
         huge_page_bytes=_proc_bytes("smaps_rollup", "AnonHugePages"),
         nvme_read_bytes=None if read_now is None or read_before is None else read_now - read_before,
+        nvme_written_bytes=_proc_number("io", "write_bytes"),
         peak_device_allocated_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         peak_device_reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
     )

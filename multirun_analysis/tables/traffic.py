@@ -1,0 +1,112 @@
+"""The table of bytes that a run moves: over the disk, the link and the memories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from multirun_analysis.compare import differing_choices
+from multirun_analysis.configuration import Configuration
+from multirun_analysis.spread import format_number
+from multirun_analysis.table import Table
+from multirun_analysis.tables.choices import choice_cell, choice_columns, known, metric
+
+MB, GB = 1e6, 1e9
+DRIVE_WRITES_BYTES = 600e12
+"""Rated endurance of a common 1 TB drive: 600 TBW. Source: data sheet, Samsung SSD 990 PRO 1 TB."""
+PLACES = (("nvme", "disk"), ("link", "link"), ("host_memory", "host"), ("device_memory", "device"))
+"""Name in metrics, and what a column calls it."""
+MEASURES = (
+    *(
+        metric(
+            f"predicted_{name}_bytes_per_token",
+            f"{words} MB/token planned",
+            "What the plan expects a decode step to move, over its rows",
+            scale=MB,
+            optional=True,
+        )
+        for name, words in PLACES
+    ),
+    metric(
+        "nvme_read_bytes_per_token",
+        "disk MB/token read",
+        "Counted by the kernel, over all new tokens; what the page cache served is not in it",
+        scale=MB,
+        optional=True,
+    ),
+    *(
+        metric(
+            f"effective_{name}_bytes_per_s",
+            f"{words} GB/s",
+            "Bytes of a token times decoded tokens/s; on the disk those read, else those planned",
+            scale=GB,
+            optional=True,
+        )
+        for name, words in PLACES
+    ),
+    metric(
+        "plan_disk_needed_bytes",
+        "GB written planned",
+        "Size of the swap files, which loading writes",
+        scale=GB,
+        optional=True,
+    ),
+    metric(
+        "nvme_written_bytes",
+        "GB written",
+        "By the whole run, counted by the kernel",
+        scale=GB,
+        optional=True,
+    ),
+)
+MOVES = (
+    *(f"effective_{name}_bytes_per_s" for name, _ in PLACES),
+    "nvme_read_bytes_per_token",
+    "nvme_written_bytes",
+)
+"""A configuration has a row where it has one of them."""
+
+
+def traffic_table(found: Sequence[Configuration]) -> Table:
+    """Build one row for each measured configuration whose bytes are known."""
+    rows_of = [
+        item
+        for item in found
+        if item.ok_runs and any(item.value(name) is not None for name in MOVES)
+    ]
+    choices = differing_choices(found)
+    measures = known(MEASURES, rows_of)
+    columns = (*choice_columns(choices), *(column for column, _ in measures))
+    rows = tuple(
+        (
+            *(choice_cell(item, choice) for choice in choices),
+            *(cell(item) for _, cell in measures),
+        )
+        for item in rows_of
+    )
+    note = (
+        "Decimal units. A pass serves all rows of the batch, so a token costs less in a larger "
+        f"one.{endurance(rows_of)}"
+    )
+    return Table(
+        name="traffic",
+        title="Bytes moved, planned and measured",
+        note=note,
+        columns=columns,
+        rows=rows,
+    )
+
+
+def endurance(found: Sequence[Configuration]) -> str:
+    """Say what the run that writes most means for a drive; nothing where no run swaps to one."""
+    written = max(
+        (item.value("nvme_written_bytes") or 0 for item in found if item.offload == "nvme"),
+        default=0,
+    )
+    if not written:
+        return ""
+    runs = DRIVE_WRITES_BYTES / written
+    return (
+        f" One run writes up to {format_number(written / GB)} GB, so a drive rated for 600 TB of "
+        f"writes takes {format_number(runs, 2)} of them. Generating only reads, which wears no "
+        "drive."
+    )
