@@ -122,7 +122,7 @@ def load_engine(planned: Planned, events: EventLog) -> Loaded:
     engine = load(planned.config, planned.spec, planned.deepspeed_json(), events)
     load_s = time.perf_counter() - started_s
     if engine.verified is not None:
-        load_s -= engine.verified.seconds
+        load_s -= engine.verified.seconds + engine.verified.rounding_s
     elif planned.config.weights == "pretrained":
         events.warning(f"engine={planned.config.engine.name} does not verify its weights")
     return Loaded(engine=engine, import_s=import_s, load_s=load_s)

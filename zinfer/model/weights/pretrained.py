@@ -55,6 +55,8 @@ class Read:
     model: Any
     samples: Samples | None
     """None where transformers' own report was checked: it is complete without ZeRO-3."""
+    rounding_s: float = 0.0
+    """Time of searching codes that no run had searched before; not part of load_s."""
 
 
 def weights_source(model: ModelConfig) -> str:
@@ -171,6 +173,7 @@ def verify(
         sha256=opened.checkpoint.sha256 if opened.checkpoint else None,
         fingerprint=opened.checkpoint.fingerprint() if opened.checkpoint else None,
         seconds=opened.seconds + time.perf_counter() - started_s,
+        rounding_s=read.rounding_s,
     )
 
 

@@ -43,6 +43,8 @@ class VerifiedWeights:
     """
     seconds: float
     """How long checking took, before and after loading; not part of load_s."""
+    rounding_s: float = 0.0
+    """How long searching the codes of quantised weights took; not part of load_s."""
 
     def document(self) -> dict[str, Any]:
         """Return the JSON of the `result` event."""
@@ -54,6 +56,7 @@ class VerifiedWeights:
             "weights_verified_tensors": self.tensors,
             "weights_verified_bytes": self.bytes,
             "verify_s": self.seconds,
+            **({"rounding_s": self.rounding_s} if self.rounding_s else {}),
         }
 
 

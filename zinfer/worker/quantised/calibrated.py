@@ -10,7 +10,7 @@ products is not seen, so the second is rounded for the weights' own sake.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,8 @@ def pack_model(
         ConfigError: the model has no list of decoder layers.
         WrongWeights: a tensor of the checkpoint cannot be read.
     """
-    with ExitStack() as files, torch.no_grad():
-        reader = PartReader(opened, files)
+    with torch.no_grad():
+        reader = PartReader(opened)
         model = reader.model
         text_config = opened.hf_config.get_text_config(decoder=True)
         layers = decoder_layers(model, text_config.num_hidden_layers)

@@ -204,7 +204,11 @@ def packed_model(
             f"{len(building.waiting)} tensors of {opened.source} were never read "
             f"({first_names(building.waiting)})"
         )
-    return Read(model=building.finished(), samples=building.samples)
+    return Read(
+        model=building.finished(),
+        samples=building.samples,
+        rounding_s=searched.seconds if searched else 0.0,
+    )
 
 
 def tensors_of(opened: Opened, building: PackedModel, mapping: list[Any]) -> dict[str, Any]:

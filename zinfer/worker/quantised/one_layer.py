@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from zinfer.model.hf import model_class
 from zinfer.model.weights.checkpoint import WrongWeights, first_names
 from zinfer.model.weights.pretrained import Opened
+from zinfer.worker.quantised.loading import stored_slices, targets_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +29,8 @@ class PartReader:
     Everything is float32.
     """
 
-    def __init__(self, opened: Opened, files: ExitStack) -> None:
-        """Build the model and open the files; `files` closes them.
+    def __init__(self, opened: Opened) -> None:
+        """Build the model, and read what the files' headers say.
 
         No HfDeepSpeedConfig may be alive: it would have transformers partition the model.
         """
@@ -44,11 +39,10 @@ class PartReader:
             model = model_class(opened.hf_config)(opened.hf_config)
         self.model: PreTrainedModel = model.float().eval().requires_grad_(False)
         self._mapping = dict(opened.rehearsal.key_mapping)
-        self._values: dict[str, Any] = {}
-        for name in opened.checkpoint.files:
-            file = files.enter_context(safe_open(opened.checkpoint.folder / name, "pt"))
-            self._values |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        self._sources = self._sources_of_targets(set(opened.rehearsal.unused))
+        unused = set(opened.rehearsal.unused)
+        found = stored_slices(opened.checkpoint)
+        self._values = {name: each for name, each in found.items() if name not in unused}
+        self._sources = targets_of(self._values, self.model, self._weight_mapping())
 
     @contextmanager
     def filled(self, wanted: Callable[[str], bool]) -> Iterator[None]:
@@ -91,19 +85,6 @@ class PartReader:
                 if parameter is not None and wanted(f"{path}.{name}" if path else name):
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
-
-    def _sources_of_targets(self, unused: set[str]) -> dict[str, str]:
-        """Return each of the checkpoint's names -> the (first) parameter that is made of it."""
-        mapping = self._weight_mapping()
-        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-        converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        own = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        return {
-            key: rename_source_key(key, renamings, converters, prefix, own)[0]
-            for key in self._values
-            if key not in unused
-        }
 
     def _weight_mapping(self) -> list[Any]:
         return get_model_conversion_mapping(self.model, key_mapping=self._mapping or None)

@@ -70,7 +70,7 @@ class SearchedWeights:
             "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         }
         self.seconds = 0.0
-        """How long searching took; about 0 where it was done before."""
+        """How long searching took; 0 where it was done before."""
         self._kept: Kept = self._find()
 
     def __contains__(self, name: object) -> bool:
@@ -83,6 +83,9 @@ class SearchedWeights:
         Damaged ones are made again; they come out the same, so that those read before still fit.
         """
         found = self._kept.read(name)
+        if found is None:  # another rank may have made them again meanwhile
+            self._kept = self._find()
+            found = self._kept.read(name)
         if found is None:
             remove(self._kept, self._events, name)
             self._kept = self._find()
@@ -92,15 +95,14 @@ class SearchedWeights:
         return found
 
     def _find(self) -> Kept:
-        started_s = time.perf_counter()
-        found = kept_weights(self._key, self._sizes, self._make, self._events)
-        self.seconds += time.perf_counter() - started_s
-        return found
+        return kept_weights(self._key, self._sizes, self._make, self._events)
 
     def _make(self, take: Take) -> None:
         self._events.phase("round weights")
+        started_s = time.perf_counter()
         _require_memory(self._spec)
         pack_model(self._opened, self._dtype, self._spec.parameters, self._ids, take, self._events)
+        self.seconds += time.perf_counter() - started_s
 
 
 def searched_if_asked(
