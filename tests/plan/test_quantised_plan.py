@@ -12,7 +12,7 @@ from zinfer.model.quantisable import stored_bits
 from zinfer.model.quantisable import stored_numel as own_stored_numel
 from zinfer.plan import dtype_advice
 from zinfer.plan.ceiling import stored_products, touched_weight_bytes
-from zinfer.plan.dtype_advice import fewer_bits
+from zinfer.plan.dtype_advice import fewer_bits, measured_quality
 from zinfer.plan.page import fewer_bits_lines
 from zinfer.plan.planned import Planned
 from zinfer.plan.tiers import ItemKind
@@ -164,6 +164,16 @@ def test_a_box_without_a_calibration_gains_what_its_bandwidth_allows() -> None:
 def test_what_cannot_be_quantised_gets_no_advice(overrides: tuple[str, ...]) -> None:
     run = planned("model=opt-125m", *overrides, "offload=none", CPU)
     assert list(fewer_bits(run)) == []
+
+
+def test_shipped_quality_says_its_model_source_and_numbers() -> None:
+    for weights in ("int8", "int4"):
+        found = measured_quality("smollm2-135m", weights)
+        assert found and {row["model"] for row in found} == {"smollm2-135m"}
+        assert measured_quality("another-model", weights) == found
+        for row in found:
+            assert row["perplexity_ratio"] > 0.9 and 0 < row["token_agreement"] <= 1
+            assert row["measured"] and row["rounding"] in ("nearest", "searched")
 
 
 def test_deepspeeds_own_scheme_is_counted_as_before() -> None:
