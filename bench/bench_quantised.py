@@ -99,7 +99,7 @@ def packed_product(
 
 
 def pytorchs_ways(weight: torch.Tensor) -> dict[str, Way]:
-    """PyTorch's operators for packed weights; each has a scheme and a layout of its own."""
+    """List PyTorch's operators for packed weights; each has a scheme and a layout of its own."""
     out, inputs = weight.shape
     aten: Any = torch.ops.aten
     eight = copies_of(
@@ -129,12 +129,12 @@ def copies_of(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 
 
 def size_of(tensors: tuple[torch.Tensor, ...]) -> int:
-    """Bytes of all of these."""
+    """Return the bytes of all of these."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def timed(run: Callable[[int], object], turns: int) -> float:
-    """Seconds of one call, the mean over as many as rotate through memory."""
+    """Return the seconds of one call, the mean over as many as rotate through memory."""
     started_s = time.perf_counter()
     for turn in range(turns):
         run(turn)
@@ -233,7 +233,7 @@ def run_table(
 
 
 def run_overrides(model: str, offload: str, batch: int, dtype: str, threads: int) -> list[str]:
-    """Overrides of one run of the table."""
+    """Return the overrides of one run of the table."""
     quantised = ["dtype.compute=bfloat16"] if dtype.startswith("int") else []
     disk = ["offload.nvme_path=swap"] if offload == "nvme" else []
     return [
@@ -244,7 +244,7 @@ def run_overrides(model: str, offload: str, batch: int, dtype: str, threads: int
 
 
 def run_cell(found: dict[str, list[dict[str, float]]], dtype: str) -> str:
-    """One dtype's step, its gain over bfloat16, and the bytes that its weights take."""
+    """Return one dtype's step, its gain over bfloat16, and the bytes that its weights take."""
     if not found[dtype]:
         return "-"
     step = {

@@ -198,7 +198,7 @@ def _quote_all(secret: str) -> str:
 
 
 def _override_escape(secret: str) -> str:
-    """As Hydra writes a value into overrides.yaml and hydra.yaml."""
+    """Write a value as Hydra does in overrides.yaml and hydra.yaml."""
     return re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", secret)
 
 

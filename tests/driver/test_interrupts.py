@@ -17,7 +17,7 @@ from zinfer.driver.interrupts import Interrupts
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Signals that a launcher's own handler of SIGUSR2 has got; it is installed before ours."""
+    """Return the signals that a launcher's own handler of SIGUSR2 got; it comes before ours."""
     got: list[int] = []
     before = {sign: signal.getsignal(sign) for sign in (*run_module.COMMON_SIGNALS,)}
     for name, value in (("received", False), ("sign", None), ("_deferred", 0), ("_launchers", {})):

@@ -19,7 +19,7 @@ COLOUR = re.compile(r"\x1b\[(\d+;)*(3|4|9|10)[0-7]m")
 
 
 def frames_with(seen: Seen, *words: str) -> list[str]:
-    """Frames that show all these words."""
+    """Return the frames that show all these words."""
     return [frame for frame in seen.frames if all(word in frame for word in words)]
 
 

@@ -39,7 +39,7 @@ def progress_at(log: str, seconds: float) -> JobProgress:
 
 
 def drawn(frame: JobFrame | JobsFrame, width: int) -> list[str]:
-    """Lines of a frame on a terminal of this width."""
+    """Return the lines of a frame on a terminal of this width."""
     console = Console(record=True, width=width, file=io.StringIO(), color_system=None)
     console.print(frame)
     return [line.rstrip() for line in console.export_text().splitlines()]

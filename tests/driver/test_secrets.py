@@ -32,7 +32,7 @@ HIDDEN = (
 
 
 def found_in(folder: Path) -> list[tuple[str, str]]:
-    """Files below the folder that hold a secret, with the secret."""
+    """Return the files below the folder that hold a secret, with the secret."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [
         (str(path.relative_to(folder)), secret)

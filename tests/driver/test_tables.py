@@ -14,7 +14,7 @@ from zinfer.units import format_bytes
 
 
 def rows(*overrides: str) -> dict[str, list[str]]:
-    """First column -> the other columns, as they are shown."""
+    """Map the first column to the other columns, as they are shown."""
     run = planned(*overrides)
     outcome = Outcome(
         status="planned", model=describe(run.spec, run.config), plan=run.document(), metrics={}

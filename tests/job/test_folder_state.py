@@ -17,7 +17,7 @@ from zinfer.job.records import write_json
 
 
 def names(reader: EventReader) -> list[str]:
-    """Names of the phases that are new."""
+    """Return the names of the phases that are new."""
     return [event["name"] for event in reader.new_events()]
 
 

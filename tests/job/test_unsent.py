@@ -20,7 +20,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def left_in(folder: Path) -> Path:
-    """A job folder as a run leaves it whose store did not answer."""
+    """Make a job folder as a run leaves it whose store did not answer."""
     folder.mkdir(parents=True)
     (folder / "not_logged.json").write_text('{"problem": "gone", "run_id": null}')
     (folder / "result.json").write_text("{}")

@@ -289,7 +289,7 @@ def test_another_mlflow_migrates_by_itself(tmp_path: Path, monkeypatch: pytest.M
 
 
 def database_content(path: Path) -> tuple[set[tuple[str, ...]], dict[str, list[Any]]]:
-    """Tables with their columns, indices and triggers, and the rows of those tables that have any.
+    """Return tables with their columns, indices and triggers, and the rows where there are any.
 
     Definitions are compared as bags of words: the migrations write the constraints of a table in
     an order that changes from run to run.
@@ -310,7 +310,7 @@ def database_content(path: Path) -> tuple[set[tuple[str, ...]], dict[str, list[A
 
 
 def write_runs(folder: str, runs: int) -> list[str]:
-    """In a process of its own: make the store if it is not there, and log runs in it."""
+    """Make the store if it is not there and log runs in it, in a process of its own."""
     os.chdir(folder)
     config = config_of()
     finished = []

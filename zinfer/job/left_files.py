@@ -51,7 +51,7 @@ def redact_hydra(paths: Iterable[Path]) -> None:
 
 
 def _redacted_json(text: str) -> str:
-    """Redact a document by its keys too; what is no JSON as plain text."""
+    """Redact a document by its keys too; text that is no JSON as plain text."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -61,7 +61,7 @@ class ZeroLayout:
 
 
 def aio_block_bytes(config: RunConfig) -> int:
-    """Bytes of one NVMe read request; it is also the swap minimum."""
+    """Return the bytes of one NVMe read request; it is also the swap minimum."""
     if config.zero.derivation == "paper":
         return PAPER_AIO_BLOCK_BYTES
     return config.zero.aio_block_size_bytes or TUNED_AIO_BLOCK_BYTES
@@ -70,7 +70,7 @@ def aio_block_bytes(config: RunConfig) -> int:
 def stored_numel(
     parameter: Parameter, dtype: DtypeConfig, itemsize_bytes: int, *, by_deepspeed: bool
 ) -> int:
-    """Elements that are stored for this parameter.
+    """Return the elements that are stored for this parameter.
 
     DeepSpeed quantises linear and embedding weights: packed values plus one scale and one offset
     per group, in the compute type.
@@ -104,7 +104,7 @@ class _ByIdentity:
 
 
 def zero_layout(config: RunConfig, spec: ModelSpec) -> ZeroLayout:
-    """The layout of this run's weights on one of its ranks."""
+    """Return the layout of this run's weights on one of its ranks."""
     itemsize = ITEMSIZE_BYTES[spec.dtype]
     return _layout(
         _ByIdentity(spec.parameters),

@@ -178,7 +178,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def flat_params(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The choices of a tree that nobody has checked, as MLflow's params have them."""
+    """Return the choices of a tree that nobody has checked, as MLflow's params have them."""
     return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flatten(tree)}
 
 
