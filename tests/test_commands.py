@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
@@ -271,7 +272,7 @@ def test_a_line_that_is_not_printed_is_found(shown: str, lost: list[str]) -> Non
 def main() -> None:
     """Write what commands print into the pages, in place of what these show.
 
-    A line is renewed where a printed line begins with the same word and it alone.
+    A line with "..." stays as it is: renew that by hand.
     """
     import tempfile
 
@@ -284,14 +285,16 @@ def main() -> None:
 
 
 def renewed(shown: str, printed: str) -> str:
-    """Take for each shown line the printed line that begins with the same words."""
+    """Take for each shown line that was not printed the most similar line with its first word."""
     lines = []
     for line in shown.splitlines():
-        head = re.split(r" {2,}", line.strip())[0]
-        like = [text.rstrip() for text in printed.splitlines() if text.split() and head]
-        like = [text for text in like if re.split(r" {2,}", text.strip())[0] == head]
-        is_same = not missing(line, printed) or len(like) != 1
-        lines.append(line if is_same else like[0])
+        alike = [
+            text.rstrip() for text in printed.splitlines() if text.split()[:1] == line.split()[:1]
+        ]
+        if "..." in line or not alike or not missing(line, printed):
+            lines.append(line)
+        else:
+            lines.append(max(alike, key=lambda text: SequenceMatcher(None, line, text).ratio()))
     return "\n".join([*lines, ""])
 
 
