@@ -1,6 +1,6 @@
 """Take the pictures of docs/mlflow_ui.md.
 
-    python scripts/mlflow_screenshots.py sqlite:////path/to/mlflow.db docs/images
+    python -m scripts.mlflow_screenshots sqlite:////path/to/mlflow.db docs/images
 
 Start `mlflow server` over that store and open its pages in a headless Chromium. Needs chromium and
 chromedriver.
@@ -9,25 +9,18 @@ chromedriver.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from multirun_analysis.runs import Selection
 from multirun_analysis.store import read_mlflow
-from zinfer.driver.workers import free_port
+from tests.helpers.browser import chromium, mlflow_server
 
 WINDOW = (1560, 720)
 PAGE_WAIT_S = 60.0
-SERVER_WAIT_S = 240.0
 SHOWN_COLUMNS = (
     "generated_tokens_per_s",
     "decode_step_s",
@@ -45,16 +38,12 @@ def main(uri: str, folder: Path) -> None:
     """Take every picture."""
     folder.mkdir(parents=True, exist_ok=True)
     selection = read_mlflow(uri)
-    server, address = start_server(uri)
-    try:
-        browser = open_browser()
+    with mlflow_server(uri) as address:
+        browser = chromium(WINDOW)
         try:
             take(browser, address, selection, folder)
         finally:
             browser.quit()
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
 
 
 def take(browser: Any, address: str, selection: Selection, folder: Path) -> None:
@@ -103,65 +92,6 @@ def take(browser: Any, address: str, selection: Selection, folder: Path) -> None
     metrics.send_keys(Keys.ENTER + Keys.ESCAPE)
     time.sleep(3)
     save(browser, folder / "mlflow_compare.png")
-
-
-def start_server(uri: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a small server process; return it and its address once it answers."""
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        uri,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    env = {
-        **os.environ,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    server = subprocess.Popen(
-        command,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SERVER_WAIT_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=2).close()
-            return server, address
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise RuntimeError("mlflow server did not start")
-
-
-def open_browser() -> Any:
-    """Open a headless Chromium of one size."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-    ):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
-    )
-    metrics = {"width": WINDOW[0], "height": WINDOW[1], "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    return browser
 
 
 def show(browser: Any, url: str, text: str) -> None:

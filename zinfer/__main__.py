@@ -109,7 +109,6 @@ def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outc
     from zinfer.config import ConfigError, parse_config
     from zinfer.config.tasks import task_of
     from zinfer.driver.finishing import do_task, finish
-    from zinfer.driver.label import job_label
     from zinfer.driver.refusals import refusal
     from zinfer.driver.terminal import Terminal
 
@@ -118,6 +117,8 @@ def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outc
         config = parse_config(composed)
     except ConfigError as error:
         return finish(refusal(error.problems, job_dir), job_dir, terminal)
+    from zinfer.driver.label import job_label
+
     terminal.name = job_label(config.model.name, settings, config.task)
     if task_of(config).takes_search and config.sweep.search == "best_batch":
         from zinfer.sweep.search import search_best_batch

@@ -10,12 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,20 +21,12 @@ import pytest
 from multirun_analysis.report import write_report
 from multirun_analysis.runs import Selection
 from multirun_analysis.store import read_mlflow
+from tests.helpers.browser import chromium, mlflow_server
 from tests.helpers.report_gallery import STORIES, make_story
 from tests.helpers.synthetic_store import make_store
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-CHROMIUM = next(
-    (
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (path := shutil.which(name))
-    ),
-    None,
-)
-SERVER_START_S = 240.0
 PHONE, DESKTOP = (400, 800), (1280, 900)
 
 
@@ -65,32 +52,15 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def open_browser() -> Iterator[Callable[[tuple[int, int]], Any]]:
     """Open Chromium windows of a size; all are closed at the end."""
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="needs selenium: pip install selenium"
-    )
-    driver_path = shutil.which("chromedriver")
-    if driver_path is None:
+    pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+    if shutil.which("chromedriver") is None:
         pytest.skip("needs chromedriver: apt-get install chromium-driver")
     opened = []
 
     def open_(size: tuple[int, int]) -> Any:
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for argument in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--hide-scrollbars",
-        ):
-            options.add_argument(argument)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
-        opened.append(browser)
-        width, height = size
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        return browser
+        logs = {"goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        opened.append(chromium(size, **logs))
+        return opened[-1]
 
     yield open_
     for browser in opened:
@@ -268,52 +238,8 @@ def test_every_kind_of_report_is_laid_out(
 @pytest.fixture(scope="module")
 def server(store: str) -> Iterator[str]:
     """Start `mlflow server` over the store; return its address."""
-    from zinfer.driver.workers import free_port
-
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--backend-store-uri",
-        store,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    env = {
-        **os.environ,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    process = subprocess.Popen(
-        command,
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SERVER_START_S
-    try:
-        while not _answers(address):
-            assert process.poll() is None and time.monotonic() < deadline, (
-                "mlflow server did not start"
-            )
-            time.sleep(1)
+    with mlflow_server(store) as address:
         yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-def _answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{address}/health", timeout=2).close()
-    except (urllib.error.URLError, OSError):
-        return False
-    return True
 
 
 def test_mlflow_compares_our_runs_side_by_side(
