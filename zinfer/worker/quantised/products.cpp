@@ -42,6 +42,9 @@ constexpr int SEGMENT = 16;   // groups
 constexpr int MOST = 8;       // rows of activations that pass over the weights together
 constexpr int TILE = 12;      // rows of weights that every pass works on
 constexpr int CHUNK = 48;     // rows of weights that a thread takes at a time
+// Threads up to which one alone prepares the activations: waiting for each other costs more, above
+// all where other processes use the cores too.
+constexpr int ALONE = 4;
 constexpr int LARGEST_GROUP = 1024;
 constexpr int AHEAD = 8192;   // bytes of weights that are prefetched
 
@@ -514,32 +517,41 @@ void packed_product(const Product& p) {
         return one;
     };
 
+    auto prepare = [&](int64_t unit, int16_t* whole) {
+        const int64_t row = unit / shape.segments, segment = unit % shape.segments;
+        const Pass pass = pass_of(row / MOST);
+        const int64_t m = row % MOST, at = segment * pass.rows + m;
+        if (m >= pass.rows) return;
+        const int64_t from = segment * length;
+        const int64_t count = row < p.rows ? std::min(length, p.in - from) : 0;
+        const T* source = (const T*)p.x + std::min(row, p.rows - 1) * p.x_stride + from;
+        const_cast<float*>(pass.x_scales)[at] =
+            to_integers<E>(source, count, group, whole,
+                           const_cast<float*>(pass.x_sums) + at * SEGMENT);
+        for (int64_t block = 0; block < shape.per_segment; block++) {
+            const int64_t part = block % shape.per_group;
+            const int16_t* base = whole + (block - part) * BLOCK;
+            const int32_t* which = order.get() + part * BLOCK;
+            int16_t* to = const_cast<int16_t*>(pass.x) +
+                          ((segment * shape.per_segment + block) * pass.rows + m) * BLOCK;
+            for (int i = 0; i < BLOCK; i++) to[i] = base[which[i]];
+        }
+    };
+    const int64_t units = padded_rows * shape.segments;
+    if (p.threads <= ALONE) {
+        Memory<int16_t> whole = memory<int16_t>(length);
+        for (int64_t unit = 0; unit < units; unit++) prepare(unit, whole.get());
+    }
+
 #pragma omp parallel num_threads(p.threads)
     {
-        Memory<int16_t> whole = memory<int16_t>(length);
+        if (p.threads > ALONE) {
+            Memory<int16_t> whole = memory<int16_t>(length);
 #pragma omp for schedule(static)
-        for (int64_t unit = 0; unit < padded_rows * shape.segments; unit++) {
-            const int64_t row = unit / shape.segments, segment = unit % shape.segments;
-            const Pass pass = pass_of(row / MOST);
-            const int64_t m = row % MOST, at = segment * pass.rows + m;
-            if (m >= pass.rows) continue;
-            const int64_t from = segment * length;
-            const int64_t count = row < p.rows ? std::min(length, p.in - from) : 0;
-            const T* source = (const T*)p.x + std::min(row, p.rows - 1) * p.x_stride + from;
-            const_cast<float*>(pass.x_scales)[at] =
-                to_integers<E>(source, count, group, whole.get(),
-                               const_cast<float*>(pass.x_sums) + at * SEGMENT);
-            for (int64_t block = 0; block < shape.per_segment; block++) {
-                const int64_t part = block % shape.per_group;
-                const int16_t* base = whole.get() + (block - part) * BLOCK;
-                const int32_t* which = order.get() + part * BLOCK;
-                int16_t* to = const_cast<int16_t*>(pass.x) +
-                              ((segment * shape.per_segment + block) * pass.rows + m) * BLOCK;
-                for (int i = 0; i < BLOCK; i++) to[i] = base[which[i]];
-            }
+            for (int64_t unit = 0; unit < units; unit++) prepare(unit, whole.get());
         }
         Memory<float> sums_of_chunk = memory<float>(padded_rows * CHUNK);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t chunk = 0; chunk < (p.out + CHUNK - 1) / CHUNK; chunk++) {
             const int64_t start = chunk * CHUNK, stop = std::min(p.out, start + CHUNK);
             for (int64_t first = start; first < stop; first += TILE)
@@ -649,24 +661,29 @@ void skinny_product(const Product& p) {
     const int64_t padded_rows = (p.rows + MOST - 1) / MOST * MOST;
     Memory<X> x = memory<X>(padded_rows * room);
     auto rows_of = [&](int64_t row) { return padded(std::min<int64_t>(MOST, p.rows - row)); };
+    auto prepare = [&](int64_t row) {
+        const int64_t pass = row / MOST * MOST, m = row % MOST, rows = rows_of(pass);
+        if (m >= rows) return;
+        const uint16_t* from = (const uint16_t*)p.x + std::min(row, p.rows - 1) * p.x_stride;
+        X* to = x.get() + pass * room + m * F::STEP;
+        for (int64_t at = 0; at < room; at += F::STEP, to += rows * F::STEP)
+            for (int64_t i = 0; i < F::STEP; i++) {
+                if (at + i >= p.in)
+                    to[i] = 0;
+                else
+                    to[i] = sizeof(X) == 2 ? X(from[at + i]) : X(E::one(from[at + i]));
+            }
+    };
+    if (p.threads <= ALONE)
+        for (int64_t row = 0; row < padded_rows; row++) prepare(row);
 #pragma omp parallel num_threads(p.threads)
     {
+        if (p.threads > ALONE) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < padded_rows; row++) {
-            const int64_t pass = row / MOST * MOST, m = row % MOST, rows = rows_of(pass);
-            if (m >= rows) continue;
-            const uint16_t* from = (const uint16_t*)p.x + std::min(row, p.rows - 1) * p.x_stride;
-            X* to = x.get() + pass * room + m * F::STEP;
-            for (int64_t at = 0; at < room; at += F::STEP, to += rows * F::STEP)
-                for (int64_t i = 0; i < F::STEP; i++) {
-                    if (at + i >= p.in)
-                        to[i] = 0;
-                    else
-                        to[i] = sizeof(X) == 2 ? X(from[at + i]) : X(E::one(from[at + i]));
-                }
+            for (int64_t row = 0; row < padded_rows; row++) prepare(row);
         }
         Memory<float> sums = memory<float>(padded_rows * CHUNK);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t chunk = 0; chunk < (p.out + CHUNK - 1) / CHUNK; chunk++) {
             const int64_t start = chunk * CHUNK, stop = std::min(p.out, start + CHUNK);
             for (int64_t first = start; first < stop; first += TILE)
