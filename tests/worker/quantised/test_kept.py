@@ -174,6 +174,15 @@ def test_a_search_that_fails_leaves_nothing(cache: Path, events: EventLog) -> No
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
 
 
+def test_what_a_killed_process_left_is_removed(cache: Path, events: EventLog) -> None:
+    found = kept_weights(KEY, SIZES, Maker(), events)
+    left = found.folder.with_name(f".{found.folder.name}")
+    found.folder.rename(left)
+    (left / "half").write_bytes(b"1")
+    assert_all_there(kept_weights(KEY, SIZES, Maker(), events))
+    assert not left.exists() and not (found.folder / "half").exists()
+
+
 def test_no_room_is_said_before_the_search(
     cache: Path, events: EventLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

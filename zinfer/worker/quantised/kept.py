@@ -12,9 +12,7 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,8 +116,8 @@ def _made(folder: Path, key: Mapping[str, object], sizes: Mapping[str, int], mak
     """Make the weights, and write each as it comes."""
     checksums: dict[str, str] = {}
     started_s = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".packed-") as made:
-        with open(Path(made) / WEIGHTS, "wb") as file:
+    with _unfinished(folder) as made:
+        with open(made / WEIGHTS, "wb") as file:
             begin, offsets = _write_header(file, sizes)
 
             def take(name: str, values: torch.Tensor) -> None:
@@ -135,11 +133,24 @@ def _made(folder: Path, key: Mapping[str, object], sizes: Mapping[str, int], mak
             "seconds": time.perf_counter() - started_s,
             "sha256": checksums,
         }
-        (Path(made) / MADE).write_text(json.dumps(document, indent=1) + "\n")
-        os.chmod(made, 0o755)  # a temporary folder is its user's alone
-        os.rename(made, folder)
-        os.mkdir(made)  # what the block's end removes
+        (made / MADE).write_text(json.dumps(document, indent=1) + "\n")
+        made.rename(folder)
     return Kept(folder=folder, checksums=checksums)
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """Give the folder in which another one is made, empty, and remove it if that fails.
+
+    Call it under the lock: what lies there was left by a process that was killed.
+    """
+    made = folder.with_name(f".{folder.name}")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _write_header(file: Any, sizes: Mapping[str, int]) -> tuple[int, dict[str, int]]:
