@@ -86,11 +86,6 @@ def take(browser: Any, address: str, selection: Selection, folder: Path) -> None
         f"{address}/#/compare-runs?runs={ids}&experiments={quote(json.dumps([experiment]))}",
         "Parallel Coordinates Plot",
     )
-    metrics = browser.find_elements(By.CSS_SELECTOR, "input[role=combobox]")[1]
-    metrics.send_keys(Keys.BACKSPACE + "generated_tokens_per_s")
-    time.sleep(1)
-    metrics.send_keys(Keys.ENTER + Keys.ESCAPE)
-    time.sleep(3)
     save(browser, folder / "mlflow_compare.png")
 
 
