@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from multirun_analysis.compare import differing_choices
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.spread import format_number
-from multirun_analysis.table import Table
-from multirun_analysis.tables.choices import choice_cell, choice_columns, known, metric
+from multirun_analysis.table import Table, number_cell
+from multirun_analysis.tables.choices import Measure, choice_cell, choice_columns, known, metric
 
 MB, GB = 1e6, 1e9
 DRIVE_WRITES_BYTES = 600e12
 """Rated endurance of a common 1 TB drive: 600 TBW. Source: data sheet, Samsung SSD 990 PRO 1 TB."""
 PLACES = (("nvme", "disk"), ("link", "link"), ("host_memory", "host"), ("device_memory", "device"))
 """Name in metrics, and what a column calls it."""
-MEASURES = (
+MEASURES: tuple[Measure, ...] = (
     *(
         metric(
             f"predicted_{name}_bytes_per_token",
@@ -58,10 +58,13 @@ MEASURES = (
         optional=True,
     ),
 )
+OF_THE_DISK = frozenset({
+    "nvme_read_bytes_per_token", "plan_disk_needed_bytes", "nvme_written_bytes",
+})  # fmt: skip
+"""Numbers that other runs have too: they read their own program, and write their log."""
 MOVES = (
     *(f"effective_{name}_bytes_per_s" for name, _ in PLACES),
     "nvme_read_bytes_per_token",
-    "nvme_written_bytes",
 )
 """A configuration has a row where it has one of them."""
 
@@ -74,7 +77,7 @@ def traffic_table(found: Sequence[Configuration]) -> Table:
         if item.ok_runs and any(item.value(name) is not None for name in MOVES)
     ]
     choices = differing_choices(found)
-    measures = known(MEASURES, rows_of)
+    measures = known([swapping_only(measure) for measure in MEASURES], rows_of)
     columns = (*choice_columns(choices), *(column for column, _ in measures))
     rows = tuple(
         (
@@ -94,6 +97,14 @@ def traffic_table(found: Sequence[Configuration]) -> Table:
         columns=columns,
         rows=rows,
     )
+
+
+def swapping_only(measure: Measure) -> Measure:
+    """Leave the disk's numbers empty for runs that keep no weights there."""
+    column, cell = measure
+    if column.key not in OF_THE_DISK:
+        return measure
+    return column, lambda item: cell(item) if item.offload == "nvme" else number_cell(None)
 
 
 def endurance(found: Sequence[Configuration]) -> str:

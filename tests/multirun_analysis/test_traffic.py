@@ -50,6 +50,7 @@ def test_the_note_says_how_many_runs_a_drive_is_rated_for() -> None:
     assert "takes 10,000 of them" in table_of(moving("nvme", **NVME)).note
     log = table_of(moving("cpu", nvme_written_bytes=4096, effective_link_bytes_per_s=1e9))
     assert "rated" not in log.note, "a run without swap wears no drive"
+    assert "nvme_written_bytes" not in [column.key for column in log.columns]
 
 
 def test_runs_that_know_no_bytes_have_no_row() -> None:

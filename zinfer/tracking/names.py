@@ -46,7 +46,7 @@ COMPARED_METRICS = (
     "ceiling_fraction", "ceiling_generated_tokens_per_s",
     "predicted_generated_tokens_per_s", "prediction_ratio_tokens_per_s",
     "streamed_bytes_per_s", "effective_nvme_bytes_per_s", "effective_link_bytes_per_s",
-    "nvme_read_bytes_per_token", "nvme_written_bytes", "energy_j_per_token",
+    "energy_j_per_token",
     "peak_device_reserved_bytes", "peak_host_rss_bytes", "weight_bytes", "kv_cache_bytes",
     "plan_device_needed_bytes", "plan_host_needed_bytes", "plan_disk_needed_bytes",
     "host_attention_s",
