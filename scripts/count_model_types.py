@@ -68,6 +68,14 @@ SIZES: dict[str, Any] = {
 MOST_NUMEL = 100_000_000
 """Parameters of a row's model: its real instance must be made and run in about a second."""
 AT_ONCE = 16
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+PART = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -75,14 +83,26 @@ EXTRA: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
-    "bailing_hybrid": {"num_hidden_layers": 8},
-    "kimi_linear": {"num_hidden_layers": 8},
+    "bailing_hybrid": {"num_hidden_layers": 8, "num_key_value_heads": 4},
+    "kimi_linear": {"num_hidden_layers": 8, "num_key_value_heads": 4},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
+    "xlnet": {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "gemma3n": {"intermediate_size": 96, "laurel_rank": 8},
+    "gemma3n_text": {"intermediate_size": 96, "laurel_rank": 8},
+    "qwen4_exp": {"num_hidden_layers": 4, **INDEXER},
+    "qwen4_exp_text": {"num_hidden_layers": 4, **INDEXER},
+    "phi4_multimodal": {
+        "vision_config": {**PART, "num_hidden_layers": 2},
+        "audio_config": {**PART, "num_blocks": 2},
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """What some types need beside the sizes."""
 WITHOUT = (
     (),
     ("max_position_embeddings",),
+    ("v_head_dim",),
     ("num_key_value_heads",),
     ("head_dim",),
     ("num_key_value_heads", "head_dim"),

@@ -52,6 +52,14 @@ WEBHOOK = re.compile(
 )
 """Whoever knows the path of a web hook can post to it."""
 HUB_TOKEN = re.compile(r"\bhf_(?:(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{8,}|[A-Za-z0-9]{20,})")
+TOKEN_FORMS = re.compile(
+    r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|npm_[A-Za-z0-9]{30,}"
+    r"|sk-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|(?:AKIA|ASIA)[0-9A-Z]{16}"
+    r"|dapi[0-9a-f]{32}|eyJ[\w-]{10,}\.eyJ[\w-]{4,}\.[\w-]{6,})"
+)
+"""Tokens of GitHub, GitLab, npm, OpenAI, Slack, AWS, Databricks, and JSON web tokens, as issued."""
+PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)(?:.|\n)*?(?:(?=-----END)|\Z)")
+"""A key in PEM form, also with \\n in place of its line ends, and one that is cut off."""
 AUTHORIZATION = re.compile(
     r"(?i)(authorization[\"']?(?:\\?\s)*\\?[:=](?:\\?\s)*[\"']?(?:bearer|basic|token)(?:\\?\s)+)"
     r"[^\s\"']+"
@@ -149,6 +157,8 @@ def redact_text(text: str, secrets: Mapping[str, str]) -> str:
     text = URI_QUERY_SECRET.sub(rf"\1{HIDDEN}", text)
     text = WEBHOOK.sub(rf"\1{HIDDEN}", text)
     text = HUB_TOKEN.sub(HIDDEN, text)
+    text = TOKEN_FORMS.sub(HIDDEN, text)
+    text = PRIVATE_KEY.sub(rf"\1{HIDDEN}", text)
     text = AUTHORIZATION.sub(rf"\1{HIDDEN}", text)
     return NAMED_SECRET.sub(rf"\1{HIDDEN}", text)
 

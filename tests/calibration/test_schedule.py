@@ -160,3 +160,18 @@ def test_the_expectation_names_the_override() -> None:
     assert "calibrate.budget_s=60" in expectation(chosen, None)
     assert "in 45 s" in expectation(chosen, 45.0)
     assert runs_left(0, chosen, 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "certain", "left_s"),
+    [(0.0, 0, 8.0), (7.0, 0, 1.0), (30.0, 0, 0.0), (30.0, 5, 10.0)],
+)
+def test_jobs_that_are_run_whatever_the_budget_are_part_of_the_time_left(
+    elapsed_s: float, certain: int, left_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = FakeTime()
+    monkeypatch.setattr("zinfer.calibration.schedule.time", time)
+    clock = Clock(budget_s=8.0)
+    time.now_s += elapsed_s
+    clock.ran(2.0)
+    assert clock.left_s(5.0, kernels=False, certain=certain) == left_s

@@ -37,6 +37,9 @@ from zinfer.config.tasks import TASKS
         (["sweep", "model=a,b"], ["-m", "model=a,b"]),
         (["model=a,b", "--multirun"], ["--multirun", "model=a,b"]),
         (["batch.prompt_text=plan"], ["batch.prompt_text=plan"]),
+        (["offload.nvme_path=~/x"], [f"offload.nvme_path={Path.home()}/x"]),
+        (["model.source=~"], [f"model.source={Path.home()}"]),
+        (["~experiment", "batch.prompt_text='~/x'"], ["~experiment", "batch.prompt_text='~/x'"]),
         ([], []),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.planning import planned
-from zinfer.driver.tables import plan_table
+from zinfer.driver.tables import hide_secrets, new_table, plan_table
 from zinfer.job.outcome import Outcome
 from zinfer.plan.resolved import describe
 from zinfer.units import format_bytes
@@ -21,6 +21,14 @@ def rows(*overrides: str) -> dict[str, list[str]]:
     )
     columns: list[Any] = [list(column.cells) for column in plan_table(outcome).columns]
     return {cells[0]: list(cells[1:]) for cells in zip(*columns, strict=True)}
+
+
+def test_a_secret_is_taken_out_of_a_table_before_it_is_cut_into_lines() -> None:
+    table = new_table("+tracking.tags.hub=hf_AbCd1234efgh5678", "job", "password=x")
+    table.add_row("1", "https://me:Zugang-77@host/x")
+    hide_secrets(table)
+    shown = [table.title, *(text for each in table.columns for text in (each.header, *each.cells))]
+    assert shown == ["+tracking.tags.hub=***", "job", "1", "password=***", "https://***@host/x"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])

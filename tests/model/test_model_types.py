@@ -30,7 +30,7 @@ TESTED_TRANSFORMERS = dict(
 UNKNOWN_ON_PURPOSE = {name for name, row in TYPES.items() if row.get("kv_unknown")}
 RUN = sorted(name for name, row in TYPES.items() if "tokens" in row)
 FEW = ["biogpt", "cpmant", "gemma3", "jetmoe", "llama", "minimax", "mllama", "recurrent_gemma"]
-FEW += ["rwkv", "mamba", "opt", "bloom"]
+FEW += ["rwkv", "mamba", "opt", "bloom", "xlnet", "xlstm"]
 
 
 @pytest.fixture(scope="module", autouse=True)

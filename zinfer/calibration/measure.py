@@ -172,7 +172,9 @@ class Measurement:
     def _show(self, done: int, total: int, chosen: Sequence[Job], number: int) -> None:
         """Show how far it is, and how long it will still take."""
         runs = runs_left(total - done, chosen, number)
-        left_s = self.clock.left_s(runs, kernels=self.kernels is None)
+        left_s = self.clock.left_s(
+            runs, kernels=self.kernels is None, certain=total - done if number == 0 else 0
+        )
         left = f"jobs, {format_left(left_s)}"
         self.terminal.share(done, total, left)
         if not self.terminal.live and time.monotonic() - self._said_s > LINE_EVERY_S:

@@ -42,12 +42,16 @@ class Clock:
         """Return whether so many more runs fit into the budget."""
         return self.budget_s is None or self.elapsed_s + runs * self.job_s <= self.budget_s
 
-    def left_s(self, runs: float, kernels: bool) -> float:
-        """Return seconds that so many runs, and kernels still to come, will take."""
+    def left_s(self, runs: float, kernels: bool, certain: int = 0) -> float:
+        """Return seconds that so many runs, and kernels still to come, will take.
+
+        Args:
+            certain: runs that are made even if the budget is used up.
+        """
         left_s = runs * self.job_s + kernels * KERNELS_S * self.job_s / JOB_S
         if self.budget_s is None:
             return left_s
-        return min(left_s, max(0.0, self.budget_s - self.elapsed_s))
+        return min(left_s, max(certain * self.job_s, self.budget_s - self.elapsed_s))
 
 
 def expected_s(chosen: Sequence[Job]) -> tuple[float, float]:

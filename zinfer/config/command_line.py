@@ -7,6 +7,7 @@ so that one typing error does not hide the next.
 from __future__ import annotations
 
 import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,13 @@ def normalised(arguments: list[str]) -> list[str]:
 
 
 def with_own_key(override: str) -> str:
-    """Let Hydra add a key that conf/ does not name: model.overrides.num_hidden_layers=2."""
+    """Let Hydra add a key that conf/ does not name, and write out the home folder: key=~/x.
+
+    Shells leave such a `~` as it stands, and Hydra's grammar has none.
+    """
+    key, equals, value = override.partition("=")
+    if key and re.match(r"~[\w.-]*(/|$)", value):
+        override = f"{key}{equals}{os.path.expanduser(value)}"
     return f"++{override}" if override.startswith(OWN_KEYS) else override
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zinfer.job.outcome import Outcome
+from zinfer.redact import redact
 from zinfer.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ def new_table(title: str, *columns: str, left: Collection[int] = (0,)) -> Table:
             column, justify="left" if words else "right", overflow="fold", no_wrap=not words
         )
     return table
+
+
+def hide_secrets(table: Table) -> None:
+    """Take secrets out of a table's title, heads and cells."""
+    table.title = redact(table.title)
+    for column in table.columns:
+        column.header = redact(column.header)
+        column._cells = redact(column._cells)
 
 
 def fit(table: Table, spare: Sequence[str], console: Console) -> None:

@@ -179,18 +179,19 @@ class Terminal:
             self.note(f"{outcome.status}: {outcome.reason}")
         if outcome.status == "planned":
             assert outcome.plan is not None
-            print(*page(outcome), sep="\n", file=self._out)
+            print(*map(redact, page(outcome)), sep="\n", file=self._out)
             print("DeepSpeed JSON:", file=self._out)
-            print(json.dumps(outcome.deepspeed, indent=2), file=self._out)
+            print(json.dumps(redact(outcome.deepspeed), indent=2), file=self._out)
 
     def _print(self, table: Table, spare: Sequence[str] = (), *, to_out: bool = True) -> None:
         from rich.console import Console
 
-        from zinfer.driver.tables import fit
+        from zinfer.driver.tables import fit, hide_secrets
 
         file = self._out if to_out else self.err
         width = None if file.isatty() else PIPE_WIDTH
         console = Console(file=file, width=width, highlight=False)
+        hide_secrets(table)  # before it is cut into lines
         fit(table, spare, console)
         console.print(table)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zinfer.model.meta_pass import PROBE_TOKENS, MetaPass
+from zinfer.model.meta_pass import PROBE_TOKENS, HiddenStates, MetaPass
 from zinfer.model.parameters import decoder_layers
 
 if TYPE_CHECKING:
@@ -27,8 +27,9 @@ class KvLayer:
     """Size of one layer's cache for one sequence, in elements."""
 
     kind: str
-    """mha, gqa, mla, sliding, linear_state, hybrid or none.
+    """mha, gqa, mla, sliding, hidden, linear_state, hybrid or none.
 
+    hidden: the layer's inputs, from which it computes keys and values anew.
     hybrid: attention and a recurrent state. none: no attention, or it uses another layer's cache.
     """
     values_per_token: int
@@ -61,6 +62,8 @@ def kv_layout(
     if done.failed:
         return None, done.failed
     name = type(model).__name__
+    if isinstance(done.cache, HiddenStates):
+        return tuple(map(_hidden_layer, done.cache.layers)), None
     layers, states = _held(done.cache, config.num_hidden_layers)
     if layers is None and not any(states):
         return (
@@ -94,6 +97,10 @@ def _held(cache: Any, num_layers: int) -> tuple[list[Any] | None, list[list[Any]
         for index in range(num_layers):
             states[index] = [state[..., index] for state in cache]
         return None, states
+    if type(cache).__name__ == "xLSTMCache":
+        for index, held in cache.rnn_state.items():
+            states[index] = list(held)
+        return None, states
     if type(cache).__name__ == "MiniMaxCache":
         for index, state in enumerate(cache.linear_cache):
             states[index] = [state] if isinstance(state, torch.Tensor) else []
@@ -102,6 +109,18 @@ def _held(cache: Any, num_layers: int) -> tuple[list[Any] | None, list[list[Any]
     layers = getattr(cache, "layers", [])
     known = type(cache).__name__ == "DynamicCache" and len(layers) == num_layers
     return (layers if known else None), states
+
+
+def _hidden_layer(kept: Any) -> KvLayer:
+    """Describe a layer that keeps its input, [tokens, rows, hidden], in place of keys and values.
+
+    While generating, XLNet puts the token that it predicts behind the others, and keeps it too.
+    Source: XLNetLMHeadModel.prepare_inputs_for_generation.
+    """
+    tokens, _, hidden = kept.shape
+    if tokens != PROBE_TOKENS:
+        raise ValueError(f"it keeps {tokens} of {PROBE_TOKENS} tokens")
+    return KvLayer(kind="hidden", values_per_token=hidden, const_values=hidden)
 
 
 def _module_states(model: PreTrainedModel, num_layers: int) -> list[list[Any]]:

@@ -23,6 +23,13 @@ NOT_ELEMENTWISE = frozenset({
 """
 
 
+@dataclass(frozen=True)
+class HiddenStates:
+    """Inputs of each layer that XLNet keeps (its `mems`), [tokens, rows, hidden] each."""
+
+    layers: tuple[Any, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MetaPass:
     """Result of the pass; where the model cannot run without storage, only the reason why."""
@@ -106,12 +113,15 @@ def run_probe(model: PreTrainedModel, device: str) -> Any:
         with torch.no_grad():
             output = model(
                 input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device),
-                use_cache=True,
                 **cache,
+                **{"use_mems" if keeps_inputs else "use_cache": True},
             )
         found = (output.get(name) for name in ("past_key_values", "cache_params", "state"))
+        if (kept := output.get("mems")) is not None:
+            return HiddenStates(tuple(kept))
         return next((each for each in found if each is not None), None)
 
+    keeps_inputs = "use_mems" in inspect.signature(model.forward).parameters
     takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
     has_default = model._supports_default_dynamic_cache()
     filled = None if has_default else filled_by()

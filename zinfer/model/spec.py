@@ -295,7 +295,7 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
         else 0,
         "intermediate_size": _intermediate_size(config),
         "vocab_size": config.vocab_size,
-        "max_positions": _first(config, "max_position_embeddings", "n_positions", "max_seq_len"),
+        "max_positions": _max_positions(config),
         "tied_embeddings": tied,
         "num_parameters": num_parameters,
         "num_active_parameters": active,
@@ -312,6 +312,12 @@ def _count(config: PretrainedConfig, model: ModelConfig) -> Fields:
         "kv_unknown_reason": reason,
         "config_dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
     }
+
+
+def _max_positions(config: PretrainedConfig) -> int | None:
+    """Return the most positions of the model; None where it has no limit (XLNet says -1)."""
+    found = _first(config, "max_position_embeddings", "n_positions", "max_seq_len")
+    return found if found is None or found > 0 else None
 
 
 def _experts(

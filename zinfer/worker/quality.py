@@ -23,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from zinfer.config import ConfigError, QualityConfig, RunConfig
 from zinfer.job.events import EventLog
 from zinfer.job.quality import Quality, ReferenceFrom
-from zinfer.model.tokenizer import find_tokenizer
+from zinfer.model.tokenizer import find_tokenizer, require_embedded
 from zinfer.model.weights.local import local_folder
 from zinfer.paths import PACKAGE, cache_dir
 from zinfer.plan.fit import shortfall
@@ -103,7 +103,8 @@ def pieces_to_score(planned: Planned) -> Pieces:
     """Tokenise the text, before anything is loaded.
 
     Raises:
-        ConfigError: no tokenizer, a text that is too short, or memory that does not hold it.
+        ConfigError: no tokenizer, one of another model, a text that is too short, or memory that
+            does not hold it.
     """
     config, spec = planned.config, planned.spec
     tokenizer, reason = find_tokenizer(config.model, local_folder(config.model))
@@ -111,6 +112,8 @@ def pieces_to_score(planned: Planned) -> Pieces:
         raise ConfigError([f"quality.enabled=true: {reason}. Set quality.enabled=false"])
     most = spec.max_positions if has_position_table(spec) else None
     pieces = cut(tokenizer, config.quality.tokens, most)
+    scored_ids = pieces.ids.flatten().tolist()
+    require_embedded(scored_ids, spec.vocab_size, tokenizer, "quality.enabled=false")
     for asked in (pieces.planned(planned), pieces.planned(planned, kv_cache=ON_DEVICE)):
         if planned.fits and not asked.fits and config.plan.enforce:
             raise ConfigError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zinfer.config import BatchConfig, ConfigError
+from zinfer.model.tokenizer import require_embedded
 from zinfer.paths import given_file
 
 FIRST_ORDINARY_ID = 4
@@ -18,7 +20,8 @@ def prompt_ids(batch: BatchConfig, vocab_size: int, tokenizer: Any | None) -> to
     """Return token ids [batch_size, prompt_tokens] of all ranks' rows.
 
     Raises:
-        ConfigError: a text prompt without a tokenizer, or a file with too little text.
+        ConfigError: a text prompt without a tokenizer, or with one of another model, or a file
+            with too little text.
     """
     if batch.prompt == "synthetic":
         generator = torch.Generator().manual_seed(batch.seed)
@@ -39,6 +42,9 @@ def prompt_ids(batch: BatchConfig, vocab_size: int, tokenizer: Any | None) -> to
     else:
         assert batch.prompt_file is not None, "config.py refuses prompt=file without one"
         rows = _windows(tokenizer, given_file(batch.prompt_file), batch)
+    require_embedded(
+        itertools.chain.from_iterable(rows), vocab_size, tokenizer, "batch.prompt=synthetic"
+    )
     prompts = torch.tensor(rows)
     assert prompts.shape == (batch.batch_size, batch.prompt_tokens)
     return prompts

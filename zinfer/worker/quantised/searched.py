@@ -15,7 +15,7 @@ from zinfer.job.events import EventLog
 from zinfer.machine.memory import host_available_bytes
 from zinfer.model.quantisable import inputs_of, packed_bytes, stored_bits
 from zinfer.model.spec import ModelSpec
-from zinfer.model.tokenizer import find_tokenizer
+from zinfer.model.tokenizer import find_tokenizer, require_embedded
 from zinfer.model.weights.local import local_folder
 from zinfer.model.weights.pretrained import Opened
 from zinfer.plan.problems import has_position_table
@@ -132,7 +132,9 @@ def searched_weights(
             ]
         )
     most = spec.max_positions if has_position_table(spec) else None
-    return SearchedWeights(opened, config.dtype, spec, calibration_ids(tokenizer, most), events)
+    ids = calibration_ids(tokenizer, most)
+    require_embedded(ids.flatten().tolist(), spec.vocab_size, tokenizer, "dtype.rounding=nearest")
+    return SearchedWeights(opened, config.dtype, spec, ids, events)
 
 
 def _require_memory(spec: ModelSpec) -> None:
