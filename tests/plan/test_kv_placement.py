@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,12 @@ from multirun_analysis.published.rows import read_published
 from tests.helpers.composing import composed
 from tests.helpers.planning import planned, profile
 from zinfer.config import ConfigError
+from zinfer.machine.profile import HostAttentionTime
 from zinfer.model.kv_layout import KvLayer
 from zinfer.plan.advice import advice_document
 from zinfer.plan.fit import fitting_changes
 from zinfer.plan.kv_placement import KvBytes, kv_bytes
-from zinfer.plan.kv_traffic import HOST_ATTENTION_SHARE
+from zinfer.plan.kv_traffic import HOST_ATTENTION_SHARE, moved_read_bytes
 from zinfer.plan.page import kv_lines
 from zinfer.plan.planned import Planned, plan_run
 from zinfer.plan.resolved import resolved_spec
@@ -158,6 +160,36 @@ def test_a_prediction_reads_the_cache_at_the_kernels_share_of_host_memory() -> N
     assert parts["host"]["kv cache to the device"] == pytest.approx(read / 10e9)
     assert parts["host_attention"]["attention"] == 0
     assert parts["host_attention"]["attention on the host"] == pytest.approx(read / 10e9 / share)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rates"),
+    [((), (5e9, 5e9)), (("kv_cache.key_bits=8", "kv_cache.value_bits=4"), (4e9, 2e9))],
+    ids=["as computed", "keys in 8 bits, values in 4"],
+)
+def test_a_calibrated_kernel_predicts_attention_on_the_host(
+    bits: tuple[str, ...], rates: tuple[float, float]
+) -> None:
+    measured = tuple(
+        HostAttentionTime(
+            bits=each, dtype="float32", shared_by=by, kv_bytes=10**6, seconds=by * 1e6 / rate,
+            spread=0.0,
+        )
+        for each, rate in ((16, 5e9), (8, 4e9), (4, 2e9))
+        for by in (1, 8)
+    )  # fmt: skip
+    run = planned(
+        "model=tiny-llama", "dtype=float32", "hardware.accelerator=cpu", "offload=none",
+        "kv_cache=host_attention", "kv_cache.group_size=16", "batch.batch_size=64",
+        "batch.prompt_tokens=1000", *bits, profile=profile(host_attention=measured),
+    )  # fmt: skip
+    heads = run.spec.num_attention_heads / run.spec.num_kv_heads
+    by = 1 if heads < math.sqrt(8) else 8
+    context = run.config.batch.prompt_tokens + run.config.batch.new_tokens / 2
+    _, stored = moved_read_bytes(run.spec, run.config, 64, context)
+    assert run.prediction.parts["attention on the host"] == pytest.approx(
+        by * stored / 2 * (1 / rates[0] + 1 / rates[1]), rel=1e-2
+    )
 
 
 LLAMA = ("model=llama-2-70b", "batch=paper", "dtype=int4", "dtype.compute=float16",

@@ -75,6 +75,21 @@ class PackedTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostAttentionTime:
+    """Time of one layer's decode attention over keys and values in host memory."""
+
+    bits: int
+    """16 stands for the compute type, whatever its width."""
+    dtype: str
+    shared_by: int
+    """Query heads for each KV head."""
+    kv_bytes: int
+    """Keys and values as stored, with their scales."""
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class NvmeRate:
     """Rate of reading or writing one file through DeepSpeed's aio handle."""
 
@@ -177,6 +192,8 @@ class CalibrationProfile:
     dequantise: tuple[DequantiseTime, ...] = ()
     packed: tuple[PackedTime, ...] = ()
     """Empty in profiles of before there was such a kernel: then it is not predicted."""
+    host_attention: tuple[HostAttentionTime, ...] = ()
+    """Empty in older profiles: then shares of `host_read` are taken."""
     attention: dict[str, Rate]
     """dtype -> bytes of keys and values that a decode step's attention reads in a second."""
     attention_flops: dict[str, Rate]
@@ -233,6 +250,20 @@ class CalibrationProfile:
     def packed_s(self, bits: int, dtype: str, rows: float, weight_numel: int) -> float | None:
         """Return seconds of one product with a packed matrix; None: it was not measured."""
         return _product_s(self._packed_tables.get((bits, dtype)), rows, weight_numel)
+
+    def host_attention_s(
+        self, bits: int, dtype: str, shared_by: float, kv_bytes: float
+    ) -> float | None:
+        """Return seconds of one layer's attention on the host; None: it was not measured.
+
+        The measured number of query heads for each KV head that is nearest, as a ratio, counts.
+        """
+        found = [row for row in self.host_attention if (row.bits, row.dtype) == (bits, dtype)]
+        if not found or kv_bytes <= 0:
+            return 0.0 if found else None
+        nearest = min({row.shared_by for row in found}, key=lambda by: abs(log(by / shared_by)))
+        points = sorted((row.kv_bytes, row.seconds) for row in found if row.shared_by == nearest)
+        return _interpolate(points, kv_bytes)
 
     @cached_property
     def _kernel_tables(self) -> dict[tuple[str, bool], Table]:
@@ -379,6 +410,9 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
     values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
     values["dequantise"] = tuple(DequantiseTime(**row) for row in values["dequantise"])
     values["packed"] = tuple(PackedTime(**row) for row in values.get("packed", ()))
+    values["host_attention"] = tuple(
+        HostAttentionTime(**row) for row in values.get("host_attention", ())
+    )
     values["nvme"] = tuple(
         NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from zinfer.config import RunConfig
 from zinfer.machine.profile import CalibrationProfile, Rate
 from zinfer.model.spec import ModelSpec
+from zinfer.plan.kv_placement import moved_layers
 from zinfer.plan.kv_traffic import (
     host_attention_share,
     kv_read_bytes,
@@ -70,8 +71,25 @@ def kv_copy_seconds(
     if config.kv_cache.placement == "host":
         # on a CPU the device's slot is host memory too
         return {KV_TO_DEVICE: plain / profile.host_copy.median if on_cpu else in_s}
-    rate = profile.host_read.median * host_attention_share(spec, config)
-    return {HOST_ATTENTION: stored / rate + out_s + in_s}
+    return {HOST_ATTENTION: _attended_s(spec, config, profile, stored) + out_s + in_s}
+
+
+def _attended_s(
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, stored: float
+) -> float:
+    """Return the seconds of a step's attention on the host over `stored` bytes in all layers.
+
+    Keys and values count half each, in their own bits. PyTorch's formulations were not measured.
+    """
+    kv, layers = config.kv_cache, sum(1 for _ in moved_layers(spec, config))
+    shared_by = spec.num_attention_heads / max(1, spec.num_kv_heads)
+    halves = [
+        profile.host_attention_s(bits, spec.dtype, shared_by, stored / max(1, layers))
+        for bits in (kv.bits_of_keys, kv.bits_of_values)
+    ]
+    if kv.kernel == "torch" or None in halves:
+        return stored / (profile.host_read.median * host_attention_share(spec, config))
+    return layers * sum(half or 0.0 for half in halves) / 2
 
 
 def _links(config: RunConfig, profile: CalibrationProfile) -> tuple[Rate | None, Rate | None]:

@@ -23,9 +23,10 @@ HOST_ATTENTION_SHARE = {
 }
 """(kernel, KV heads are shared) -> share of host memory's read rate that attention reaches.
 
-Measured on two cores with AVX2, head_dim 128, 512 to 8,192 tokens: the compiled kernel reached
-0.71 to 0.89 in float32 and bfloat16, and 0.42 to 0.55 where eight query heads share a KV head;
-PyTorch's best formulation 0.3 to 0.5, and 0.05 to 0.2.
+Taken where this machine was not calibrated for it. Measured on two cores with AVX2, head_dim 128,
+512 to 8,192 tokens in float32 and bfloat16: the compiled kernel reached 0.71 to 0.89, and 0.42 to
+0.55 where eight query heads share a KV head; PyTorch's best formulation 0.3 to 0.5, and 0.05 to
+0.2.
 """
 
 

@@ -25,6 +25,7 @@ from zinfer.machine.hardware import detect_hardware
 from zinfer.machine.huge_pages import into_huge_pages
 from zinfer.units import MIB
 from zinfer.worker.imports import import_everything
+from zinfer.worker.kv_cache.rates import host_attention_times
 from zinfer.worker.quantised.rates import BITS, packed_times
 
 ROWS = (1, 2, 3, 4, 8, 16, 64, 256, 1024)
@@ -79,6 +80,8 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     events.phase("attention")
     found["attention"] = {dtype: attention_read(dtype, device) for dtype in dtypes}
     found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in dtypes}
+    events.phase("attention on the host")
+    found["host_attention"] = [row for dtype in dtypes for row in host_attention_times(dtype)]
     events.phase("NVMe")
     native_ops.adopt(native_ops.all_ops())
     found |= nvme_rates(own_swap_folder(config.offload.nvme_path, job_dir), events)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from zinfer.machine import cpp_library
+from zinfer.machine.profile import HostAttentionTime
 from zinfer.worker.kv_cache import kernel as module
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.kv_cache.kernel import (
@@ -25,6 +26,7 @@ from zinfer.worker.kv_cache.kernel import (
     library,
     unsupported,
 )
+from zinfer.worker.kv_cache.rates import host_attention_times
 
 ROWS, SPARE = 2, 3
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -269,3 +271,16 @@ def test_the_structure_handed_over_has_the_fields_of_the_source() -> None:
     positions = [struct.index(f"{name}") for name, _ in module._Problem._fields_]
     assert len(positions) == struct.count(",") + struct.count(";")
     assert ctypes.sizeof(module._Problem) == 8 * 19 + 4 * 5 + 4  # padded to eight bytes
+
+
+@pytest.mark.slow
+def test_calibration_times_every_way_of_storing_keys_and_values() -> None:
+    times = [HostAttentionTime(**fields) for fields in host_attention_times("bfloat16")]
+    ways = {(time.bits, time.shared_by) for time in times}
+    assert ways == set(itertools.product((16, 8, 4), (1, 8)))
+    for way in ways:
+        sizes = [time for time in times if (time.bits, time.shared_by) == way]
+        assert [time.kv_bytes for time in sizes] == sorted({time.kv_bytes for time in sizes})
+        assert all(time.seconds > 0 for time in sizes)
+    whole = next(time for time in times if time.bits == 16)
+    assert whole.kv_bytes == 2 * 2 * 16 * 64 * 128

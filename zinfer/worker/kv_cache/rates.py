@@ -1,0 +1,98 @@
+"""Time decode attention on the host on this machine, as it runs inside a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from zinfer.units import MIB
+from zinfer.worker.kv_cache.codes import quantise
+from zinfer.worker.kv_cache.kernel import HostAttention, Rows, Scoring
+
+BITS = (16, 8, 4)
+SHARED_BY = (1, 8)
+"""Query heads for each KV head: as in multi-head attention, and as most shared ones have."""
+HEAD_DIM, GROUP_SIZE = 128, 64
+QUERY_HEADS = 16
+SIZES = ((1, 64), (1, 2048), (4, 2048))
+"""(rows, tokens): what a call costs, a short layer, and one beyond the processor's caches."""
+COLD_BYTES = 96 * MIB
+"""Larger than the last-level cache of most processors' cores."""
+WEIGHT_SIZE = 1024
+"""Rows and columns of the matrix that is multiplied before each call, as a layer's products are."""
+BUDGET_S, MOST_COPIES = 0.05, 48
+
+
+def host_attention_times(dtype: str) -> Iterator[dict[str, Any]]:
+    """Time one layer's attention for each way of storing keys and values.
+
+    A matrix product goes before each call and is not timed: attention alone, in a loop, finds its
+    buffers and threads warmer than a step leaves them.
+
+    Yields:
+        The fields of a machine.profile.HostAttentionTime.
+    """
+    from zinfer.worker.calibrate_kernels import median_and_spread
+
+    kind = getattr(torch, dtype)
+    weight = torch.randn(WEIGHT_SIZE, WEIGHT_SIZE, dtype=torch.float32).to(kind)
+    for bits in BITS:
+        for shared_by in SHARED_BY:
+            for rows, tokens in SIZES:
+                pairs = _copies(rows, QUERY_HEADS // shared_by, tokens, bits, kind)
+                query = torch.randn(rows, QUERY_HEADS, HEAD_DIM).to(kind)
+                seconds, spread = median_and_spread(_in_place_s(query, pairs, tokens, weight))
+                yield {
+                    "bits": bits,
+                    "dtype": dtype,
+                    "shared_by": shared_by,
+                    "kv_bytes": sum(map(_bytes, pairs[0])),
+                    "seconds": seconds,
+                    "spread": spread,
+                }
+
+
+def _copies(
+    rows: int, kv_heads: int, tokens: int, bits: int, kind: torch.dtype
+) -> list[tuple[Rows, Rows]]:
+    """Make pairs of keys and values that are more together than the caches hold."""
+    plain = torch.randn(rows, kv_heads, tokens, HEAD_DIM)
+    codes, scales = (plain.to(kind), None) if bits == 16 else quantise(plain, bits, GROUP_SIZE)
+    one = Rows(
+        data=codes.contiguous(),
+        scales=None if scales is None else scales.contiguous(),
+        bits=bits,
+        group_size=0 if bits == 16 else GROUP_SIZE,
+    )
+    count = max(2, min(MOST_COPIES, COLD_BYTES // (2 * _bytes(one))))
+    return [(_copy(one), _copy(one)) for _ in range(count)]
+
+
+def _copy(rows: Rows) -> Rows:
+    scales = None if rows.scales is None else rows.scales.clone()
+    return Rows(data=rows.data.clone(), scales=scales, bits=rows.bits, group_size=rows.group_size)
+
+
+def _bytes(rows: Rows) -> int:
+    return rows.data.nbytes + (0 if rows.scales is None else rows.scales.nbytes)
+
+
+def _in_place_s(
+    query: torch.Tensor, pairs: list[tuple[Rows, Rows]], tokens: int, weight: torch.Tensor
+) -> list[float]:
+    """Return the seconds of each call until the budget is spent; the first does not count."""
+    attention, how = HostAttention(), Scoring(scale=HEAD_DIM**-0.5)
+    hidden = torch.randn(query.shape[0], WEIGHT_SIZE).to(weight.dtype)
+    taken: list[float] = []
+    started_s = time.perf_counter()
+    for index in range(1000):
+        torch.nn.functional.linear(hidden, weight)
+        before_s = time.perf_counter()
+        attention.attend(query, *pairs[index % len(pairs)], tokens, how)
+        taken.append(time.perf_counter() - before_s)
+        if len(taken) > 3 and time.perf_counter() - started_s > BUDGET_S:
+            break
+    return taken[1:]
