@@ -91,6 +91,8 @@ def generate_timed(
     events.phase("generate", generations=batch.repeats, new_tokens=batch.new_tokens)
     yardstick, meter = Yardstick(), Meter(engine.device)
     before = look()
+    gathered = engine.gathered_bytes
+    gathered_before = gathered() if gathered else 0
     yardstick_s = [yardstick.seconds()]
     totals_s: list[float] = []
     while _goes_on(totals_s, batch, engine.ranks):
@@ -109,6 +111,11 @@ def generate_timed(
         energy=meter.energy(),
         kv_cache_bytes=kv_bytes,
         kv_use=kv.use(batch.new_tokens - 1),
+        streamed_bytes_per_step=(
+            (gathered() - gathered_before) / (len(totals_s) * batch.new_tokens)
+            if gathered
+            else None
+        ),
     )
 
 

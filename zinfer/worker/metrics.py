@@ -113,7 +113,9 @@ class Metrics:
     host_energy_j_per_token: float | None = None
     """Of the hosts' sockets and memory, beside the accelerator's."""
     weight_bytes: int
-    """Tensors that hold the weights, all ranks."""
+    """Tensors that hold the weights as they are stored, all ranks."""
+    bytes_streamed_per_step: float | None = None
+    """Weights that ZeRO-3 gathers for one pass over the model, as they are stored, all ranks."""
     kv_cache_bytes: int | None
     """Everything remembered between tokens at the end of a generation, all ranks."""
     kv_host_bytes: int | None
@@ -177,6 +179,7 @@ def summarise(measured: Measured, batch: BatchConfig) -> Metrics:
             on_gpu=memory[0].peak_device_allocated_bytes is not None,
         ),
         weight_bytes=sum(rank.weight_bytes for rank in measured.ranks),
+        bytes_streamed_per_step=_total([rank.streamed_bytes_per_step for rank in measured.ranks]),
         kv_cache_bytes=_total([rank.kv_cache_bytes for rank in measured.ranks]),
         **_kv_numbers([rank.kv_use for rank in measured.ranks]),
     )

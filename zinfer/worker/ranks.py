@@ -30,6 +30,7 @@ class RankResult:
     energy: Energy = field(default_factory=Energy)
     kv_use: KvUse | None = None
     """This rank's KV cache in host memory; None for one on the device."""
+    streamed_bytes_per_step: float | None = None
 
 
 def gather_over_ranks(
@@ -42,6 +43,7 @@ def gather_over_ranks(
         kv_cache_bytes=generation.kv_cache_bytes,
         energy=generation.energy,
         kv_use=generation.kv_use,
+        streamed_bytes_per_step=generation.streamed_bytes_per_step,
         token_ids=generation.token_ids,
     )
     if engine.ranks == 1:

@@ -46,3 +46,5 @@ class Generation:
     """Bytes of this rank's cache at the end; None where the cache shows no tensors."""
     kv_use: KvUse | None = None
     """This rank's cache in host memory, in the last generation; None for one on the device."""
+    streamed_bytes_per_step: float | None = None
+    """Weights that this rank gathered, over the passes of the timed generations."""

@@ -64,9 +64,9 @@ def test_weights_on_disk_take_the_bytes_that_were_planned_and_say_the_same(
     jobs = results(tmp_path / "zero", "offload=nvme", "launcher.ranks=1,2", both, *COMMON)
     jobs += results(tmp_path / "resident", "engine=resident", both, *COMMON)
     assert [job["status"] for job in jobs] == ["ok"] * 6, [job["problems"] for job in jobs]
-    for dtype in both.removeprefix("dtype=").split(","):
+    for place, dtype in enumerate(both.removeprefix("dtype=").split(",")):
         config = composed(*COMMON, f"dtype={dtype}", "offload=nvme")
-        mine = [job for job in jobs if job["config"]["dtype"]["weights"] == dtype]
+        mine = jobs[place::2]
         assert len({json.dumps(job["generated"]["token_ids"]) for job in mine}) == 1
         layout = zero_layout(config, model_spec(config.model, compute_dtype="bfloat16"))
         assert layout.swapped_count > 0

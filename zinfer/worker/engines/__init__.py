@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ class Engine:
     """Tensors that hold this rank's weights, wherever they are; tied weights once."""
     verified: VerifiedWeights | None = None
     """The proof that all weights came from the checkpoint; None for dummy weights."""
+
+    gathered_bytes: Callable[[], int] | None = None
+    """Returns the bytes of weights that were gathered for use so far; None: they never leave."""
 
     @property
     def threads(self) -> int:

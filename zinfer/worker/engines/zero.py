@@ -6,8 +6,10 @@ Besides it only weights/dummy.py (zero.Init) and native_ops.adopt import deepspe
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -78,6 +80,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         ranks=comm.get_world_size(),
         weight_bytes=partition_bytes(module, dtype.itemsize),
         verified=verified,
+        gathered_bytes=count_gathers(module),
     )
 
 
@@ -186,6 +189,23 @@ def stage_in_huge_pages(model: torch.nn.Module, layout: ZeroLayout) -> None:
         buffers.nbytes,
         [(number * every, used) for number in range(swapper.param_buffer_count)],
     )
+
+
+def count_gathers(model: torch.nn.Module) -> Callable[[], int]:
+    """Count the bytes of all parameters that modules have gathered, from now on.
+
+    Each is counted when it is made whole: after its copy to the device or its read from disk.
+    """
+    gathered = [0]
+
+    def counting(gather: Callable[..., Any], params: Iterable[Any], **settings: Any) -> Any:
+        together = list(params)
+        gathered[0] += sum(each.ds_numel * each.element_size() for each in together)
+        return gather(together, **settings)
+
+    for parameter in model.parameters():
+        parameter.all_gather_coalesced = partial(counting, parameter.all_gather_coalesced)
+    return lambda: gathered[0]
 
 
 def partition_bytes(model: torch.nn.Module, itemsize_bytes: int) -> int:
