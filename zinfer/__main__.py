@@ -147,7 +147,7 @@ def redact_what_hydra_wrote(composed: DictConfig, context: HydraConf, job_dir: P
     from zinfer.redact import hide_named
 
     hide_named(OmegaConf.to_container(composed, resolve=False))
-    hide_named(list(context.overrides.task))
+    hide_named(OmegaConf.to_container(context.overrides.task, resolve=False))
     if context.output_subdir is not None:
         redact_hydra(sorted((job_dir / context.output_subdir).glob("*.yaml")))
     if context.mode == RunMode.MULTIRUN:
