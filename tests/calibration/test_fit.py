@@ -39,7 +39,7 @@ def pass_s(job: Job) -> float:
     new = batch.prompt_tokens if prefill else 1
     context = float(new) if prefill else batch.prompt_tokens + batch.new_tokens / 2
     rows = batch.batch_size
-    seconds = products_seconds(spec, RATES, rows, new) or 0.0
+    seconds = products_seconds(spec, config, RATES, rows, new) or 0.0
     seconds += attention_seconds(spec, RATES, rows, new, context)
     seconds += elementwise_seconds(spec, VALUE_S if job.hidden > 64 else 0.0, RATES, rows, new)
     layer_s = OP_S * (spec.layer_ops or 0.0)

@@ -30,7 +30,7 @@ TESTED_TRANSFORMERS = dict(
 UNKNOWN_ON_PURPOSE = {name for name, row in TYPES.items() if row.get("kv_unknown")}
 RUN = sorted(name for name, row in TYPES.items() if "tokens" in row)
 FEW = ["biogpt", "cpmant", "gemma3", "jetmoe", "llama", "minimax", "mllama", "recurrent_gemma"]
-FEW += ["rwkv", "mamba", "opt", "bloom", "xlnet", "xlstm"]
+FEW += ["rwkv", "mamba", "opt", "bloom", "xlnet", "xlstm", "deepseek_v4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,6 +89,19 @@ def test_no_plan_holds_another_cache_than_the_real_one() -> None:
 @pytest.mark.parametrize("name", FEW)
 def test_some_types_are_counted_as_they_are(name: str) -> None:
     assert_ends_as_its_row(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparse, heavy", [(4, 128), (4, 8), (3, 16), (7, 20)])
+def test_compressed_entries_overlap_and_waiting_tokens_are_counted(sparse: int, heavy: int) -> None:
+    rates = {"compressed_sparse_attention": sparse, "heavily_compressed_attention": heavy}
+    small = TYPES["deepseek_v4"]["overrides"]
+    overrides = {**small, "num_hidden_layers": 5, "compress_rates": rates}
+    model = ModelConfig(name="deepseek_v4", model_type="deepseek_v4", overrides=overrides)
+    spec = model_spec(model, compute_dtype="float32")
+    real = real_counts(model)
+    assert {layer.compress_rate for layer in spec.kv_layers or ()} == {sparse, heavy}
+    assert kv_cache_bytes(spec, ROWS, real["tokens"]) == real["kv_cache_bytes"]
 
 
 @pytest.mark.slow

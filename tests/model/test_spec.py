@@ -417,7 +417,6 @@ def test_recurrent_state_kept_in_float32_is_counted_as_such() -> None:
 
 
 UNKNOWN_CACHES = [  # model_type, overrides, part of the reason
-    ("xlnet", {"d_model": 64, "n_head": 4, "n_layer": 2, "d_inner": 96}, "on the expected device"),
     ("openai-gpt", GPT, "NoneType"),
 ]
 

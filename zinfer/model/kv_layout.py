@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GROWING_LAYERS = {"DynamicLayer", "DynamicIndexedLayer", "LinearAttentionAndFullAttentionLayer"}
 WINDOWED_LAYERS = {"DynamicSlidingWindowLayer", "LinearAttentionAndSlidingWindowAttentionLayer"}
+COMPRESSING_LAYERS = {"DeepseekV4HCACache", "DeepseekV4CSACache"}
 CONSTANT_LAYERS = {"LinearAttentionLayer", "DummyLayer"}
 """Classes of transformers.cache_utils whose growth is known. Any other is refused, not guessed."""
 
@@ -27,8 +28,9 @@ class KvLayer:
     """Size of one layer's cache for one sequence, in elements."""
 
     kind: str
-    """mha, gqa, mla, sliding, hidden, linear_state, hybrid or none.
+    """mha, gqa, mla, sliding, compressed, hidden, linear_state, hybrid or none.
 
+    compressed: a window of keys, and one entry for so many tokens (DeepSeek-V4).
     hidden: the layer's inputs, from which it computes keys and values anew.
     hybrid: attention and a recurrent state. none: no attention, or it uses another layer's cache.
     """
@@ -40,6 +42,14 @@ class KvLayer:
     """Convolution and recurrent state in the compute dtype. The length does not change its size."""
     const_float32_values: int = 0
     """Recurrent state that stays in float32 whatever the compute dtype is."""
+    compress_rate: int | None = None
+    """Tokens that become one compressed entry; None: the layer compresses nothing."""
+    compressed_values: int = 0
+    """Elements of one compressed entry."""
+    waiting_values: int = 0
+    """Elements of a token that waits until its entry is full."""
+    overlap_values: int = 0
+    """Elements kept of the last full entry's tokens, once there is one."""
 
     def cached_tokens(self, tokens: int) -> int:
         """Return how many tokens of a sequence of `tokens` this layer holds between two steps.
@@ -51,8 +61,20 @@ class KvLayer:
 
     def cache_bytes(self, tokens: int, bytes_per_element: int) -> int:
         """Return the bytes of this layer's cache for one sequence of `tokens` tokens."""
-        elements = self.values_per_token * self.cached_tokens(tokens) + self.const_values
+        elements = self.grown_values(tokens) + self.const_values
         return elements * bytes_per_element + 4 * self.const_float32_values
+
+    def grown_values(self, tokens: int) -> int:
+        """Return the elements that a sequence of `tokens` tokens made: all but fixed states.
+
+        Source of compression: transformers' DeepseekV4HCACache and DeepseekV4CSACache.
+        """
+        values = self.values_per_token * self.cached_tokens(tokens)
+        if self.compress_rate is None:
+            return values
+        entries, waiting = divmod(tokens, self.compress_rate)
+        values += entries * self.compressed_values + waiting * self.waiting_values
+        return values + (self.overlap_values if entries else 0)
 
 
 def kv_layout(
@@ -141,6 +163,8 @@ def _module_states(model: PreTrainedModel, num_layers: int) -> list[list[Any]]:
 def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int, beside: list[Any]) -> KvLayer:
     """Describe one layer: its entry in the filled cache, if any, and the states beside it."""
     class_name = type(layer).__name__
+    if class_name in COMPRESSING_LAYERS:
+        return _compressing_layer(layer)
     if layer is not None and class_name not in GROWING_LAYERS | WINDOWED_LAYERS | CONSTANT_LAYERS:
         raise ValueError(f"how {class_name} grows with the sequence is not known")
     inside = [
@@ -185,6 +209,41 @@ def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int, beside: li
         const_values=const_values + values_per_token * prompt_tokens,
         const_float32_values=const_float32_values,
     )
+
+
+def _compressing_layer(layer: Any) -> KvLayer:
+    """Describe a layer that compresses tokens beyond its window; keys serve as values too.
+
+    Raises:
+        ValueError: it holds something else than these rules say.
+    """
+    rate = int(layer.compress_rate)
+    overlap = getattr(layer, "overlap_kv", {})
+    compressed = waiting = overlapping = 0
+    for name, buffer in layer.buffer_kv.items():
+        width = int(buffer.shape[-1])  # two series of entries where windows overlap
+        entry = width // 2 if name in overlap else width
+        compressed, waiting = compressed + entry, waiting + 2 * width
+        overlapping += 2 * rate * entry if name in overlap else 0
+    found = KvLayer(
+        kind="compressed",
+        values_per_token=int(layer.keys.shape[1] * layer.keys.shape[-1]),
+        window=int(layer.sliding_window),
+        compress_rate=rate,
+        compressed_values=compressed,
+        waiting_values=waiting,
+        overlap_values=overlapping,
+    )
+    parts = ("buffer_kv", "buffer_gate", "compressed_kv", "overlap_kv", "overlap_gate")
+    held = [layer.keys]
+    held += [value for part in parts for value in getattr(layer, part, {}).values()]
+    held = [value for value in held if value is not None]
+    numel = sum(value.numel() for value in held)
+    if numel != found.grown_values(PROBE_TOKENS):
+        raise ValueError(f"{type(layer).__name__} holds {numel} values of {PROBE_TOKENS} tokens")
+    if any(value.element_size() != 2 for value in held):
+        raise ValueError(f"{type(layer).__name__} does not store all in the compute dtype")
+    return found
 
 
 def _attention_kind(

@@ -128,17 +128,21 @@ def kv_bytes_per_token(spec: ModelSpec) -> int | None:
     """Return the bytes that one more token of one sequence adds to the KV cache. None: not known.
 
     Keys and values of all layers count. Layers with a sliding window are left out: once their
-    window is full, a token adds nothing to them. For multi-head attention this is
+    window is full, a token adds nothing to them. A compressed entry counts as its tokens' share,
+    rounded down over all layers. For multi-head attention this is
     2 * num_layers * num_kv_heads * head_dim * bytes_per_element.
     Source: Kwon et al. 2023 (arXiv:2309.06180) section 3, generalised to grouped-query and latent
     attention.
     """
     if spec.kv_layers is None:
         return None
-    return (
-        sum(layer.values_per_token for layer in spec.kv_layers if layer.window is None)
-        * spec.bytes_per_element
+    whole = sum(layer.values_per_token for layer in spec.kv_layers if layer.window is None)
+    shares = sum(
+        layer.compressed_values / layer.compress_rate
+        for layer in spec.kv_layers
+        if layer.compress_rate
     )
+    return int((whole + shares) * spec.bytes_per_element)
 
 
 def kv_cache_bytes(spec: ModelSpec, batch_size: int, tokens: int) -> int | None:

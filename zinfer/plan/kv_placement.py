@@ -130,10 +130,8 @@ def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
         return
     kinds = {layer.kind for layer in spec.kv_layers}
     if not kinds & MOVABLE_KINDS:
-        yield (
-            f"kv_cache={kv.placement}: {spec.name} has no layer of keys and values. "
-            "Set kv_cache=device"
-        )
+        has = "compresses its keys" if "compressed" in kinds else "has no layer of keys and values"
+        yield f"kv_cache={kv.placement}: {spec.name} {has}. Set kv_cache=device"
     if kv.device_layers > spec.num_layers:
         yield (
             f"kv_cache.device_layers={kv.device_layers}, but {spec.name} has {spec.num_layers} "

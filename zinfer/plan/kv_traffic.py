@@ -54,7 +54,7 @@ def kv_read_bytes(spec: ModelSpec, rows: int, context: float) -> float:
     layers = spec.kv_layers or ()
     return (
         rows
-        * sum(layer.values_per_token * layer.cached_tokens(int(context)) for layer in layers)
+        * sum(layer.grown_values(int(context)) for layer in layers)
         * ITEMSIZE_BYTES[spec.dtype]
     )
 
@@ -138,7 +138,4 @@ def _new_token_bytes(spec: ModelSpec, config: RunConfig, rows: int) -> int:
 def _cached_bytes(spec: ModelSpec, config: RunConfig, rows: int, context: float) -> int:
     """Count the share of kv_read_bytes that layers in host memory have."""
     size, tokens = ITEMSIZE_BYTES[spec.dtype], int(context)
-    return rows * sum(
-        layer.values_per_token * layer.cached_tokens(tokens) * size
-        for layer in moved_layers(spec, config)
-    )
+    return rows * sum(layer.grown_values(tokens) * size for layer in moved_layers(spec, config))
