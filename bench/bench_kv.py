@@ -2,7 +2,8 @@
 
 The first table gives keys and values read per second as a share of the read bandwidth that is
 measured beside it, in turn. Buffers rotate over more memory than the processor's caches hold.
-The second gives tokens/s of whole runs with each placement of the KV cache, in turn.
+The second gives decode tokens/s of whole runs with each placement of the KV cache, in turn, and how
+long their prefill takes.
 """
 
 from __future__ import annotations
@@ -161,8 +162,8 @@ def shape_cells(
     return cells
 
 
-def tokens_per_s(folder: Path, overrides: list[str]) -> float | None:
-    """Run one job; its tokens/s, or None where it did not end well."""
+def decode_and_prefill(folder: Path, overrides: list[str]) -> tuple[float, float] | None:
+    """Run one job; its decode tokens/s and prefill seconds, or None where it did not end well."""
     done = subprocess.run(
         [sys.executable, "-m", "zinfer", *overrides, "tracking=none", "format=json"],
         cwd=folder, capture_output=True, text=True, check=False,
@@ -171,21 +172,22 @@ def tokens_per_s(folder: Path, overrides: list[str]) -> float | None:
     if result["status"] != "ok":
         print(f"{' '.join(overrides)}: {result['status']}: {result.get('reason')}", file=sys.stderr)
         return None
-    return float(result["metrics"]["generated_tokens_per_s"])
+    metrics = result["metrics"]
+    return float(metrics["decode_tokens_per_s"]), float(metrics["prefill_s"])
 
 
 def run_table(models: list[str], batches: list[int], lengths: list[int], rounds: int) -> None:
-    """Print tokens/s of each placement beside its ratio to the cache on the device."""
+    """Print decode tokens/s of each placement; speed and prefill also as ratios to the device."""
     print("\n| model | rows | prompt + new tokens | " + " | ".join(PLACEMENTS) + " |")
     print("| --- | --- | --- |" + " --- |" * len(PLACEMENTS))
     with tempfile.TemporaryDirectory(prefix="bench-kv-", dir=Path.cwd()) as scratch:
         for model in models:
             for batch in batches:
                 for length in lengths:
-                    found: dict[str, list[float]] = {name: [] for name in PLACEMENTS}
+                    found: dict[str, list[tuple[float, float]]] = {n: [] for n in PLACEMENTS}
                     for _ in range(rounds):
                         for name, placement in PLACEMENTS.items():
-                            rate = tokens_per_s(
+                            measured = decode_and_prefill(
                                 Path(scratch),
                                 [
                                     *MODELS[model],
@@ -199,19 +201,30 @@ def run_table(models: list[str], batches: list[int], lengths: list[int], rounds:
                                     "engine=resident",
                                 ],
                             )
-                            if rate is not None:
-                                found[name].append(rate)
+                            if measured is not None:
+                                found[name].append(measured)
                     print(row(model, batch, length, found), flush=True)
 
 
-def row(model: str, batch: int, length: int, found: dict[str, list[float]]) -> str:
-    """Write a line of the table of runs: tokens/s, and their ratio to the cache on the device."""
-    plain = statistics.median(found["device"]) if found["device"] else None
+def row(model: str, batch: int, length: int, found: dict[str, list[tuple[float, float]]]) -> str:
+    """Write a line of the table of runs.
+
+    A cell has the decode tokens/s; then, as ratios to the cache on the device, these tokens/s with
+    their lowest and highest round, and the prefill's seconds.
+    """
+    plain = found["device"]
     cells = []
-    for rates in found.values():
-        rate = statistics.median(rates) if rates else None
-        ratio = f" ({rate / plain:.2f}x)" if rate and plain else ""
-        cells.append(f"{rate:.1f}{ratio}" if rate else "-")
+    for name, measured in found.items():
+        if not measured:
+            cells.append("-")
+            continue
+        cell = f"{statistics.median(rate for rate, _ in measured):.1f}"
+        if name != "device" and len(plain) == len(measured):
+            faster = [ours[0] / theirs[0] for ours, theirs in zip(measured, plain, strict=True)]
+            slower = [ours[1] / theirs[1] for ours, theirs in zip(measured, plain, strict=True)]
+            cell += f" ({statistics.median(faster):.2f}x, {min(faster):.2f} to {max(faster):.2f}; "
+            cell += f"prefill {statistics.median(slower):.2f}x)"
+        cells.append(cell)
     return f"| {model} | {batch} | {length} + 16 | " + " | ".join(cells) + " |"
 
 
