@@ -25,7 +25,7 @@ from zinfer.config.engines import ENGINES
 from zinfer.config.tasks import TASKS
 from zinfer.job.outcome import EXIT_CODES, INTERRUPTED, EndedBy, Outcome
 from zinfer.job.quality import QUALITY_METRICS
-from zinfer.plan.prediction import scored
+from zinfer.plan.scores import scored
 from zinfer.plan.tiers import TIERS
 from zinfer.tracking.names import (
     COMPARED_METRICS,

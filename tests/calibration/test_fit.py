@@ -20,8 +20,8 @@ from zinfer.plan.kv_seconds import attention_seconds
 from zinfer.plan.prediction import (
     elementwise_seconds,
     layer_parts,
-    products_seconds,
 )
+from zinfer.plan.product_seconds import products_seconds
 from zinfer.plan.zero_layout import zero_layout
 
 RATES = profile()

@@ -10,7 +10,8 @@ from tests.helpers.planning import planned, profile
 from zinfer.machine.profile import DequantiseTime
 from zinfer.plan.ceiling import matrix_products, touched_experts
 from zinfer.plan.planned import plan_run
-from zinfer.plan.prediction import quantised_matrices, scored, speed_warnings, tokens_of_experts
+from zinfer.plan.product_seconds import quantised_matrices, tokens_of_experts
+from zinfer.plan.scores import scored, speed_warnings
 
 TINY = ("model=tiny-llama", "dtype=float32", "hardware.accelerator=cpu")
 

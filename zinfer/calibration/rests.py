@@ -16,7 +16,8 @@ from zinfer.job.outcome import Json
 from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec, model_spec
 from zinfer.plan.kv_seconds import attention_seconds
-from zinfer.plan.prediction import elementwise_seconds, products_seconds
+from zinfer.plan.prediction import elementwise_seconds
+from zinfer.plan.product_seconds import products_seconds
 
 Measured = tuple[Job, RunConfig, Json]
 """A job, its configuration, and its result document with samples."""

@@ -6,16 +6,14 @@ calibration profile, and for several ranks, the predictions are None: nobody mea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import comb
 from typing import Any
 
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.machine.profile import (
-    NOTICED_SLOWDOWN,
     CalibrationProfile,
     FamilyCost,
     Mode,
@@ -23,7 +21,7 @@ from zinfer.machine.profile import (
 )
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.binding import Binding, Resource
-from zinfer.plan.ceiling import Ceiling, Matrix, ceiling, stored_products, touched_experts
+from zinfer.plan.ceiling import Ceiling, ceiling
 from zinfer.plan.deepspeed_json import leaf_layers, staging_limit_bytes
 from zinfer.plan.kv_seconds import (
     HOST_ATTENTION,
@@ -33,14 +31,13 @@ from zinfer.plan.kv_seconds import (
     kv_copy_seconds,
 )
 from zinfer.plan.process_memory import mode_of
+from zinfer.plan.product_seconds import dequantise_seconds, products_seconds
 from zinfer.plan.tiers import MemoryPlan
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.units import MIB
 
 CACHES_BYTES = 32 * MIB
 """Models with more bytes of weights find each layer cold: no processor cache holds them."""
-FEW_TOKENS = 64
-"""Tokens of a pass up to which it matters how they are spread over the experts."""
 THIN_ROWS = 64
 """A product with more rows than this spends its time on arithmetic, not on waiting for weights."""
 
@@ -260,117 +257,6 @@ def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
     return layout.parameters_per_layer
 
 
-def products_seconds(
-    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, rows: int, new: int
-) -> float | None:
-    """Return the seconds of all products with weights.
-
-    None: this dtype, or the kernel of packed weights, was not calibrated.
-    """
-    products, tokens = stored_products(spec, config), rows * new
-    times: list[float | None] = [
-        _scaled(count, product_seconds(spec, config, profile, matrix, tokens))
-        for matrix, count in products.dense.items()
-    ]
-    if products.head:
-        times.append(product_seconds(spec, config, profile, products.head, rows, wide=True))
-    for each, experts in tokens_of_experts(spec, tokens):
-        times += [
-            _scaled(experts * count, product_seconds(spec, config, profile, matrix, each))
-            for matrix, count in products.experts.items()
-        ]
-    known = [seconds for seconds in times if seconds is not None]
-    return sum(known) if len(known) == len(times) else None
-
-
-def product_seconds(
-    spec: ModelSpec,
-    config: RunConfig,
-    profile: CalibrationProfile,
-    matrix: Matrix,
-    rows: float,
-    *,
-    wide: bool = False,
-) -> float | None:
-    """Return the seconds of one product, by the kernel that multiplies the matrix as it is stored.
-
-    None where that was not calibrated: profiles hold the packed product that dtype.kernel=auto
-    chooses.
-    """
-    if matrix.bits is None:
-        return profile.kernel_s(spec.dtype, rows, matrix.numel, wide=wide)
-    if config.dtype.kernel != "auto":
-        return None
-    return profile.packed_s(matrix.bits, spec.dtype, rows, matrix.numel)
-
-
-def _scaled(count: float, seconds: float | None) -> float | None:
-    """Multiply what is known."""
-    return None if seconds is None else count * seconds
-
-
-def tokens_of_experts(spec: ModelSpec, tokens: int) -> Iterator[tuple[float, float]]:
-    """Spread tokens over the experts of a layer: (tokens of an expert, number of such experts).
-
-    A product of three rows can take longer than one of four, so a few tokens are spread
-    binomially, as in touched_experts. Many are spread evenly over the experts that they touch.
-    """
-    if not spec.num_experts or not spec.experts_per_token:
-        return
-    share = spec.experts_per_token / spec.num_experts
-    if tokens > FEW_TOKENS:
-        touched = touched_experts(spec, tokens)
-        yield tokens * spec.experts_per_token / touched, touched
-        return
-    for each in range(1, tokens + 1):
-        yield (
-            each,
-            spec.num_experts * comb(tokens, each) * share**each * (1 - share) ** (tokens - each),
-        )
-
-
-def dequantise_seconds(
-    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, tokens: int
-) -> float | None:
-    """Return the seconds to unpack every matrix that DeepSpeed quantised, at each use.
-
-    Embeddings are unpacked whole. None where that was not calibrated. Our own packed weights are
-    multiplied as they are.
-    """
-    if config.quantiser != "deepspeed" or config.dtype.bits is None:
-        return 0.0
-    used = touched_experts(spec, tokens) / spec.num_experts if spec.num_experts else 1.0
-    total = 0.0
-    for numel, (outside, of_experts) in quantised_matrices(spec).items():
-        seconds = profile.dequantise_s(config.dtype.bits, spec.dtype, numel)
-        if seconds is None:
-            return None
-        total += (outside + of_experts * used) * seconds
-    return total
-
-
-def quantised_matrices(spec: ModelSpec) -> dict[int, tuple[int, int]]:
-    """Count the uses in a pass of the matrices that DeepSpeed quantises, by their elements.
-
-    Each value is (uses by all tokens, matrices of routed experts).
-    """
-    uses: dict[int, tuple[int, int]] = {}
-    for parameter in spec.parameters:
-        if parameter.kind in ("linear", "embedding"):
-            outside, of_experts = uses.get(parameter.numel, (0, 0))
-            times = (
-                2
-                if parameter.kind == "embedding"
-                and spec.tied_embeddings
-                and spec.vocab_size in parameter.shape
-                else 1
-            )
-            uses[parameter.numel] = (
-                (outside, of_experts + 1) if parameter.is_expert else (outside + times, of_experts)
-            )
-    return uses
-
-
 def elementwise_seconds(
     spec: ModelSpec, value_s: float, profile: CalibrationProfile, rows: int, new: int
 ) -> float:
@@ -422,79 +308,3 @@ def _load_s(
         + len(spec.parameters) * cost.parameter_s
         + layout.stored_numel * layout.itemsize_bytes / cost.bytes_per_s
     )
-
-
-def scored(
-    metrics: Mapping[str, float], prediction: Prediction, plan: MemoryPlan
-) -> dict[str, float]:
-    """Compare a run's metrics with its prediction.
-
-    Returns ratios predicted / measured, the fraction of the ceiling, and the implied bandwidth.
-    """
-    predicted = prediction.metrics(plan)
-    pairs = {
-        "prediction_ratio_load": ("predicted_load_s", "load_s"),
-        "prediction_ratio_prefill": ("predicted_prefill_s", "prefill_s"),
-        "prediction_ratio_decode_step": ("predicted_decode_step_s", "decode_step_s"),
-        "prediction_ratio_tokens_per_s": (
-            "predicted_generated_tokens_per_s",
-            "generated_tokens_per_s",
-        ),
-        "prediction_ratio_peak_host_rss": ("predicted_peak_host_rss_bytes", "peak_host_rss_bytes"),
-        "prediction_ratio_peak_device": (
-            "predicted_peak_device_bytes",
-            "peak_device_allocated_bytes",
-        ),
-        "prediction_ratio_kv_cache": ("predicted_kv_cache_bytes", "kv_cache_bytes"),
-        "ceiling_fraction": ("generated_tokens_per_s", "ceiling_generated_tokens_per_s"),
-    }
-    both = {**metrics, **predicted}
-    ratios = {
-        name: both[top] / both[bottom]
-        for name, (top, bottom) in pairs.items()
-        if top in both and both.get(bottom)
-    }
-    if prediction.ceiling.streamed_bytes and metrics.get("decode_step_s"):
-        ratios["streamed_bytes_per_s"] = (
-            prediction.ceiling.streamed_bytes / metrics["decode_step_s"]
-        )
-    ratios |= effective_rates(metrics, predicted)
-    if prediction.yardstick_s and metrics.get("yardstick_s"):
-        ratios["slowdown"] = metrics["yardstick_s"] / prediction.yardstick_s
-        if "prediction_ratio_tokens_per_s" in ratios:
-            ratios["prediction_ratio_tokens_per_s_at_speed"] = (
-                ratios["prediction_ratio_tokens_per_s"] / ratios["slowdown"]
-            )
-    return {**predicted, **ratios}
-
-
-def effective_rates(
-    metrics: Mapping[str, float], predicted: Mapping[str, float]
-) -> dict[str, float]:
-    """Bytes per second over each resource while decoding: bytes of a token times tokens/s.
-
-    The bytes are those measured on the disk, and the plan's elsewhere: nobody counts them there.
-    """
-    tokens_per_s = metrics.get("decode_tokens_per_s")
-    if not tokens_per_s:
-        return {}
-    bytes_of = {
-        name: predicted.get(f"predicted_{name}_bytes_per_token") for name in MOVED_OVER.values()
-    }
-    if bytes_of["nvme"] and metrics.get("nvme_read_bytes_per_token"):
-        bytes_of["nvme"] = metrics["nvme_read_bytes_per_token"]
-    return {
-        f"effective_{name}_bytes_per_s": count * tokens_per_s
-        for name, count in bytes_of.items()
-        if count
-    }
-
-
-def speed_warnings(scores: Mapping[str, float]) -> Iterator[str]:
-    """Warn where the machine was slower or faster during a run than at its calibration."""
-    slowdown = scores.get("slowdown", 1.0)
-    if slowdown < 1 / NOTICED_SLOWDOWN:
-        yield (
-            f"the processor was {1 / slowdown:.1f} times faster while this ran than when it was "
-            "calibrated, so predictions are too slow. Run zinfer task=calibrate"
-        )

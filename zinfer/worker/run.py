@@ -29,8 +29,8 @@ from zinfer.plan.advice import advice_document
 from zinfer.plan.deepspeed_json import derivation_warnings
 from zinfer.plan.fit import require_fit, shortfall
 from zinfer.plan.planned import Planned, plan_run
-from zinfer.plan.prediction import scored, speed_warnings
 from zinfer.plan.resolved import describe, resolved_spec
+from zinfer.plan.scores import scored, speed_warnings
 from zinfer.plan.warnings import plan_warnings
 from zinfer.worker.failure import failed_event
 from zinfer.worker.stability import Evidence, judge
