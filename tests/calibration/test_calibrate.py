@@ -21,13 +21,8 @@ from zinfer.calibration.rests import calm_and_usual_s, disturbance_of, line
 from zinfer.job.calibration import FAMILIES, PREFILL, Job, jobs, small_model, to_run_again
 from zinfer.machine import processor
 from zinfer.machine.hardware import detect_hardware, machine_fingerprint
-from zinfer.machine.profile import (
-    PROFILE_VERSION,
-    newest_profile,
-    profiles_dir,
-    read_profile,
-    save_profile,
-)
+from zinfer.machine.profile import PROFILE_VERSION
+from zinfer.machine.profile_files import newest_profile, profiles_dir, read_profile, save_profile
 from zinfer.model.spec import model_spec
 from zinfer.plan.prediction import predict
 from zinfer.plan.zero_layout import zero_layout

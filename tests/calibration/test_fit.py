@@ -14,7 +14,8 @@ from zinfer.calibration.measure import job_config
 from zinfer.calibration.rests import is_prefill
 from zinfer.job.calibration import DISK, ESSENTIAL, LARGE, Job, jobs
 from zinfer.machine.hardware import detect_hardware
-from zinfer.machine.profile import Mode, document_of
+from zinfer.machine.measured import Mode
+from zinfer.machine.profile_files import document_of
 from zinfer.model.spec import model_spec
 from zinfer.plan.kv_seconds import attention_seconds
 from zinfer.plan.prediction import (

@@ -7,8 +7,7 @@ from typing import Any
 
 from tests.helpers.composing import composed
 from zinfer.machine.hardware import detect_hardware
-from zinfer.machine.profile import (
-    CalibrationProfile,
+from zinfer.machine.measured import (
     FamilyCost,
     KernelTime,
     LoadCost,
@@ -17,6 +16,7 @@ from zinfer.machine.profile import (
     Rate,
     StreamCost,
 )
+from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import model_spec
 from zinfer.plan.planned import Planned, plan_run
 

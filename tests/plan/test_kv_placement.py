@@ -12,7 +12,7 @@ from multirun_analysis.published.rows import read_published
 from tests.helpers.composing import composed
 from tests.helpers.planning import planned, profile
 from zinfer.config import ConfigError
-from zinfer.machine.profile import HostAttentionTime
+from zinfer.machine.measured import HostAttentionTime
 from zinfer.model.kv_layout import KvLayer
 from zinfer.plan.advice import advice_document
 from zinfer.plan.fit import fitting_changes

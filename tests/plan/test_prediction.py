@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.planning import planned, profile
-from zinfer.machine.profile import DequantiseTime
+from zinfer.machine.measured import DequantiseTime
 from zinfer.plan.ceiling import matrix_products, touched_experts
 from zinfer.plan.planned import plan_run
 from zinfer.plan.product_seconds import quantised_matrices, tokens_of_experts

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.planning import planned, profile
-from zinfer.machine.profile import CalibrationProfile, PackedTime
+from zinfer.machine.measured import PackedTime
+from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.quantisable import stored_bits
 from zinfer.model.quantisable import stored_numel as own_stored_numel
 from zinfer.plan import dtype_advice

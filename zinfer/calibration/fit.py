@@ -30,16 +30,9 @@ from zinfer.calibration.rests import (
 from zinfer.job.calibration import FEW_LAYERS, SPARSE_FAMILIES
 from zinfer.job.outcome import Json
 from zinfer.machine.hardware import Hardware
-from zinfer.machine.profile import (
-    ANY_FAMILY,
-    PROFILE_VERSION,
-    CalibrationProfile,
-    FamilyCost,
-    Mode,
-    ModeCost,
-    StreamCost,
-    profile_from_document,
-)
+from zinfer.machine.measured import ANY_FAMILY, FamilyCost, Mode, ModeCost, StreamCost
+from zinfer.machine.profile import PROFILE_VERSION, CalibrationProfile
+from zinfer.machine.profile_files import profile_from_document
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.prediction import layer_parts, layers_seconds
 from zinfer.plan.zero_layout import zero_layout

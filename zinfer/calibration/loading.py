@@ -9,7 +9,8 @@ from dataclasses import replace
 from zinfer.calibration.rests import Measured, line
 from zinfer.job.calibration import HIDDEN
 from zinfer.machine.hardware import Hardware
-from zinfer.machine.profile import CalibrationProfile, LoadCost
+from zinfer.machine.measured import LoadCost
+from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import model_spec
 from zinfer.plan.memory import memory_plan
 from zinfer.plan.prediction import CACHES_BYTES

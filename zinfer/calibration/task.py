@@ -24,7 +24,9 @@ from zinfer.job.calibration import Job, calibrated_dtypes, jobs
 from zinfer.job.outcome import Outcome
 from zinfer.machine.environment import package_versions
 from zinfer.machine.hardware import Hardware, detect_hardware, machine_fingerprint
-from zinfer.machine.profile import CalibrationProfile, Mode, now_text, save_profile
+from zinfer.machine.measured import Mode
+from zinfer.machine.profile import CalibrationProfile
+from zinfer.machine.profile_files import now_text, save_profile
 from zinfer.tracking.deadline import never
 from zinfer.units import format_rate, format_roughly, format_seconds
 

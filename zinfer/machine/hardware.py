@@ -16,7 +16,8 @@ from typing import Literal
 from zinfer.config import HardwareConfig
 from zinfer.machine import disk, gpu, memory, processor, reading
 from zinfer.machine.environment import hardware_fingerprint
-from zinfer.machine.profile import CalibrationProfile, newest_profile, read_profile
+from zinfer.machine.profile import CalibrationProfile
+from zinfer.machine.profile_files import newest_profile, read_profile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,171 +1,34 @@
-"""Keep what `task=calibrate` measured of one machine, and find it again.
-
-A profile is a JSON file under cache_dir()/profiles. The newest one with this version, this
-machine's fingerprint and this number of threads is used until the machine changes. Every rate is a
-median. Its spread is half the range of the middle half of the samples, over the median.
-"""
+"""Look up what `task=calibrate` measured of one machine, between the points that it measured."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp, log
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
-from zinfer.paths import cache_dir
+from zinfer.machine.measured import (
+    ANY_FAMILY,
+    DequantiseTime,
+    FamilyCost,
+    HostAttentionTime,
+    KernelTime,
+    LoadCost,
+    Mode,
+    ModeCost,
+    NvmeRate,
+    PackedTime,
+    Rate,
+    StreamCost,
+)
 
 PROFILE_VERSION = 5
 """Raised when what is measured, or what a field means, changes. Older profiles are not read."""
 Kind = TypeVar("Kind", bound=Hashable)
 NOTICED_SLOWDOWN = 1.25
 """A machine this much slower or faster than it was, when calibrated or in another run, is named."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """Bytes or operations per second."""
-
-    median: float
-    spread: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelTime:
-    """One measured matrix product: `rows` x K times K x N weights that are in no cache."""
-
-    dtype: str
-    rows: int
-    weight_numel: int
-    """K * N."""
-    wide: bool
-    """Many more columns than rows of weights, as in an output head."""
-    seconds: float
-    spread: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DequantiseTime:
-    """Time to unpack one quantised matrix into `dtype`, as DeepSpeed does at each use of it."""
-
-    bits: int
-    dtype: str
-    weight_numel: int
-    seconds: float
-    spread: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedTime:
-    """One measured product with a packed matrix, by the kernel that dtype.kernel=auto chooses."""
-
-    bits: int
-    dtype: str
-    """Type of the rows that it is multiplied with."""
-    rows: int
-    weight_numel: int
-    seconds: float
-    spread: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostAttentionTime:
-    """Time of one layer's decode attention over keys and values in host memory."""
-
-    bits: int
-    """16 stands for the compute type, whatever its width."""
-    dtype: str
-    shared_by: int
-    """Query heads for each KV head."""
-    kv_bytes: int
-    """Keys and values as stored, with their scales."""
-    seconds: float
-    spread: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class NvmeRate:
-    """Rate of reading or writing one file through DeepSpeed's aio handle."""
-
-    operation: Literal["read", "write"]
-    block_bytes: int
-    queue_depth: int
-    intra_op_parallelism: int
-    rate: Rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class FamilyCost:
-    """Fixed cost of a decoder layer in plain transformers: all but its products and attention."""
-
-    model_type: str
-    """Model family; ANY_FAMILY stands for those that were not measured."""
-    dtype: str
-    op_s: float
-    """Seconds for each operation that a layer starts (ModelSpec.layer_ops)."""
-    value_s: float
-    """Seconds for each element that its elementwise operations write (ModelSpec.layer_values)."""
-
-
-@dataclass(frozen=True)
-class Mode:
-    """Way in which weights are held and fetched, where it decides fixed costs."""
-
-    where: str
-    """resident (plain transformers), or ZeRO-3's offload target: none, cpu, nvme."""
-    by_module: bool = False
-    """ZeRO-3 fetches each module of a layer, not the layer as a whole."""
-
-    def __str__(self) -> str:
-        return self.where + (BY_MODULE if self.by_module else "")
-
-    @classmethod
-    def read(cls, text: str) -> Mode:
-        """Return the mode that a profile stores as this text."""
-        return cls(text.removesuffix(BY_MODULE), by_module=text.endswith(BY_MODULE))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModeCost:
-    """Seconds that a mode adds to a forward pass, whatever the model."""
-
-    mode: Mode
-    dtype: str
-    step_s: float
-    """Once: generate's own loop, embedding, final norm, head."""
-    layer_s: float
-    """For each decoder layer."""
-    part_s: float
-    """For each parameter of a layer that is fetched whole; by module, for each module of it."""
-
-
-ANY_FAMILY = "*"
-BY_MODULE = ", by module"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadCost:
-    """Seconds of building a model with random weights in one mode."""
-
-    fixed_s: float
-    parameter_s: float
-    """For each parameter (a tensor, not an element)."""
-    bytes_per_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamCost:
-    """Cost of reading weights from NVMe while generating, as a whole run shows it."""
-
-    parameter_s: float
-    """Wait for each parameter that is read, beside its bytes."""
-    bytes_per_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,102 +203,3 @@ def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
         return y0
     share = (log(x) - log(x0)) / (log(x1) - log(x0))
     return exp(log(y0) + share * (log(y1) - log(y0)))
-
-
-def profiles_dir() -> Path:
-    """Return $ZINFER_PROFILES, or profiles/ in zinfer's cache. Does not create it."""
-    chosen = os.environ.get("ZINFER_PROFILES")
-    return Path(chosen).expanduser().absolute() if chosen else cache_dir() / "profiles"
-
-
-def save_profile(profile: CalibrationProfile) -> Path:
-    """Write the profile whole, and return its path.
-
-    The file is named for the fingerprint, the threads and the time.
-    """
-    folder = profiles_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = profile.created.replace(":", "").replace("-", "")
-    path = folder / f"{profile.fingerprint}-t{profile.threads}-{stamp}.json"
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        json.dump(document_of(profile), file, indent=1)
-    os.replace(file.name, path)
-    return path
-
-
-def document_of(profile: CalibrationProfile) -> dict[str, Any]:
-    """Return the JSON-able mapping that `profile_from_document` reads back."""
-    document = asdict(profile)
-    for row, cost in zip(document["modes"], profile.modes, strict=True):
-        row["mode"] = str(cost.mode)
-    return document
-
-
-def read_profile(path: Path) -> CalibrationProfile:
-    """Read the profile in that file.
-
-    Raises:
-        ValueError: it is no profile, or one of another version.
-    """
-    try:
-        fields: dict[str, Any] = json.loads(path.expanduser().read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"hardware.profile={path} cannot be read: {error}. Try zinfer task=calibrate"
-        ) from error
-    if fields.get("version") != PROFILE_VERSION:
-        version = fields.get("version")
-        raise ValueError(
-            f"hardware.profile={path} has version {version}, this zinfer reads {PROFILE_VERSION}. "
-            "Try zinfer task=calibrate"
-        )
-    return profile_from_document(fields)
-
-
-def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
-    """Make the profile of what `document_of` made, also after JSON."""
-    rates = (
-        "host_read",
-        "host_copy",
-        "device_read",
-        "host_to_device_pageable",
-        "host_to_device_pinned",
-        "device_to_host_pinned",
-    )
-    values = dict(fields)
-    for name in rates:
-        values[name] = Rate(**values[name]) if values[name] else None
-    for name in ("attention", "attention_flops"):
-        values[name] = {dtype: Rate(**rate) for dtype, rate in values[name].items()}
-    values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
-    values["dequantise"] = tuple(DequantiseTime(**row) for row in values["dequantise"])
-    values["packed"] = tuple(PackedTime(**row) for row in values.get("packed", ()))
-    values["host_attention"] = tuple(
-        HostAttentionTime(**row) for row in values.get("host_attention", ())
-    )
-    values["nvme"] = tuple(
-        NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"]
-    )
-    values["families"] = tuple(FamilyCost(**row) for row in values["families"])
-    values["modes"] = tuple(
-        ModeCost(**{**row, "mode": Mode.read(row["mode"])}) for row in values["modes"]
-    )
-    values["left_out"] = tuple(values.get("left_out", ()))
-    values["load"] = {mode: LoadCost(**cost) for mode, cost in values["load"].items()}
-    values["stream"] = StreamCost(**values["stream"]) if values["stream"] else None
-    return CalibrationProfile(**values)
-
-
-def newest_profile(fingerprint: str, threads: int) -> tuple[CalibrationProfile, Path] | None:
-    """Return the newest profile of this machine with that many threads, and its path."""
-    for path in sorted(profiles_dir().glob(f"{fingerprint}-t{threads}-*.json"), reverse=True):
-        try:
-            return read_profile(path), path
-        except (ValueError, TypeError, KeyError):  # of another version, or cut short
-            continue
-    return None
-
-
-def now_text() -> str:
-    """Return the time in UTC to the second: 2026-03-01T12:00:00Z."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from zinfer.config import RunConfig
-from zinfer.machine.profile import CalibrationProfile, Rate
+from zinfer.machine.measured import Rate
+from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.kv_placement import moved_layers
 from zinfer.plan.kv_traffic import (

@@ -13,12 +13,8 @@ from typing import Any
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
-from zinfer.machine.profile import (
-    CalibrationProfile,
-    FamilyCost,
-    Mode,
-    ModeCost,
-)
+from zinfer.machine.measured import FamilyCost, Mode, ModeCost
+from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.binding import Binding, Resource
 from zinfer.plan.ceiling import Ceiling, ceiling

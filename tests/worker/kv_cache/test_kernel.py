@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from zinfer.machine import cpp_library
-from zinfer.machine.profile import HostAttentionTime
+from zinfer.machine.measured import HostAttentionTime
 from zinfer.worker.kv_cache import kernel as module
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.kv_cache.kernel import (

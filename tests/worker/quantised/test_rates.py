@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zinfer.machine.profile import PackedTime
+from zinfer.machine.measured import PackedTime
 from zinfer.worker.quantised import rates
 
 

@@ -33,7 +33,7 @@ def host_attention_times(dtype: str) -> Iterator[dict[str, Any]]:
     buffers and threads warmer than a step leaves them.
 
     Yields:
-        The fields of a machine.profile.HostAttentionTime.
+        The fields of a machine.measured.HostAttentionTime.
     """
     from zinfer.worker.calibrate_kernels import median_and_spread
 

@@ -22,7 +22,7 @@ def packed_times(bits: int, dtype: str, device: Any) -> Iterator[dict[str, Any]]
     """Time [rows, K] x [K, K] for each size and number of rows, one matrix after another.
 
     Yields:
-        The fields of a machine.profile.PackedTime.
+        The fields of a machine.measured.PackedTime.
     """
     import torch
 
