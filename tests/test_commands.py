@@ -34,6 +34,7 @@ ANSWERS = re.compile(r"task=(plan|upload)|sweep\.preview=true|--(help|explain|cf
 NOT_HERE = {  # what a command looks like: why no test runs it, or which other test does
     r"zinfer.* task=calibrate": "minutes; tests/calibration runs it with a small budget",
     r"zinfer(-report)?.*[= ][A-Z]{4,}\b": "a word in capitals stands for the reader's own",
+    r"zinfer .*hydra/(launcher|sweeper)=": "needs its plugin: make test-launchers, make test-slurm",
     r"zinfer .*experiment=": "tests/config/test_experiments.py plans every job of each preset",
     r"zinfer .*model.source=.*weights=pretrained": "tests/model/test_weights.py loads a folder",
     r"zinfer .*weights=pretrained": "needs the hub, or the demo model; tests/test_newcomer.py",
@@ -86,7 +87,11 @@ class Command:
 
 
 def commands(page: str) -> list[Command]:
-    """Find the commands of a page: in blocks, and in spans that are whole."""
+    """Find the commands of a page: in blocks, and in spans that are whole.
+
+    A line that ends in a backslash goes on in the next one.
+    """
+    page = re.sub(r" *\\\n +", " ", page)
     fences = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     lines = [line for word, block in fences if word == "bash" for line in block.splitlines()]
     prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)

@@ -30,7 +30,7 @@ def planned(num: int, folder: Path, state: JobState = "run", verdict: Verdict = 
 def sweep_of(folder: Path, jobs: list[SweepJob]) -> Sweep:
     return Sweep(
         folder=folder,
-        attempt="a",
+        attempt=str(folder),  # jobs of this process are kept by it
         command="zinfer -m",
         output_format="text",
         tracking_uri=None,
