@@ -14,6 +14,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,12 +44,34 @@ atexit.register(shutil.rmtree, PRIVATE, ignore_errors=True)
 # A shell's background jobs start with Ctrl-C ignored, and so would everything that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ALONE = {"test_kills.py": "kills", "test_gpu.py": "gpu", "test_report_browser.py": "browser"}
-"""Files whose tests run one after the other under `pytest -n 2`, and the name of their group."""
+TOGETHER = {
+    "tests/driver/test_kills.py": "kills",
+    "tests/gpu/": "gpu",
+    "tests/multirun_analysis/test_report_browser.py": "browser",
+    "tests/test_package.py": "package",
+    "tests/worker/test_quality.py::test_the_demo_model_keeps_its_text": "quality",
+    "tests/worker/test_quality.py::test_the_reference_is_made_once": "quality",
+}
+"""Beginning of a test's id -> group: under `pytest -n 2` one process runs a group, in turn.
+
+They share what is made once for a process, or must not meet.
+"""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep groups together. The marks of pytest-xdist 3.8 do nothing under pytest 9.2."""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class Together(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((TOGETHER[each] for each in TOGETHER if nodeid.startswith(each)), nodeid)
+
+    return Together(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run; keep groups of tests together.
+    """Skip, with the reason, what this machine cannot run.
 
     Everything in tests/gpu needs a CUDA device.
     """
@@ -64,8 +87,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.path.parts:
             item.add_marker("gpu")
-        if group := ALONE.get(item.path.name):
-            item.add_marker(pytest.mark.xdist_group(group))
         for marker, reason in needed.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("hatchling", reason="needs hatchling: pip install hatchling")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -314,8 +314,6 @@ def scored(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("quality")
-@pytest.mark.timeout(1800)
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_demo_model_keeps_its_text(way: str, scored: dict[str, dict[str, Any]]) -> None:
@@ -328,8 +326,6 @@ def test_the_demo_model_keeps_its_text(way: str, scored: dict[str, dict[str, Any
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("quality")
-@pytest.mark.timeout(1800)
 @pytest.mark.timeout(3000)
 def test_the_reference_is_made_once_and_bad_text_is_tagged(
     scored: dict[str, dict[str, Any]],
