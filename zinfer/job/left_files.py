@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from zinfer.job.files import (
     EVENTS_FILE,
@@ -64,18 +63,28 @@ def _redacted_json(text: str) -> str:
 
 def _redacted_yaml(text: str) -> str:
     """Redact a YAML document by its keys too: a long value may stand on several lines."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    import yaml
 
-    hidden: Any
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # ten times faster where it is there
     try:
-        found = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-        hidden = redact(found)
-        text = text if hidden == found else OmegaConf.to_yaml(OmegaConf.create(hidden))
-    except (OmegaConfBaseException, YAMLError, ValueError):
+        found = yaml.load(text, Loader=loader)
+        if redact(found) != found:
+            text = _hidden_by_keys(text)
+    except (yaml.YAMLError, ValueError):
         pass
     return redact(text)
+
+
+def _hidden_by_keys(text: str) -> str:
+    """Write the document anew, its values typed as Hydra types them."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        hidden = redact(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
+        return OmegaConf.to_yaml(OmegaConf.create(hidden))
+    except (OmegaConfBaseException, ValueError):
+        return text
 
 
 def _rewrite(path: Path, change: Callable[[str], str]) -> None:
