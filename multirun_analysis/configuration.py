@@ -107,7 +107,7 @@ class Configuration:
 
     @property
     def newest(self) -> Run:
-        """The newest run that ended well, or else the newest."""
+        """Return the newest run that ended well, or else the newest."""
         return (self.ok_runs or self.runs)[-1]
 
     @property
@@ -117,7 +117,7 @@ class Configuration:
 
     @property
     def offload(self) -> str:
-        """Where weights are kept: none, cpu or nvme."""
+        """Return where weights are kept: none, cpu or nvme."""
         return self.choices.get("offload.device", "unknown")
 
     @property

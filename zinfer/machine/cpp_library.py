@@ -78,7 +78,7 @@ def build_library(source: Path) -> Path:
 def library_path(source: Path, compiler: str) -> Path:
     """Return the path of this source's library on this machine."""
     digest = hashlib.sha256(source.read_bytes())
-    for header in sorted(source.parent.glob("*.h")):
+    for header in sorted([*source.parent.parent.glob("*.h"), *source.parent.glob("*.h")]):
         digest.update(header.read_bytes())
     digest.update("\0".join((*FLAGS, _version(compiler), *_processor())).encode())
     return cache_dir() / FOLDER / f"{source.stem}-{digest.hexdigest()[:16]}.so"

@@ -10,9 +10,8 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "../numbers.h"
 
 namespace {
 
@@ -33,31 +32,9 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 
-template <class V>
-inline V load(const void* from) {
-    V value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
 inline void store(float* to, vf value) { std::memcpy(to, &value, sizeof value); }
 inline vf all(float value) { return value - vf{}; }
 inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }  // into L2
-
-inline float half_to_float(uint16_t bits) {
-#if defined(__F16C__)
-    return _cvtsh_ss(bits);
-#else
-    uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-    if (exponent == 0) {
-        float value = std::ldexp((float)fraction, -24);
-        return sign ? -value : value;
-    }
-    uint32_t word = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-#endif
-}
 
 // Element types of 16 and 32 bits: W of them as floats.
 struct Float32 {

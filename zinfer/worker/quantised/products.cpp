@@ -23,9 +23,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "../numbers.h"
 
 namespace {
 
@@ -56,33 +55,12 @@ typedef uint16_t vw __attribute__((vector_size(W * 4)));  // the 16-bit numbers 
 typedef int16_t vs __attribute__((vector_size(W * 2)));
 
 template <class V>
-inline V load(const void* from) {
-    V value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-template <class V>
 inline void store(void* to, V value) {
     std::memcpy(to, &value, sizeof value);
 }
 inline vf all(float value) { return value - vf{}; }
 inline void prefetch(const void* from) { __builtin_prefetch(from, 0, 3); }
 
-inline float half_to_float(uint16_t bits) {
-#if defined(__F16C__)
-    return _cvtsh_ss(bits);
-#else
-    uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-    if (exponent == 0) {
-        float value = std::ldexp((float)fraction, -24);
-        return sign ? -value : value;
-    }
-    uint32_t word = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-#endif
-}
 inline uint16_t float_to_half(float value) {
 #if defined(__F16C__)
     return _cvtss_sh(value, 0);
