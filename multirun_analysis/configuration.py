@@ -81,12 +81,12 @@ class Configuration:
 
     @cached_property
     def reason(self) -> str | None:
-        """Why the newest failed run failed."""
+        """Say why the newest failed run failed."""
         return next((run.reason for run in reversed(self.failed_runs) if run.reason), None)
 
     @cached_property
     def stability(self) -> str | None:
-        """The worst verdict of the runs that ended well; None where none gave one."""
+        """Return the worst verdict of the runs that ended well; None where none gave one."""
         verdicts = {run.stability for run in self.ok_runs}
         return next((verdict for verdict in VERDICTS if verdict in verdicts), None)
 

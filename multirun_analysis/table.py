@@ -46,7 +46,7 @@ class Cell:
 
     @property
     def fraction(self) -> str:
-        """The rest: decimal point, decimals, and what follows them."""
+        """Return the rest: decimal point, decimals, and what follows them."""
         return self.text[len(self.whole) :]
 
 

@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def deepspeed(self) -> Json:
-        """The DeepSpeed JSON of this run; empty for an engine without DeepSpeed."""
+        """Return the DeepSpeed JSON of this run; empty for an engine without DeepSpeed."""
         return self.planned.deepspeed_json()
 
     def document(self) -> Json:

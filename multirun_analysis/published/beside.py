@@ -32,7 +32,7 @@ class Comparison:
 
     @property
     def measured_bytes_per_s(self) -> float | None:
-        """The same quantity as Published.implied_bytes_per_s: weight bytes x tokens/s / batch."""
+        """Return weight bytes x tokens/s / batch, as Published.implied_bytes_per_s does."""
         if self.measured is None or self.rate is None or not self.measured.streams:
             return None
         size, batch = self.measured.value("weight_bytes"), self.measured.batch_size

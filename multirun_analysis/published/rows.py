@@ -161,7 +161,7 @@ class Published:
 
     @property
     def why_not_comparable(self) -> str | None:
-        """Why zinfer has no configuration that is the same; None where it has one."""
+        """Say why zinfer has no configuration that is the same; None where it has one."""
         reasons = []
         if self.model not in PUBLISHED_PARAMETERS:
             reasons.append("model not in conf/model")

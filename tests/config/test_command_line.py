@@ -1,4 +1,4 @@
-"""What people type wrongly ends as a sentence with what to set, never as a traceback."""
+"""A mistake on the command line ends as a sentence with what to set, never as a traceback."""
 
 from __future__ import annotations
 

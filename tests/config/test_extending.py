@@ -1,4 +1,4 @@
-"""What docs/extending.md promises: each extension comes from a folder that zinfer does not know."""
+"""Keep what docs/extending.md promises: each extension is in a folder that zinfer does not know."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_processes_of_sweeps_are_signalled_at_random(tmp_path: Path, built_ops: 
 
 
 def test_one_folder_is_used_for_everything_in_turn(tmp_path: Path) -> None:
-    """What is said, stored in the folder and logged is the same, and of this very use."""
+    """Require that all that is said, stored and logged is the same, and of this very use."""
     ends: dict[str, tuple[str, ...]] = {
         "ok": (),
         "error": (f"batch.seed={fate.RAISE}",),

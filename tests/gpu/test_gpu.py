@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Skipped, with the reason, where there is none."""
+"""Test what only a CUDA device can show. Skipped, with the reason, where there is none."""
 
 from __future__ import annotations
 

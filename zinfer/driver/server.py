@@ -78,7 +78,7 @@ class WorkerServer:
 
     @property
     def pid(self) -> int:
-        """The server's own process id."""
+        """Return the server's own process id."""
         return self._process.pid
 
     @property

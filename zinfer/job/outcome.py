@@ -85,7 +85,7 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """The command's exit code for this job alone."""
+        """Return the command's exit code for this job alone."""
         if self.ended_by is EndedBy.INTERRUPTED:
             return INTERRUPTED
         return EXIT_CODES.get(self.status, 1)

@@ -46,12 +46,12 @@ class PhaseCeiling:
 
     @property
     def ceiling_s(self) -> float | None:
-        """The largest of them; None where no rate is known."""
+        """Return the largest of them; None where no rate is known."""
         return max(self.seconds.values(), default=None)
 
     @property
     def binding(self) -> Resource | None:
-        """The resource that takes longest."""
+        """Return the resource that takes longest."""
         return max(self.seconds, key=lambda name: self.seconds[name], default=None)
 
     def document(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Demand:
 
     @cached_property
     def zero(self) -> dict[str, Any]:
-        """The section `zero_optimization` of the run's DeepSpeed JSON."""
+        """Return the section `zero_optimization` of the run's DeepSpeed JSON."""
         section: dict[str, Any] = derive(self.config, self.spec, self.hardware)["zero_optimization"]
         return section
 
