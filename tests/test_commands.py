@@ -86,12 +86,14 @@ class Command:
     in_block: bool
 
 
-def commands(page: str) -> list[Command]:
-    """Find the commands of a page: in blocks, and in spans that are whole.
+def joined(page: str) -> str:
+    """Join each line that ends in a backslash with the next one."""
+    return re.sub(r" *\\\n +", " ", page)
 
-    A line that ends in a backslash goes on in the next one.
-    """
-    page = re.sub(r" *\\\n +", " ", page)
+
+def commands(page: str) -> list[Command]:
+    """Find the commands of a page: in blocks, and in spans that are whole."""
+    page = joined(page)
     fences = re.findall(r"^```(\w*)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     lines = [line for word, block in fences if word == "bash" for line in block.splitlines()]
     prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
@@ -215,7 +217,7 @@ def test_every_command_runs_as_the_pages_say(tmp_path: Path) -> None:
 
 def block_after(page: Path, command: str) -> str:
     """Return the block without a language that follows a command: what it prints."""
-    after = page.read_text().partition(f"{command}\n")[2]
+    after = joined(page.read_text()).partition(f"{command}\n")[2]
     found = re.search(r"^```\n(.*?)^```", after, re.MULTILINE | re.DOTALL)
     assert found, f"{page.name} shows nothing after: {command}"
     return found[1]
