@@ -127,7 +127,7 @@ def measured(names: Row, config: RunConfig, job_dir: Path) -> Row:
     if (
         outcome.status == "ok" and outcome.model and config.dtype.bits is None
     ):  # quantised ones are stored smaller
-        row["weights"] = outcome.model["weight_bytes"] / outcome.metrics["weight_bytes"]
+        row["weights"] = outcome.model["weight_bytes"] / outcome.metrics["weight_stored_bytes"]
     return row
 
 

@@ -135,7 +135,7 @@ def implied_bytes_per_s(item: Configuration) -> float | None:
         return None
     logged, size, step_s = (
         item.value("streamed_bytes_per_s"),
-        item.value("weight_bytes"),
+        item.value("weight_stored_bytes"),
         item.value(LATENCY),
     )
     if logged is not None:

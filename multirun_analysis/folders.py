@@ -21,7 +21,7 @@ from zinfer.job.files import (
     PLANS_JSON_FILE,
     RESULT_FILE,
 )
-from zinfer.tracking.names import LARGEST_BATCH, PLAN_FITS
+from zinfer.tracking.names import LARGEST_BATCH, PLAN_FITS, STORED_BYTES
 from zinfer.tracking.run import flat_params
 from zinfer.units import counted
 
@@ -121,7 +121,7 @@ def _metrics(result: Json) -> dict[str, Any]:
     model, plan = result.get("model") or {}, result.get("plan") or {}
     metrics = {
         "model_parameters": model.get("parameters"),
-        "weight_bytes": model.get("weight_bytes"),
+        STORED_BYTES: plan.get("weight_stored_bytes"),
         PLAN_FITS: int(plan["fits"]) if "fits" in plan else None,
         LARGEST_BATCH: (plan.get("advice") or {}).get("largest_batch_size"),
     }

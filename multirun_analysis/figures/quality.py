@@ -21,7 +21,7 @@ def quality(canvas: Canvas, found: Group) -> Figure:
         known = [
             item
             for item in found
-            if item.value(metric) is not None and item.value("weight_bytes") is not None
+            if item.value(metric) is not None and item.value("weight_stored_bytes") is not None
         ]
         if known:
             panels.append(_panel(canvas, metric, label, known))
@@ -43,7 +43,7 @@ def _panel(canvas: Canvas, metric: str, label: str, known: Group) -> Panel:
             mine = [item for item in known if (item.model, item.dtype) == (model, dtype)]
             points = sorted(
                 {
-                    ((item.value("weight_bytes") or 0) / GIB, item.value(metric) or 0)
+                    ((item.value("weight_stored_bytes") or 0) / GIB, item.value(metric) or 0)
                     for item in mine
                 }
             )

@@ -35,7 +35,7 @@ class Comparison:
         """Return weight bytes x tokens/s / batch, as Published.implied_bytes_per_s does."""
         if self.measured is None or self.rate is None or not self.measured.streams:
             return None
-        size, batch = self.measured.value("weight_bytes"), self.measured.batch_size
+        size, batch = self.measured.value("weight_stored_bytes"), self.measured.batch_size
         if size is None or not batch:
             return None
         per_device = _ranks(self.measured) if self.published.metric == DECODE_ONLY else 1

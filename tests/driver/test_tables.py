@@ -34,7 +34,7 @@ def test_a_secret_is_taken_out_of_a_table_before_it_is_cut_into_lines() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 def test_the_row_of_weights_has_the_bytes_that_are_stored(dtype: str) -> None:
     overrides = ("model=opt-30b", f"dtype={dtype}", "hardware=h200", "offload=cpu")
-    stored = planned(*overrides).plan.weight_bytes
+    stored = planned(*overrides).plan.weight_stored_bytes
     assert rows(*overrides)["weights"][0] == format_bytes(stored)
     bits = {"float16": 16, "int8": 8, "int4": 4}[dtype]
     assert stored == pytest.approx(29_974_540_288 * bits / 8, rel=0.15)

@@ -32,7 +32,7 @@ def run(
             "timed_runs": 3.0,
         }
     )
-    metrics |= {} if rate is None else {"decode_step_s": 8 / rate, "weight_bytes": 6e10}
+    metrics |= {} if rate is None else {"decode_step_s": 8 / rate, "weight_stored_bytes": 6e10}
     known = {
         "zinfer.method_version": "1",
         "zinfer.hardware": "box",

@@ -137,7 +137,7 @@ def job(
     )
     run.metrics = {
         "model_parameters": parameters,
-        "weight_bytes": weight_bytes,
+        "weight_stored_bytes": weight_bytes,
         "kv_cache_bytes": kv_bytes,
         "plan_device_needed_bytes": device_bytes,
         "plan_device_available_bytes": GPU_BYTES,
@@ -250,7 +250,7 @@ def _oddities(rng: random.Random) -> list[FakeRun]:
         **{"zinfer.commit": "ffffffffffffffffffffffffffffffffffffffff", "zinfer.dirty": "true"},
     )
     without_speed = job("opt-30b", "cpu", "bfloat16", 4, rng)
-    without_speed.metrics = {"weight_bytes": 6e10}
+    without_speed.metrics = {"weight_stored_bytes": 6e10}
     running = job("opt-30b", "cpu", "bfloat16", 2, rng)
     running.status, running.metrics = "running", {}
     planned = job("opt-30b", "cpu", "bfloat16", 128, rng)

@@ -36,6 +36,7 @@ OUTCOME = Outcome(
     },
     plan={
         "fits": True,
+        "weight_stored_bytes": 250_478_592,
         "tiers": {
             "device": {"needed_bytes": 300, "available_bytes": None},
             "disk": {"needed_bytes": 1, "available_bytes": 2},

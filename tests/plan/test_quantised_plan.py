@@ -35,9 +35,9 @@ def test_packed_and_kept_weights_have_a_row_each_and_add_up(model: str, weights:
     found = rows(run, "device")
     kept = found.pop(f"weights kept in {run.spec.dtype}")
     assert list(found) == ["weights in int8" if weights == "int8" else "weights in int8 and int4"]
-    assert sum(found.values()) + kept == run.plan.weight_bytes
+    assert sum(found.values()) + kept == run.plan.weight_stored_bytes
     expected = sum(own_stored_numel(each, run.config.dtype, 2) for each in run.spec.parameters)
-    assert run.plan.weight_bytes == expected * 2
+    assert run.plan.weight_stored_bytes == expected * 2
     unpacked = [each for each in run.spec.parameters if not stored_bits(each, run.config.dtype)]
     assert kept == 2 * sum(each.numel for each in unpacked)
 
@@ -59,7 +59,7 @@ def test_ranks_share_packed_and_kept_weights() -> None:
         "model=opt-1.3b", "dtype=int8", "offload=cpu", "launcher.ranks=2", "batch.batch_size=2", CPU
     )
     shared = rows(run, "host")
-    assert sum(shared.values()) == pytest.approx(run.plan.weight_bytes / 2, rel=1e-6)
+    assert sum(shared.values()) == pytest.approx(run.plan.weight_stored_bytes / 2, rel=1e-6)
 
 
 def test_a_step_reads_stored_bytes_and_lookups_read_none() -> None:
@@ -182,4 +182,4 @@ def test_deepspeeds_own_scheme_is_counted_as_before() -> None:
     spec = run.spec
     quantised = sum(each.numel for each in spec.parameters if each.kind in ("linear", "embedding"))
     rest = spec.num_parameters - quantised
-    assert run.plan.weight_bytes == quantised + 2 * 2 * quantised // 64 + 2 * rest
+    assert run.plan.weight_stored_bytes == quantised + 2 * 2 * quantised // 64 + 2 * rest

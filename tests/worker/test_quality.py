@@ -44,7 +44,12 @@ def read(tmp_path: Path, family: str, *overrides: str, reference: Scores | None 
     )
     model = tiny_model(family)
     engine = Engine(
-        model=model, tokenizer=None, device=torch.device("cpu"), rank=0, ranks=1, weight_bytes=0
+        model=model,
+        tokenizer=None,
+        device=torch.device("cpu"),
+        rank=0,
+        ranks=1,
+        weight_stored_bytes=0,
     )
     events = EventLog(tmp_path, 0, "a")
     if not config.kv_cache.is_offloaded:

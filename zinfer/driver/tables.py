@@ -104,9 +104,9 @@ def plan_table(outcome: Outcome) -> Table:
     )
     table.add_row(
         "weights",
-        format_bytes(outcome.plan.get("weight_bytes", model.get("weight_bytes"))),
+        format_bytes(outcome.plan.get("weight_stored_bytes", model.get("weight_bytes"))),
         "",
-        format_bytes(metrics.get("weight_bytes")),
+        format_bytes(metrics.get("weight_stored_bytes")),
         "",
     )
     return table

@@ -57,7 +57,7 @@ def fewer_bits(run: Planned) -> Iterator[FewerBits]:
     """Plan the same run with weights of 8 and of 4 bits; nothing where it cannot have them."""
     if not can_quantise(run.config, run.spec):
         return
-    now = run.plan.weight_bytes
+    now = run.plan.weight_stored_bytes
     for weights, config in quantised_configs(run.spec, run.config):
         other = plan_run(config, run.hardware, run.spec)
         mine, theirs = run.prediction, other.prediction
@@ -67,8 +67,8 @@ def fewer_bits(run: Planned) -> Iterator[FewerBits]:
             override=f"dtype={weights}",
             gain=at_best if predicted is None else predicted,
             is_predicted=predicted is not None,
-            stored_bytes=other.plan.weight_bytes,
-            stored_share=other.plan.weight_bytes / now,
+            stored_bytes=other.plan.weight_stored_bytes,
+            stored_share=other.plan.weight_stored_bytes / now,
             fits=other.fits,
             quality=measured_quality(run.config.model.name, weights),
         )

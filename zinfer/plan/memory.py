@@ -71,7 +71,7 @@ def memory_plan(spec: ModelSpec, config: RunConfig, hardware: Hardware) -> Memor
         ranks=config.launcher.ranks,
         tiers=tuple(_tier(rule, run, items[rule.name], per_rank) for rule in TIER_RULES),
         kv_cache_bytes=None if run.kv is None else run.kv.total_bytes * config.launcher.ranks,
-        weight_bytes=run.layout.stored_numel * run.layout.itemsize_bytes,
+        weight_stored_bytes=run.layout.stored_numel * run.layout.itemsize_bytes,
         device_is_host=hardware.device_is_host,
         mapped_checkpoint_bytes=mapped,
         problems=tuple(_buffer_problems(run)),

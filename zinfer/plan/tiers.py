@@ -87,7 +87,7 @@ class MemoryPlan:
     tiers: tuple[Tier, ...]
     kv_cache_bytes: int | None
     """All ranks, at the end of a generation. None: the cache of this model is not known."""
-    weight_bytes: int
+    weight_stored_bytes: int
     """All ranks, as stored: quantised weights with their scales."""
     device_is_host: bool
     """The machine has no accelerator: the device's memory is the host's."""
@@ -140,7 +140,7 @@ class MemoryPlan:
         return {
             "fits": self.fits,
             "ranks": self.ranks,
-            "weight_bytes": self.weight_bytes,
+            "weight_stored_bytes": self.weight_stored_bytes,
             "problems": list(self.problems),
             "tiers": tiers,
         }

@@ -111,7 +111,7 @@ def generation_size(planned: Planned) -> dict[str, Any]:
     return {
         "generations": generations,
         "predicted_s": predicted_s,
-        "work_bytes": float(planned.plan.weight_bytes) * generations * batch.new_tokens,
+        "work_bytes": float(planned.plan.weight_stored_bytes) * generations * batch.new_tokens,
     }
 
 

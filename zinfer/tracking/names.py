@@ -47,7 +47,7 @@ COMPARED_METRICS = (
     "predicted_generated_tokens_per_s", "prediction_ratio_tokens_per_s",
     "streamed_bytes_per_s", "effective_nvme_bytes_per_s", "effective_link_bytes_per_s",
     "energy_j_per_token",
-    "peak_device_reserved_bytes", "peak_host_rss_bytes", "weight_bytes", "kv_cache_bytes",
+    "peak_device_reserved_bytes", "peak_host_rss_bytes", "weight_stored_bytes", "kv_cache_bytes",
     "plan_device_needed_bytes", "plan_host_needed_bytes", "plan_disk_needed_bytes",
     "host_attention_s",
     "quality_token_agreement", "quality_perplexity", "quality_perplexity_ratio",
@@ -68,7 +68,6 @@ MODEL_NUMBERS = {
     "kv_cache_bytes_per_token": "kv_cache_bytes_per_token",
     "kv_cache_bytes_paper": "kv_cache_bytes_paper",
     "hidden_bytes": "hidden_bytes",
-    "weight_bytes": "weight_bytes",
     "kv_cache_bytes": "kv_cache_bytes",
 }
 """Name of a number -> key of Outcome.model; a measured value takes its place.
@@ -78,6 +77,8 @@ Runs of earlier versions have the first five as parameters or metrics.
 PREDICTED_METRICS = ("predicted_", "ceiling_")
 """Beginnings of names of a plan's own numbers: logged also where nothing was measured."""
 PLAN_FITS = "plan_fits"
+STORED_BYTES = "weight_stored_bytes"
+"""Of the weights, all ranks: planned, and measured where a run has loaded them."""
 LARGEST_BATCH = "largest_batch_size"
 """That fits; only of jobs that plan and do not run."""
 TIER_NUMBERS = ("plan_{tier}_needed_bytes", "plan_{tier}_available_bytes")

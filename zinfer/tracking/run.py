@@ -316,6 +316,7 @@ def outcome_numbers(outcome: Outcome) -> dict[str, float]:
     values: dict[str, Any] = {name: model.get(key) for name, key in names.MODEL_NUMBERS.items()}
     if outcome.plan is not None:
         values[names.PLAN_FITS] = int(outcome.plan["fits"])
+        values[names.STORED_BYTES] = outcome.plan.get("weight_stored_bytes")
         advice = outcome.plan.get("advice") or {}
         values[names.LARGEST_BATCH] = advice.get("largest_batch_size")
         for tier, plan in outcome.plan["tiers"].items():

@@ -112,7 +112,7 @@ class Metrics:
     """Of the accelerators, or of the host where the CPU computes; everything that ran there."""
     host_energy_j_per_token: float | None = None
     """Of the hosts' sockets and memory, beside the accelerator's."""
-    weight_bytes: int
+    weight_stored_bytes: int
     """Tensors that hold the weights as they are stored, all ranks."""
     bytes_streamed_per_step: float | None = None
     """Weights that ZeRO-3 gathers for one pass over the model, as they are stored, all ranks."""
@@ -178,7 +178,7 @@ def summarise(measured: Measured, batch: BatchConfig) -> Metrics:
             tokens=len(timed) * batch.batch_size * batch.new_tokens,
             on_gpu=memory[0].peak_device_allocated_bytes is not None,
         ),
-        weight_bytes=sum(rank.weight_bytes for rank in measured.ranks),
+        weight_stored_bytes=sum(rank.weight_stored_bytes for rank in measured.ranks),
         bytes_streamed_per_step=_total([rank.streamed_bytes_per_step for rank in measured.ranks]),
         kv_cache_bytes=_total([rank.kv_cache_bytes for rank in measured.ranks]),
         **_kv_numbers([rank.kv_use for rank in measured.ranks]),

@@ -23,7 +23,7 @@ class RankResult:
     """One rank's share of the result."""
 
     memory: MemoryUse
-    weight_bytes: int
+    weight_stored_bytes: int
     kv_cache_bytes: int | None
     token_ids: tuple[tuple[int, ...], ...]
     """New tokens [rows of this rank][new_tokens]."""
@@ -39,7 +39,7 @@ def gather_over_ranks(
     """Collect the result of every rank, in the order of the ranks. Every rank must call it."""
     mine = RankResult(
         memory=memory,
-        weight_bytes=engine.weight_bytes,
+        weight_stored_bytes=engine.weight_stored_bytes,
         kv_cache_bytes=generation.kv_cache_bytes,
         energy=generation.energy,
         kv_use=generation.kv_use,

@@ -117,7 +117,7 @@ def load_engine(planned: Planned, events: EventLog) -> Loaded:
     said = trial.require_trial(planned.config)
     if said is not None and events.rank == 0:
         events.write("note", message=said)
-    events.phase("load", weight_bytes=planned.plan.weight_bytes)
+    events.phase("load", weight_bytes=planned.plan.weight_stored_bytes)
     started_s = time.perf_counter()
     engine = load(planned.config, planned.spec, planned.deepspeed_json(), events)
     load_s = time.perf_counter() - started_s

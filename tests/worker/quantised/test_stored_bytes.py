@@ -42,7 +42,7 @@ def test_a_plan_counts_the_bytes_that_the_model_holds(
     read = packed_model(
         opened, run.config.dtype, torch.bfloat16, lambda _: None, EventLog(tmp_path)
     )
-    assert bytes_of(read.model) == run.plan.weight_bytes
+    assert bytes_of(read.model) == run.plan.weight_stored_bytes
     assert any(item.name.startswith("weights in int") for item in run.plan.tier("device").items)
 
 

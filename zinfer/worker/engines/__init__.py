@@ -27,7 +27,7 @@ class Engine:
     device: torch.device
     rank: int
     ranks: int
-    weight_bytes: int
+    weight_stored_bytes: int
     """Tensors that hold this rank's weights, wherever they are; tied weights once."""
     verified: VerifiedWeights | None = None
     """The proof that all weights came from the checkpoint; None for dummy weights."""

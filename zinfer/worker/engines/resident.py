@@ -61,7 +61,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         device=device,
         rank=rank,
         ranks=ranks,
-        weight_bytes=sum(
+        weight_stored_bytes=sum(
             parameter.numel() * parameter.element_size() for parameter in model.parameters()
         ),
         verified=verified,

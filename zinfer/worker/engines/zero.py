@@ -78,7 +78,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         device=torch.device(accelerator.current_device_name()),
         rank=comm.get_rank(),
         ranks=comm.get_world_size(),
-        weight_bytes=partition_bytes(module, dtype.itemsize),
+        weight_stored_bytes=partition_bytes(module, dtype.itemsize),
         verified=verified,
         gathered_bytes=count_gathers(module),
     )
