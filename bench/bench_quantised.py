@@ -26,7 +26,9 @@ from torch.nn.functional import linear
 from zinfer import __version__
 from zinfer.machine.processor import cpu_model_name
 from zinfer.worker.kv_cache.codes import quantise
-from zinfer.worker.quantised.kernel import library, multiply, skinny_linear
+from zinfer.worker.quantised.kernel import multiply
+from zinfer.worker.quantised.native import library
+from zinfer.worker.skinny.product import skinny_linear
 
 HERE = Path(__file__).parent
 ROTATED_BYTES = 208 << 20

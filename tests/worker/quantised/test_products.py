@@ -13,15 +13,10 @@ import torch
 from zinfer.machine import cpp_library
 from zinfer.machine.cpp_library import PRODUCTS
 from zinfer.worker.kv_cache.codes import dequantise, quantise
-from zinfer.worker.quantised import kernel as module
-from zinfer.worker.quantised.kernel import (
-    Kernel,
-    by_unpacking,
-    library,
-    multiply,
-    skinny_linear,
-    unpack,
-)
+from zinfer.worker.quantised import native
+from zinfer.worker.quantised.kernel import Kernel, by_unpacking, multiply, unpack
+from zinfer.worker.quantised.native import library
+from zinfer.worker.skinny.product import skinny_linear
 
 FLAGS_OF_VECTORS = (
     (512, []),
@@ -58,7 +53,7 @@ def vectors(
         lib = ctypes.CDLL(str(made))
     assert lib.zinfer_vector_bits() == bits
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "library", lambda: lib)
+        patched.setattr(native, "library", lambda: lib)
         yield bits
 
 
@@ -217,7 +212,7 @@ def test_an_unknown_group_size_is_multiplied_by_unpacking_or_refused() -> None:
 
 
 def test_without_a_compiler_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "library", lambda: "no C++ compiler was found")
+    monkeypatch.setattr(native, "library", lambda: "no C++ compiler was found")
     codes, scales, values = packed(8, 64, 4, 32)
     x = torch.randn(2, 64)
     found = multiply(x, codes, scales, bits=4, group_size=32)

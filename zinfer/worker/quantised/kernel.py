@@ -1,4 +1,4 @@
-"""Multiply activations with packed weights, or skinny activations with 16-bit weights.
+"""Multiply activations with packed weights.
 
 The packed layout is that of kv_cache/codes.py, in groups along the input dimension.
 A few rows are multiplied packed, by our own C++ kernel: it reads each weight once and is as fast
@@ -9,15 +9,14 @@ PyTorch multiplies. docs/quantised.md has the measurements.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
-from zinfer.machine.cpp_library import PRODUCTS, CannotBuild, build_library
-from zinfer.machine.processor import cpu_flags
 from zinfer.worker.kv_cache.codes import dequantise
+from zinfer.worker.quantised import native
+from zinfer.worker.quantised.native import KINDS, in_rows, like, product_of
 
 Kernel = Literal["auto", "compiled", "torch", "unpack"]
 """Ways to multiply, as `dtype.kernel` names them.
@@ -26,34 +25,11 @@ Kernel = Literal["auto", "compiled", "torch", "unpack"]
 packed products take other schemes (docs/quantised.md); `unpack` makes a plain matrix, compiled
 where that is possible, however few rows there are.
 """
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 PACKED_ROWS = 64
 """Rows up to which packed weights are multiplied packed."""
-SKINNY_ROWS = 32
-"""Rows up to which our own product of 16-bit weights is faster than PyTorch's."""
 UNPACKED_NUMEL = 1 << 22
 """Weights that are unpacked at a time: they stay in the cache until they are multiplied."""
-
-
-class _Product(ctypes.Structure):
-    """The struct Product of products.cpp, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weights", "scales", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "out", "group")),
-        *((name, ctypes.c_int64) for name in ("x_stride", "weight_stride", "scale_stride")),
-        *((name, ctypes.c_int32) for name in ("bits", "kind", "threads")),
-    ]
-
-
-@cache
-def library() -> ctypes.CDLL | str:
-    """Load the compiled kernel, compiling it the first time. Where it cannot be, say why."""
-    try:
-        return ctypes.CDLL(str(build_library(PRODUCTS)))
-    except (CannotBuild, OSError) as error:
-        return str(error)
 
 
 def multiply(
@@ -92,65 +68,18 @@ def multiply(
         raise ValueError(f"dtype.kernel=compiled: {problem}. Set dtype.kernel=auto")
     if problem or kernel == "torch":
         return by_unpacking(x, codes, scales, bits=bits, group_size=group_size, bias=bias)
-    lib = library()
+    lib = native.library()
     assert isinstance(lib, ctypes.CDLL), "checked by unsupported"
     if kernel == "unpack" or (x.shape[0] > PACKED_ROWS and kernel == "auto"):
         return _by_parts(lib, x, codes, scales, bits, group_size, bias)
     y = x.new_empty(x.shape[0], codes.shape[0])
     if y.numel() == 0:
         return y
-    x, bias = _in_rows(x), _like(bias, x)
-    product = _product(x, codes, scales, bias, y, bits=bits, group_size=group_size)
+    x, bias = in_rows(x), like(bias, x)
+    product = product_of(x, codes, scales, bias, y, bits=bits, group_size=group_size)
     refused = lib.zinfer_packed_product(ctypes.byref(product))
     assert refused == 0, "sizes are checked by unsupported"
     return y
-
-
-def skinny_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    kernel: Kernel = "auto",
-) -> torch.Tensor:
-    """Multiply x [rows, in] with the transpose of weight [out, in] of the same type.
-
-    Args:
-        kernel: which way; "auto" takes the compiled kernel up to SKINNY_ROWS rows of 16 bits,
-            except on processors with matrix units of their own, which have not been measured.
-
-    Returns:
-        [rows, out] in the type of x, accumulated in float32.
-    """
-    lib = library() if kernel in ("auto", "compiled") else ""
-    suits = (
-        isinstance(lib, ctypes.CDLL)
-        and x.dtype == weight.dtype
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.device.type == "cpu"
-        and weight.stride(1) == 1
-        and x.shape[0] > 0
-        and (kernel == "compiled" or (x.shape[0] <= SKINNY_ROWS and skinny_wins()))
-    )
-    if not suits:
-        return functional.linear(x, weight, bias)
-    assert isinstance(lib, ctypes.CDLL), "checked by suits"
-    x, bias = _in_rows(x), _like(bias, x)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    refused = lib.zinfer_skinny_product(ctypes.byref(_product(x, weight, None, bias, y)))
-    assert refused == 0, "types are checked above"
-    return y
-
-
-@cache
-def skinny_wins() -> bool:
-    """Tell whether our product of 16-bit weights is known to be faster on this processor."""
-    lib = library()
-    return isinstance(lib, ctypes.CDLL) and lib.zinfer_vector_bits() > 0 and not _matrix_units()
-
-
-def _matrix_units() -> bool:
-    return any(flag.startswith("amx") for flag in cpu_flags())
 
 
 def unsupported(
@@ -168,7 +97,7 @@ def unsupported(
     inputs, groups = codes.shape[1] * 8 // bits, scales.shape[1]
     if x.shape[1] != inputs or groups * group_size != inputs:
         return f"x has {x.shape[1]} inputs, the codes {inputs}, the scales {groups * group_size}"
-    lib = library()
+    lib = native.library()
     return lib if isinstance(lib, str) else ""
 
 
@@ -185,7 +114,7 @@ def by_unpacking(
     y = x.new_empty(x.shape[0], codes.shape[0])
     for part in _parts(codes.shape[0], x.shape[1]):
         weight = dequantise(codes[part], scales[part], bits, group_size, x.dtype)
-        y[:, part] = functional.linear(x, weight, _like(bias, x, part))
+        y[:, part] = functional.linear(x, weight, like(bias, x, part))
     return y
 
 
@@ -196,10 +125,10 @@ def unpack(
     inputs = codes.shape[1] * 8 // bits
     weight = torch.empty(codes.shape[0], inputs, dtype=dtype, device=codes.device)
     problem = unsupported(weight, codes, scales, bits, group_size)
-    lib = library()
+    lib = native.library()
     if problem or not isinstance(lib, ctypes.CDLL):
         return dequantise(codes, scales, bits, group_size, dtype)
-    product = _product(weight, codes, scales, None, weight, bits=bits, group_size=group_size)
+    product = product_of(weight, codes, scales, None, weight, bits=bits, group_size=group_size)
     refused = lib.zinfer_unpack(ctypes.byref(product))
     assert refused == 0, "sizes are checked by unsupported"
     return weight
@@ -221,56 +150,15 @@ def _by_parts(
         some = codes[part]
         if buffer is None or buffer.shape[0] != some.shape[0]:
             buffer = x.new_empty(some.shape[0], x.shape[1])
-        product = _product(
+        product = product_of(
             buffer, some, scales[part], None, buffer, bits=bits, group_size=group_size
         )
         refused = lib.zinfer_unpack(ctypes.byref(product))
         assert refused == 0, "sizes are checked by unsupported"
-        y[:, part] = functional.linear(x, buffer, _like(bias, x, part))
+        y[:, part] = functional.linear(x, buffer, like(bias, x, part))
     return y
 
 
 def _parts(out: int, inputs: int) -> list[slice]:
     step = max(32, UNPACKED_NUMEL // max(1, inputs))
     return [slice(start, min(out, start + step)) for start in range(0, out, step)]
-
-
-def _in_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _like(
-    bias: torch.Tensor | None, x: torch.Tensor, part: slice | None = None
-) -> torch.Tensor | None:
-    if bias is None:
-        return None
-    return (bias if part is None else bias[part]).to(x.dtype).contiguous()
-
-
-def _product(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    *,
-    bits: int = 16,
-    group_size: int = 0,
-) -> _Product:
-    return _Product(
-        x=x.data_ptr(),
-        weights=weights.data_ptr(),
-        scales=None if scales is None else scales.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        y=y.data_ptr(),
-        rows=x.shape[0],
-        inputs=x.shape[1],
-        out=weights.shape[0],
-        group=group_size,
-        x_stride=x.stride(0),
-        weight_stride=weights.stride(0),
-        scale_stride=0 if scales is None else scales.stride(0),
-        bits=bits,
-        kind=KINDS[x.dtype],
-        threads=torch.get_num_threads(),
-    )
