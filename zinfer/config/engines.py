@@ -41,6 +41,8 @@ class EngineKind:
     """Values of `offload` besides none: where it can keep weights that are not in use."""
     quantises: bool = False
     """It takes dtype=int8 and dtype=int4."""
+    chooses_products: bool = False
+    """On a processor it may multiply 16-bit weights by our kernel where that is faster."""
     kv_placements: tuple[str, ...] = ("device",)
     """Values of `kv_cache` that it takes. Its model must be transformers' for the others."""
     options: tuple[OptionGroup, ...] = ()
@@ -63,6 +65,7 @@ ENGINES = {
             loads_ops=True,
             offloads_to=("cpu", "nvme"),
             quantises=True,
+            chooses_products=True,
             kv_placements=("device", "host", "host_attention"),
             options=("zero", "offload"),
         ),

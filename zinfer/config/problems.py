@@ -193,10 +193,33 @@ def _dtype(config: RunConfig) -> Iterator[Problem]:
             f"Set dtype={dtype.weights}",
             ("dtype.weights", "dtype.compute"),
         )
+    if dtype.bits is None:
+        yield from _kernel_of_plain_weights(config)
     if config.quantiser == "deepspeed":
         yield from _quantised_by_deepspeed(config)
     elif dtype.bits is not None and dtype.rounding == "searched":
         yield from _searched(config)
+
+
+def _kernel_of_plain_weights(config: RunConfig) -> Iterator[Problem]:
+    """List values of dtype.kernel that weights as they are computed with do not have."""
+    dtype = config.dtype
+    if dtype.kernel == "unpack":
+        yield Problem(
+            f"dtype.kernel=unpack unpacks packed weights, and dtype={dtype.weights} packs none. "
+            "Set dtype.kernel=torch, or dtype=int8",
+            ("dtype.kernel", "dtype.weights"),
+        )
+    if dtype.kernel == "compiled" and not config.chooses_products:
+        why = (
+            "the compiled kernel multiplies 16-bit and packed weights, and dtype is float32"
+            if dtype.compute == "float32"
+            else f"zero=paper and engine={config.engine.name} are baselines of PyTorch's products"
+        )
+        yield Problem(
+            f"dtype.kernel=compiled: {why}. Set dtype.kernel=auto",
+            ("dtype.kernel", "dtype.compute", "engine.name", "zero.derivation"),
+        )
 
 
 def _searched(config: RunConfig) -> Iterator[Problem]:

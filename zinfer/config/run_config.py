@@ -146,7 +146,10 @@ class DtypeConfig:
     A device without float16 computes in bfloat16 instead.
     """
     group_size: Literal[32, 64, 128] = 64
-    """Values of an input row that share a scale and a minimum. This and the rest: int8 and int4."""
+    """Values of an input row that share a scale and a minimum. This and the rest: int8 and int4.
+
+    Only `kernel` is of 16-bit weights too.
+    """
     symmetric: bool = False
     """Spread the codes evenly around zero, instead of from each group's least to its largest."""
     keep: tuple[str, ...] = ()
@@ -157,9 +160,10 @@ class DtypeConfig:
     eight_bits: tuple[str, ...] = ("embeddings", "lm_head")
     """Weights that int4 stores in 8 bits, by parts of their names as in `keep`."""
     kernel: Literal["auto", "compiled", "torch", "unpack"] = "auto"
-    """Code that multiplies packed weights. auto: the best one there is.
+    """Code that multiplies with packed weights and, on a processor, a few rows with 16-bit ones.
 
-    compiled: our C++ kernel. torch: PyTorch's own. unpack: make a plain matrix, then multiply.
+    auto: the best one there is; of 16-bit weights the faster one, measured as the run starts.
+    compiled: our C++ kernel. torch: PyTorch's own. unpack: make a plain matrix of packed weights.
     """
     rounding: Literal["nearest", "searched"] = "nearest"
     """Search of each group's scale. nearest: from its least and largest value, no search."""
@@ -463,6 +467,16 @@ class RunConfig:
             return None
         is_paper = engine_kind(self.engine.name).zero3 and self.zero.derivation == "paper"
         return "deepspeed" if is_paper else "zinfer"
+
+    @property
+    def chooses_products(self) -> bool:
+        """Tell if 16-bit weights may be multiplied by our kernel, on a processor.
+
+        engine=resident and zero=paper are what runs are compared with: PyTorch's products alone.
+        """
+        kind = engine_kind(self.engine.name)
+        is_paper = kind.zero3 and self.zero.derivation == "paper"
+        return kind.chooses_products and not is_paper and self.dtype.compute != "float32"
 
     def changed(self, **settings: Any) -> RunConfig:
         """Copy with other settings: `config.changed(batch={"repeats": 5}, weights="dummy")`.

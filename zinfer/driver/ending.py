@@ -86,6 +86,7 @@ class Watched:
             quality=self.result.get("quality"),
             profile=self.result.get("profile"),
             weights=self.result.get("weights"),
+            linear=self.result.get("linear"),
             **fields,
         )
 

@@ -164,6 +164,7 @@ def outcome_in(job_dir: Path, job: JobRecord, result: Json) -> Outcome:
         quality=result.get("quality"),
         profile=result.get("profile"),
         weights=result.get("weights"),
+        linear=result.get("linear"),
         environment=environment_in(job_dir),
         job_dir=str(job_dir),
     )

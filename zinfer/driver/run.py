@@ -42,7 +42,7 @@ from zinfer.job.swap import (
     remove_orphaned_swap_folders,
     remove_swap_folder,
 )
-from zinfer.machine import cpp_library, native_ops
+from zinfer.machine import cpp_library, gpu, native_ops
 from zinfer.machine.hardware import detect_hardware
 from zinfer.tracking.deadline import never
 from zinfer.tracking.uri import URI_VARIABLE, resolved_tracking
@@ -248,7 +248,7 @@ def _build_ops(config: RunConfig, terminal: Terminal) -> None:
         terminal.note(message)
     with Interrupts.at_once():  # minutes, the first time on a machine
         native_ops.build(ops, echo=terminal.note)
-        for source in cpp_library.sources_of(config):
+        for source in cpp_library.sources_of(config, on_cpu=gpu.is_surely_cpu(config.hardware)):
             if not cpp_library.is_built(source):
                 terminal.note(f"compiling zinfer's {source.stem}: some seconds")
             with contextlib.suppress(

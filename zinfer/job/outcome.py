@@ -76,6 +76,8 @@ class Outcome:
     """With profile=true: the operations with most time of a decode step, the longest first."""
     weights: Json | None = None
     """A verified checkpoint: number of tensors and bytes used, sha256 of its headers."""
+    linear: Json | None = None
+    """What multiplied a few rows with 16-bit weights, and why; None: PyTorch, without a choice."""
     traceback: str | None = None
     """The worker's last traceback."""
     run_id: str | None = None
@@ -112,6 +114,7 @@ class Outcome:
             "quality": self.quality,
             "profile": self.profile,
             "weights": self.weights,
+            "linear": self.linear,
             "warnings": list(self.warnings),
             "generated": self.generated,
         }

@@ -84,11 +84,16 @@ def library_path(source: Path, compiler: str) -> Path:
     return cache_dir() / FOLDER / f"{source.stem}-{digest.hexdigest()[:16]}.so"
 
 
-def sources_of(config: RunConfig) -> tuple[Path, ...]:
-    """List the kernels that a run of this configuration loads."""
-    kv = config.kv_cache
+def sources_of(config: RunConfig, *, on_cpu: bool) -> tuple[Path, ...]:
+    """List the kernels that a run of this configuration loads.
+
+    Args:
+        on_cpu: the run has no accelerator. On one, 16-bit weights are multiplied by PyTorch.
+    """
+    kv, dtype = config.kv_cache, config.dtype
     attends = kv.placement == "host_attention" and kv.kernel != "torch"
-    multiplies = config.dtype.bits is not None and config.dtype.kernel in ("auto", "compiled")
+    has_products = dtype.bits is not None or (on_cpu and config.chooses_products)
+    multiplies = has_products and dtype.kernel in ("auto", "compiled")
     return (*((DECODE_ATTENTION,) if attends else ()), *((PRODUCTS,) if multiplies else ()))
 
 

@@ -98,6 +98,12 @@ def chosen_accelerator(config: HardwareConfig) -> str:
     return forced
 
 
+def is_surely_cpu(config: HardwareConfig) -> bool:
+    """Tell at once, without asking a driver, that a worker will compute on the processor."""
+    asked = (config.accelerator, os.environ.get("DS_ACCELERATOR"))
+    return "cpu" in asked or shutil.which("nvidia-smi") is None
+
+
 def nvidia_gpus() -> list[Gpu]:
     """Return each GPU that nvidia-smi lists; none without nvidia-smi or a driver.
 

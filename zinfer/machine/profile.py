@@ -52,6 +52,9 @@ class CalibrationProfile:
     host_to_device_pinned: Rate | None
     device_to_host_pinned: Rate | None
     kernels: tuple[KernelTime, ...]
+    """By PyTorch."""
+    own_kernels: tuple[KernelTime, ...] = ()
+    """A few rows of 16 bits by our kernel, on a processor. Empty in older profiles."""
     dequantise: tuple[DequantiseTime, ...] = ()
     packed: tuple[PackedTime, ...] = ()
     """Empty in profiles of before there was such a kernel: then it is not predicted."""
@@ -110,6 +113,12 @@ class CalibrationProfile:
         """
         return _product_s(self._kernel_tables.get((dtype, wide)), rows, weight_numel)
 
+    def own_kernel_s(
+        self, dtype: str, rows: float, weight_numel: int, *, wide: bool = False
+    ) -> float | None:
+        """Return seconds of one matrix product by our kernel for a few rows; None: not measured."""
+        return _product_s(self._own_kernel_tables.get((dtype, wide)), rows, weight_numel)
+
     def packed_s(self, bits: int, dtype: str, rows: float, weight_numel: int) -> float | None:
         """Return seconds of one product with a packed matrix; None: it was not measured."""
         return _product_s(self._packed_tables.get((bits, dtype)), rows, weight_numel)
@@ -135,6 +144,11 @@ class CalibrationProfile:
         A plan of a model with many experts asks hundreds of times.
         """
         return _tables(((row.dtype, row.wide), row) for row in self.kernels)
+
+    @cached_property
+    def _own_kernel_tables(self) -> dict[tuple[str, bool], Table]:
+        """Sort the products by our own kernel the same way."""
+        return _tables(((row.dtype, row.wide), row) for row in self.own_kernels)
 
     @cached_property
     def _packed_tables(self) -> dict[tuple[int, str], Table]:

@@ -97,6 +97,7 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
     for name in ("attention", "attention_flops"):
         values[name] = {dtype: Rate(**rate) for dtype, rate in values[name].items()}
     values["kernels"] = tuple(KernelTime(**row) for row in values["kernels"])
+    values["own_kernels"] = tuple(KernelTime(**row) for row in values.get("own_kernels", ()))
     values["dequantise"] = tuple(DequantiseTime(**row) for row in values["dequantise"])
     values["packed"] = tuple(PackedTime(**row) for row in values.get("packed", ()))
     values["host_attention"] = tuple(

@@ -104,6 +104,8 @@ class Matrix(NamedTuple):
     bits: int | None
     """Bits of a code where it is multiplied packed; None: it is multiplied in the compute type."""
     bytes: float
+    is_linear: bool
+    """A module of class nn.Linear multiplies it."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,10 @@ def matrix_products(spec: ModelSpec) -> MatrixProducts:
     return held[1]
 
 
-def _roles(spec: ModelSpec) -> Iterator[tuple[Literal["dense", "head", "expert"], Parameter]]:
+Role = Literal["dense", "head", "expert"]
+
+
+def weight_roles(spec: ModelSpec) -> Iterator[tuple[Role, Parameter]]:
     """Take every two-dimensional weight as a product, embeddings apart: they are lookups.
 
     Fused experts have the shape [experts, out, in].
@@ -144,12 +149,20 @@ def _roles(spec: ModelSpec) -> Iterator[tuple[Literal["dense", "head", "expert"]
             yield "dense", parameter
 
 
+def is_linear(role: Role, parameter: Parameter) -> bool:
+    """Tell if a module of class nn.Linear multiplies this weight; a tied embedding's is the head.
+
+    An expert's own matrix may be one. Those in one tensor are multiplied by their module's code.
+    """
+    return parameter.kind == "linear" or (role == "head" and parameter.kind == "embedding")
+
+
 def _count_products(spec: ModelSpec) -> MatrixProducts:
     """Count the matrices of each size. Experts with a module each are one place together."""
     dense: Counter[int] = Counter()
     experts: Counter[int] = Counter()
     head, separate = 0, False
-    for role, parameter in _roles(spec):
+    for role, parameter in weight_roles(spec):
         if role == "dense":
             dense[parameter.numel] += 1
         elif role == "head":
@@ -198,17 +211,18 @@ def _stored_products(
     dense: Counter[Matrix] = Counter()
     experts: defaultdict[Matrix, float] = defaultdict(float)
     head = None
-    for role, parameter in _roles(spec):
+    for role, parameter in weight_roles(spec):
         stored = stored_numel(parameter, dtype, itemsize, by_deepspeed=quantiser == "deepspeed")
         bits = stored_bits(parameter, dtype) if quantiser == "zinfer" else None
-        whole = Matrix(parameter.numel, bits, stored * itemsize)
+        linear = is_linear(role, parameter)
+        whole = Matrix(parameter.numel, bits, stored * itemsize, linear)
         if role == "dense":
             dense[whole] += 1
         elif role == "head":
             head = whole
         elif len(parameter.shape) == 3:
             share = parameter.shape[0]
-            experts[Matrix(parameter.numel // share, bits, whole.bytes / share)] += 1
+            experts[Matrix(parameter.numel // share, bits, whole.bytes / share, linear)] += 1
         else:
             experts[whole] += 1 / (spec.num_experts or 1)
     return StoredProducts(dense=dense, head=head, experts=experts)

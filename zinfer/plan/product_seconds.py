@@ -9,6 +9,7 @@ from zinfer.config import RunConfig
 from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.ceiling import Matrix, stored_products, touched_experts
+from zinfer.plan.own_products import is_worth_it, own_rows
 
 FEW_TOKENS = 64
 """Tokens of a pass up to which it matters how they are spread over the experts."""
@@ -52,10 +53,33 @@ def product_seconds(
     chooses.
     """
     if matrix.bits is None:
-        return profile.kernel_s(spec.dtype, rows, matrix.numel, wide=wide)
+        return plain_seconds(spec, config, profile, matrix, rows, wide=wide)
     if config.dtype.kernel != "auto":
         return None
     return profile.packed_s(matrix.bits, spec.dtype, rows, matrix.numel)
+
+
+def plain_seconds(
+    spec: ModelSpec,
+    config: RunConfig,
+    profile: CalibrationProfile,
+    matrix: Matrix,
+    rows: float,
+    *,
+    wide: bool,
+) -> float | None:
+    """Return the seconds of a product with an unpacked matrix, by the faster way that there is.
+
+    Profiles of before our kernel was timed know PyTorch's products only.
+    """
+    torch_s = profile.kernel_s(spec.dtype, rows, matrix.numel, wide=wide)
+    if torch_s is None or not matrix.is_linear or rows > own_rows(config, spec.dtype):
+        return torch_s
+    own_s = profile.own_kernel_s(spec.dtype, rows, matrix.numel, wide=wide)
+    if own_s is None:
+        return torch_s
+    takes_ours = config.dtype.kernel == "compiled" or is_worth_it(own_s, torch_s)
+    return own_s if takes_ours else torch_s
 
 
 def _scaled(count: float, seconds: float | None) -> float | None:

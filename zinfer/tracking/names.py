@@ -33,6 +33,8 @@ STABILITY_TAG, STABILITY_REASON_TAG = "zinfer.stability", "zinfer.stability_reas
 QUALITY_TAG, QUALITY_REASON_TAG = "zinfer.quality", "zinfer.quality_reason"
 PROFILE_TAG = "zinfer.profile"
 """The most expensive operations of a decode step, one a line."""
+LINEAR_TAG, LINEAR_REASON_TAG = "zinfer.linear_kernel", "zinfer.linear_kernel_reason"
+"""compiled, torch or mixed: what multiplied a few rows with 16-bit weights; and why."""
 WEIGHTS_TAG, OVERRIDES_TAG = "zinfer.weights_sha256", "zinfer.overrides"
 
 HEADLINE = "generated_tokens_per_s"

@@ -23,6 +23,7 @@ from zinfer.job.records import write_json
 from zinfer.machine import native_ops
 from zinfer.machine.hardware import detect_hardware
 from zinfer.machine.huge_pages import into_huge_pages
+from zinfer.plan.own_products import MOST_ROWS
 from zinfer.units import MIB
 from zinfer.worker.imports import import_everything
 from zinfer.worker.kv_cache.rates import host_attention_times
@@ -68,7 +69,7 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     events.phase("memory bandwidth")
     found |= memory_rates(device)
     events.phase("matrix products")
-    found["kernels"] = matrix_products(dtypes, device, events)
+    found |= matrix_products(dtypes, device, events)
     events.phase("dequantisation")
     found["dequantise"] = [
         row for dtype in dtypes for bits in (8, 4) for row in dequantise_times(bits, dtype, device)
@@ -89,10 +90,19 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     events.write("result", status="ok", metrics={})
 
 
-def matrix_products(dtypes: Iterable[str], device: Any, events: EventLog) -> list[dict[str, Any]]:
-    """Time every shape in every dtype, in turn, and keep the fastest turn of each."""
+def matrix_products(dtypes: Iterable[str], device: Any, events: EventLog) -> dict[str, Any]:
+    """Time every shape in every dtype, in turn, and keep the fastest turn of each.
+
+    Returns:
+        `kernels` by PyTorch, and `own_kernels`: a few rows of 16 bits by ours, on a processor.
+    """
     import torch
 
+    from zinfer.worker.quantised import native
+    from zinfer.worker.skinny.product import SIXTEEN_BITS, own_linear
+
+    linear = torch.nn.functional.linear
+    has_ours = device.type == "cpu" and not isinstance(native.library(), str)
     kinds = {name: getattr(torch, name) for name in dtypes}
     points = [(dtype, shape) for dtype in kinds for shape in _shapes()]
     pools = {
@@ -100,10 +110,19 @@ def matrix_products(dtypes: Iterable[str], device: Any, events: EventLog) -> lis
         for name, kind in kinds.items()
     }
     rounds: list[list[dict[str, Any]]] = [[] for _ in range(KERNEL_ROUNDS)]
+    own_rounds: list[list[dict[str, Any]]] = [[] for _ in range(KERNEL_ROUNDS)]
     for done in range(KERNEL_ROUNDS * len(points)):
         dtype, (k, n, wide) = points[done % len(points)]
-        rounds[done // len(points)] += kernel_times(dtype, k, n, wide, pools[dtype])
+        pool, turn = pools[dtype], done // len(points)
+        rounds[turn] += kernel_times(dtype, k, n, wide, pool, linear)
+        if has_ours and pool.dtype in SIXTEEN_BITS:
+            own_rounds[turn] += kernel_times(dtype, k, n, wide, pool, own_linear, MOST_ROWS)
         events.progress(done + 1, KERNEL_ROUNDS * len(points), "shapes")
+    return {"kernels": _fastest(rounds), "own_kernels": _fastest(own_rounds)}
+
+
+def _fastest(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the fastest turn of each product."""
     return [min(times, key=lambda row: row["seconds"]) for times in zip(*rounds, strict=True)]
 
 
@@ -197,18 +216,31 @@ def memory_rates(device: Any) -> dict[str, Any]:
     return found
 
 
-def kernel_times(dtype: str, k: int, n: int, wide: bool, pool: Any) -> Iterator[dict[str, Any]]:
-    """Time [rows, K] x [K, N] for each number of rows, one matrix of the pool after another."""
+def kernel_times(
+    dtype: str,
+    k: int,
+    n: int,
+    wide: bool,
+    pool: Any,
+    multiply: Callable[[Any, Any], object],
+    most_rows: int = ROWS[-1],
+) -> Iterator[dict[str, Any]]:
+    """Time [rows, K] x [K, N] for each number of rows, one matrix of the pool after another.
+
+    Args:
+        multiply: functional.linear, or another that takes the same.
+        most_rows: numbers of rows above are left out.
+    """
     import torch
 
     weights = [
         pool[start : start + k * n].view(n, k) for start in range(0, len(pool) - k * n + 1, k * n)
     ][:256]
-    for rows in WIDE_ROWS if wide else ROWS:
+    for rows in (rows for rows in (WIDE_ROWS if wide else ROWS) if rows <= most_rows):
         inputs = torch.randn(1, rows, k, device=pool.device).to(pool.dtype)
 
         def product(index: int, inputs: Any = inputs) -> object:
-            return torch.nn.functional.linear(inputs, weights[index % len(weights)])
+            return multiply(inputs, weights[index % len(weights)])
 
         seconds, spread = median_and_spread(
             samples_s(product, pool.device, budget_s=KERNEL_BUDGET_S, least=2)

@@ -16,6 +16,7 @@ from zinfer.worker.surroundings import Surroundings
 if TYPE_CHECKING:
     from zinfer.model.weights.verified import VerifiedWeights
     from zinfer.worker.kv_cache.session import KvUse
+    from zinfer.worker.skinny.choice import LinearChoice
 
 PERCENTILES = {50: 1, 90: 10, 95: 20, 99: 100}
 """Percentile -> how many decode steps it takes: at least one sample above it."""
@@ -38,6 +39,8 @@ class Measured:
     """Threads that compute, of all ranks on this host; on a GPU one of each rank launches."""
     surroundings: Surroundings | None = None
     verified: VerifiedWeights | None = None
+    linear: LinearChoice | None = None
+    """What multiplied a few rows with 16-bit weights; None: PyTorch, without a choice."""
     profile: list[dict[str, Any]] | None = None
     """The most expensive operations of a decode step; None where none was profiled."""
 

@@ -40,6 +40,7 @@ from zinfer.worker.quality_scores import (
     scores_of,
     write_scores,
 )
+from zinfer.worker.skinny.modules import own_products_up_to
 
 TEXT_FILE = PACKAGE / "data" / "quality_text.txt"
 ROWS = 8
@@ -233,13 +234,18 @@ def score(planned: Planned, engine: Engine, pieces: Pieces, events: EventLog) ->
     if is_missing:
         if planned.config.dtype.bits is not None:
             raise NoReference([no_reference(planned.spec.dtype)])
-        reference = read_text(engine, pieces, plain.config, KvSession(), events)
+        with own_products_up_to(0, engine.model):
+            reference = read_text(engine, pieces, plain.config, KvSession(), events)
         if path and events.rank == 0:
             write_scores(path, reference, key)
-    if is_missing and not planned.config.kv_cache.is_offloaded:
+    has_own_products = engine.linear is not None and bool(engine.linear.own)
+    if is_missing and not planned.config.kv_cache.is_offloaded and not has_own_products:
         mine = reference
     else:
-        with kv_session(engine.model, scoring, events) as kv:
+        with (
+            own_products_up_to(ROWS, engine.model),
+            kv_session(engine.model, scoring, events) as kv,
+        ):
             mine = read_text(engine, pieces, scoring.config, kv, events, reference)
     assert mine is not None
     if reference is None:

@@ -121,6 +121,8 @@ def load_engine(planned: Planned, events: EventLog) -> Loaded:
     started_s = time.perf_counter()
     engine = load(planned.config, planned.spec, planned.deepspeed_json(), events)
     load_s = time.perf_counter() - started_s
+    if engine.linear is not None:
+        load_s -= engine.linear.seconds
     if engine.verified is not None:
         load_s -= engine.verified.seconds + engine.verified.rounding_s
     elif planned.config.weights == "pretrained":
@@ -161,6 +163,7 @@ def measure(
         threads=planned.config.launcher.ranks * engine.threads,
         surroundings=generation.surroundings,
         verified=engine.verified,
+        linear=engine.linear,
         profile=profiled,
     )
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
@@ -246,6 +249,7 @@ def report(
             quality=quality.document() if quality else None,
             profile=measured.profile,
             weights=measured.verified.document() if measured.verified else None,
+            linear=measured.linear.document() if measured.linear else None,
         )
     return metrics
 

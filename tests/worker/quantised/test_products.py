@@ -174,7 +174,7 @@ def test_products_of_16_bit_weights(
     for rows in ROWS:
         x = torch.randn(rows, inputs).to(kind)
         exact = x.double() @ weight.double().T + bias.double()
-        found = skinny_linear(x, weight, bias, kernel="compiled")
+        found = skinny_linear(x, weight, bias)
         assert error_of(found, exact) < LARGEST_ERROR[kind], rows
 
 
@@ -217,9 +217,5 @@ def test_without_a_compiler_pytorch_multiplies(monkeypatch: pytest.MonkeyPatch) 
     x = torch.randn(2, 64)
     found = multiply(x, codes, scales, bits=4, group_size=32)
     assert error_of(found, x.double() @ values.T) < 1e-6
-    weight = torch.randn(8, 64).bfloat16()
-    assert torch.equal(
-        skinny_linear(x.bfloat16(), weight), torch.nn.functional.linear(x.bfloat16(), weight)
-    )
     with pytest.raises(ValueError, match="no C"):
         multiply(x, codes, scales, bits=4, group_size=32, kernel="compiled")

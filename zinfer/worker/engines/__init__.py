@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from zinfer.model.weights.verified import VerifiedWeights
+    from zinfer.worker.skinny.choice import LinearChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Engine:
     verified: VerifiedWeights | None = None
     """The proof that all weights came from the checkpoint; None for dummy weights."""
 
+    linear: LinearChoice | None = None
+    """What multiplies a few rows with 16-bit weights; None: PyTorch, without a choice."""
     gathered_bytes: Callable[[], int] | None = None
     """Returns the bytes of weights that were gathered for use so far; None: they never leave."""
 

@@ -36,6 +36,8 @@ from zinfer.worker.engines import Engine, tokenizer_for
 from zinfer.worker.quantised.building import dummy_packed
 from zinfer.worker.quantised.loading import packed_model
 from zinfer.worker.quantised.searched import searched_if_asked
+from zinfer.worker.skinny.choice import linear_choice
+from zinfer.worker.skinny.modules import use_own_products
 
 GATHERS, GATHERED_NUMEL = 16, 1 << 17
 """More gathers than gloo has threads, each so long that the next one finds another thread.
@@ -51,6 +53,8 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     gather_in_one_thread()
     gc.freeze()  # the collector need not walk the libraries again while the model is timed
+    device = torch.device(accelerator.current_device_name())
+    linear = linear_choice(config, spec, on_cpu=device.type == "cpu", share=of_all_ranks)
     dtype = getattr(torch, spec.dtype)
     opened = None if config.weights == "dummy" else open_checkpoint(config.model, dtype, events)
     build = build_packed if config.quantiser == "zinfer" else build_plain
@@ -61,6 +65,8 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     module = engine.module.eval()
     if config.stages_in_huge_pages:
         stage_in_huge_pages(module, zero_layout(config, spec))
+    if linear is not None:
+        use_own_products(module, linear.own, linear.rows)
     module._zinfer_keeps_alive = (engine, alive)
     require_partitions(module, config.launcher.ranks * config.launcher.nodes)
     verified = None
@@ -75,13 +81,22 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     return Engine(
         model=module,
         tokenizer=tokenizer_for(config, events),
-        device=torch.device(accelerator.current_device_name()),
+        device=device,
         rank=comm.get_rank(),
         ranks=comm.get_world_size(),
         weight_stored_bytes=partition_bytes(module, dtype.itemsize),
         verified=verified,
         gathered_bytes=count_gathers(module),
+        linear=linear,
     )
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """Return what every rank hands in, in their order. Every rank must call it."""
+    everyone = [value] * comm.get_world_size()
+    if len(everyone) > 1:
+        torch.distributed.all_gather_object(everyone, value)
+    return everyone
 
 
 def build_plain(

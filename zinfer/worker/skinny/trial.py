@@ -1,0 +1,92 @@
+"""Time products of a few rows both ways, in turn, before a run begins.
+
+Each product takes another piece of memory, as the layers of a model do: as much memory as the
+model's own layers have, up to what no usual cache holds. So a small model is timed in the cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from zinfer.plan.own_products import Shape, is_worth_it
+from zinfer.units import MIB
+from zinfer.worker.skinny.product import own_linear
+
+COLD_BYTES = 96 * MIB
+"""Larger than the last-level cache of most processors' cores."""
+PART_BYTES = COLD_BYTES // 4
+"""Of a larger matrix a part of its outputs is timed: their time grows in proportion."""
+BUDGET_S, LEAST, MOST = 0.015, 5, 300
+"""Seconds for one shape, and bounds of how often each way has its turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Median seconds of one shape's product, both ways."""
+
+    out: int
+    inputs: int
+    own_s: float
+    torch_s: float
+
+    @property
+    def shape(self) -> Shape:
+        """Return (out, in)."""
+        return self.out, self.inputs
+
+    @property
+    def takes_ours(self) -> bool:
+        """Tell if our kernel is faster by more than noise."""
+        return is_worth_it(self.own_s, self.torch_s)
+
+    def document(self) -> dict[str, Any]:
+        """Return the fields and the decision as JSON values."""
+        return {**asdict(self), "kernel": "compiled" if self.takes_ours else "torch"}
+
+
+def trials(shapes: Mapping[Shape, int], rows: int, dtype: torch.dtype) -> list[Trial]:
+    """Time every shape.
+
+    Args:
+        shapes: (out, in) -> how many layers have it.
+        rows: of a decode step.
+        dtype: of activations and weights.
+    """
+    model_numel = sum(out * inputs * count for (out, inputs), count in shapes.items())
+    numel = min(model_numel, COLD_BYTES // dtype.itemsize)
+    pool = torch.full((numel,), 0.01, dtype=dtype)
+    return [timed_both(pool, out, inputs, rows) for out, inputs in sorted(shapes)]
+
+
+def timed_both(pool: torch.Tensor, out: int, inputs: int, rows: int) -> Trial:
+    """Time one shape both ways, in turn, with matrices that lie one after the other in a pool."""
+    part = min(out, max(1, PART_BYTES // (inputs * pool.itemsize)), pool.numel() // inputs)
+    size = part * inputs
+    weights = [
+        pool[start : start + size].view(part, inputs)
+        for start in range(0, pool.numel() - size + 1, size)
+    ]
+    x = torch.ones(rows, 1, inputs, dtype=pool.dtype)
+    taken_s: dict[Any, list[float]] = {functional.linear: [], own_linear: []}
+    for multiply in taken_s:
+        multiply(x, weights[0])
+    turn, end_s = 0, time.perf_counter() + BUDGET_S
+    while turn < 2 * LEAST or (turn < 2 * MOST and time.perf_counter() < end_s):
+        for multiply, times_s in taken_s.items():
+            before_s = time.perf_counter()
+            multiply(x, weights[turn % len(weights)])
+            times_s.append(time.perf_counter() - before_s)
+            turn += 1
+    torch_s, own_s = (median(times_s) * out / part for times_s in taken_s.values())
+    return Trial(out=out, inputs=inputs, own_s=own_s, torch_s=torch_s)
+
+
+def median(values: list[float]) -> float:
+    """Return the middle one, the upper of two: no mean of a disturbed and a calm turn."""
+    return sorted(values)[len(values) // 2]
