@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from multirun_analysis.compare import configurations, differing_choices
+from multirun_analysis.compare import configurations, differing_choices, shown_choices
 from multirun_analysis.configuration import RATE, Configuration
+from multirun_analysis.labels import ALWAYS_SHOWN
 from multirun_analysis.runs import STATUS_WORDS, ReportError, Run, Selection
 from multirun_analysis.spread import Spread, speedup
 from multirun_analysis.store import MlflowStore
@@ -18,6 +21,9 @@ from zinfer.units import counted
 
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
 RUN_ID = re.compile(r"[0-9a-f]{32}")
+COMMITS_NAMED = 5
+"""Commits that a refusal names, the newest first."""
+GIT_TIMEOUT_S = 5.0
 PREDICTIONS = {
     "predicted_generated_tokens_per_s": "tokens/s",
     "predicted_decode_step_s": "step s",
@@ -86,8 +92,11 @@ class Against:
         return tuple(pair for pair in self.pairs if pair.fails(allowed))
 
 
-def earlier_selection(store: MlflowStore, name: str) -> Selection:
+def earlier_selection(store: MlflowStore, name: str, checkout: Path) -> Selection:
     """Find what --against names: an experiment, a run or sweep, or a commit.
+
+    Args:
+        checkout: repository of zinfer; a commit may be named there as git does: HEAD, a branch.
 
     Raises:
         ReportError: the store has nothing of that name.
@@ -96,12 +105,49 @@ def earlier_selection(store: MlflowStore, name: str) -> Selection:
         return store.select(experiment=name, run_id=None, where=None)
     if RUN_ID.fullmatch(name) and store.has_run(name):
         return store.select(experiment=None, run_id=name, where=None)
-    if COMMIT.fullmatch(name):
-        return store.with_commit(name)
-    raise ReportError(
-        f"--against {name} is no experiment, no run and no commit of this store. Set --against to "
-        "the name of an experiment, the id of a run, or seven or more digits of a commit"
+    commit = name if COMMIT.fullmatch(name) else commit_named(name, checkout)
+    found = store.with_commit(commit) if commit else None
+    if found is not None:
+        return found
+    if commit is None:
+        said = "is no experiment, no run and no commit of this store"
+    elif commit == name:
+        said = "is no run, and no run of zinfer in this store has this commit"
+    else:
+        said = f"is commit {commit[:7]}, and no run of zinfer in this store has it"
+    raise ReportError(f"--against {name} {said}. {_there_is(store)}")
+
+
+def _there_is(store: MlflowStore) -> str:
+    """Say what --against may be set to in this store."""
+    commits = ", ".join(commit[:7] for commit in store.newest_commits(COMMITS_NAMED))
+    there = f": it has runs of {commits}" if commits else ""
+    return (
+        "Set --against to the name of an experiment, the id of a run, or seven or more digits of "
+        f"a commit{there}"
     )
+
+
+def commit_named(name: str, repository: Path) -> str | None:
+    """Return the commit that git knows under this name (HEAD, HEAD~1, main), or None.
+
+    None also where the folder is no repository of its own.
+    """
+    if not (repository / ".git").exists():
+        return None
+    wanted = ["rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(repository), *wanted],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def compare_against(now: Selection, before: Selection) -> Against:
@@ -119,6 +165,7 @@ def compare_against(now: Selection, before: Selection) -> Against:
         for item in found
         if _key(item) in references
     )
+    names = shown_choices([pair.now for pair in pairs])
     alone = len(found) - len(pairs)
     notes = []
     if alone:
@@ -131,7 +178,7 @@ def compare_against(now: Selection, before: Selection) -> Against:
         before=before.title,
         pairs=pairs,
         notes=tuple(notes),
-        changes=tuple(sentence for pair in pairs for sentence in changed_predictions(pair)),
+        changes=tuple(sentence for pair in pairs for sentence in changed_predictions(pair, names)),
     )
 
 
@@ -150,8 +197,12 @@ def _ratio(now: Configuration, before: Configuration) -> Spread | None:
     return speedup(mine, theirs) if mine is not None and theirs is not None else None
 
 
-def changed_predictions(pair: Pair) -> list[str]:
-    """Say which predictions of one configuration are not what they were."""
+def changed_predictions(pair: Pair, names: Sequence[str] = ALWAYS_SHOWN) -> list[str]:
+    """Say which predictions of one configuration are not what they were.
+
+    Args:
+        names: choices that tell it from the others.
+    """
     changed = []
     for metric, name in PREDICTIONS.items():
         now, before = pair.now.value(metric), pair.before.value(metric)
@@ -162,8 +213,7 @@ def changed_predictions(pair: Pair) -> list[str]:
     bound = pair.before.binding_resource, pair.now.binding_resource
     if None not in bound and bound[0] != bound[1]:
         changed.append(f"bound by {bound[0]} -> {bound[1]}")
-    label = pair.now.label(("model.name", "offload.device", "dtype.weights", "batch.batch_size"))
-    return [f"{label}: {'; '.join(changed)}"] if changed else []
+    return [f"{pair.now.label(names)}: {'; '.join(changed)}"] if changed else []
 
 
 def against_table(found: Against) -> Table:

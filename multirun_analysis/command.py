@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+DRIVE_WRITES_TB = 600.0
+"""Rated endurance of a common 1 TB drive.
+
+Source: Samsung's specification of the SSD 990 PRO 1 TB, MZ-V9P1T0BW: 600 TBW over five years.
+"""
+
 DESCRIPTION = (
     "Compares runs and writes one folder: report.html, report.md, tables (CSV, Markdown, LaTeX), "
     "figures (SVG, PNG) and data (CSV, JSON lines, Parquet). Without arguments: the newest sweep "
@@ -51,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--against",
         metavar="EARLIER",
-        help="compare with earlier runs: a commit, the id of a sweep's or a single run, or the "
-        "name of an experiment",
+        help="compare with earlier runs: a commit (its digits, or a name that git knows, such as "
+        "HEAD~1), the id of a sweep's or a single run, or the name of an experiment",
     )
     result.add_argument(
         "--fail-if-slower",
@@ -64,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--out", metavar="DIR", type=Path, help="where to write (default: reports/DATE-TIME)"
+    )
+    result.add_argument(
+        "--drive-tbw",
+        metavar="TB",
+        type=terabytes,
+        default=DRIVE_WRITES_TB,
+        help="terabytes of writes that your NVMe drive is rated for (TBW in its data sheet; "
+        f"default: {DRIVE_WRITES_TB:g}, of a common 1 TB drive)",
     )
     result.add_argument(
         "--no-upload",
@@ -79,4 +93,12 @@ def share(text: str) -> float:
     number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"{text} is no share below 100%. Set 5%")
+    return number
+
+
+def terabytes(text: str) -> float:
+    """Parse a number above 0, '1200' or '1200TB', as 1200.0."""
+    number = float(text.upper().removesuffix("W").removesuffix("TB"))
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of terabytes. Set 1200")
     return number

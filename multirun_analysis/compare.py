@@ -6,10 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from multirun_analysis.configuration import Configuration, Context
-from multirun_analysis.labels import ALWAYS_SHOWN, LABELS, NOT_CHOICES, column_order
+from multirun_analysis.labels import (
+    ALWAYS_SHOWN,
+    LABELS,
+    NOT_CHOICES,
+    OF_QUANTISED,
+    QUANTISED,
+    column_order,
+)
 from multirun_analysis.runs import Run
 
-THIS_MACHINE = ("hardware.name", "detect")
+BOX = "hardware.name"
+THIS_MACHINE = (BOX, "detect")
 """Not worth a word: the machine that the run was on."""
 
 
@@ -60,7 +68,19 @@ def context(run: Run) -> Context:
 
 
 def _choices(run: Run) -> dict[str, str]:
-    return {name: value for name, value in run.params.items() if name not in NOT_CHOICES}
+    """Return what was chosen: parameters without those that the run does not read."""
+    unread = NOT_CHOICES
+    if run.params.get("dtype.weights") not in QUANTISED:
+        unread |= OF_QUANTISED
+        if run.params.get("dtype.kernel") == "auto":  # as in runs that do not say it
+            unread |= {"dtype.kernel"}
+    scored = run.params.get("quality.enabled", "false") != "false"
+    groups = () if scored and run.params.get("weights") == "pretrained" else ("quality.",)
+    return {
+        name: value
+        for name, value in run.params.items()
+        if name not in unread and not name.startswith(groups)
+    }
 
 
 def varied(found: Sequence[Configuration]) -> tuple[str, ...]:
@@ -101,6 +121,16 @@ def shown_choices(found: Sequence[Configuration]) -> tuple[str, ...]:
 def differing_choices(found: Sequence[Configuration]) -> tuple[str, ...]:
     """Return the columns of a narrow table: the model, and what varies."""
     return tuple(sorted({*varied(found), "model.name"}, key=column_order))
+
+
+def details(found: Sequence[Configuration], said: Sequence[str] = ALWAYS_SHOWN) -> tuple[str, ...]:
+    """Return the choices that differ besides those that a label already says.
+
+    The kind of weights and the box are circumstances, which stand elsewhere.
+    """
+    return tuple(
+        name for name in varied(found) if name not in said and name not in ("weights", BOX)
+    )
 
 
 def constants(found: Sequence[Configuration], shown: Sequence[str]) -> dict[str, str]:

@@ -200,7 +200,7 @@ class Configuration:
         if choice == "offload.device":
             where = WEIGHTS_IN.get(value, value)
             return where if self.streams or value == "none" else f"{where} {NO_STREAM}"
-        return f"{LABELS.get(choice, choice)} {value}"
+        return f"{LABELS.get(choice) or choice.rpartition('.')[2]} {value}"
 
 
 def run_spread(run: Run, metric: str) -> Spread | None:

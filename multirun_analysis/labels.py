@@ -23,9 +23,16 @@ NUMBERS = frozenset(
     {"batch.batch_size", "batch.prompt_tokens", "batch.new_tokens", "launcher.ranks"}
 )
 """Choices that are counts."""
-NOT_CHOICES = frozenset({"batch.seed", "plan.enforce", "plan.headroom", "sweep.parent_run_id"})
+NOT_CHOICES = frozenset(
+    {"batch.seed", "plan.enforce", "plan.headroom", "sweep.parent_run_id", "dtype.quantiser"}
+)
 """Parameters that do not tell configurations apart in a table. The memory plan's knobs decide
-whether a run starts, not how fast it is."""
+whether a run starts, not how fast it is; who packs the weights follows from zero.derivation."""
+OF_QUANTISED = frozenset({
+    "dtype.group_size", "dtype.symmetric", "dtype.keep", "dtype.eight_bits", "dtype.rounding",
+})  # fmt: skip
+"""Settings that only runs with quantised weights read; of others they are no choices."""
+QUANTISED = ("int8", "int4")
 WEIGHTS_ON = {"none": "on device", "cpu": "host memory", "nvme": "NVMe"}
 """Value of offload.device -> a short name."""
 WEIGHTS_IN = {"none": "all on device", "cpu": "weights in host memory", "nvme": "weights on NVMe"}

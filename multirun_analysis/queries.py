@@ -13,6 +13,7 @@ from multirun_analysis.progress import READING, Progress
 from multirun_analysis.runs import MEASURE, ReportError
 from multirun_analysis.sweeps import SWEEP_ROLE, reused_ids
 from zinfer.redact import redact
+from zinfer.tracking.names import COMMIT_TAG
 from zinfer.tracking.uri import sqlite_path
 
 if TYPE_CHECKING:
@@ -130,6 +131,14 @@ class Queries:
                 f"MLflow does not take this filter: {where}. {said}. An example: --filter "
                 "\"params.`offload.device` = 'nvme'\""
             ) from None
+
+    def newest_commits(self, most: int) -> list[str]:
+        """Return the different commits of the newest PAGE runs of zinfer, the newest first."""
+        ours = "tags.`zinfer.method_version` != ''"
+        ids = list(self.experiments)
+        newest = self._client.search_runs(ids, ours, max_results=PAGE, order_by=NEWEST_FIRST)
+        commits = (found.data.tags.get(COMMIT_TAG) for found in newest)
+        return list(dict.fromkeys(filter(None, commits)))[:most]
 
     def _counted(self, found: Iterator[Found]) -> Iterator[Found]:
         """Count the runs as they come, for those who wait."""

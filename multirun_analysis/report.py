@@ -10,6 +10,7 @@ from pathlib import Path
 
 import zinfer
 from multirun_analysis.best import Best, best_per_model
+from multirun_analysis.command import DRIVE_WRITES_TB
 from multirun_analysis.compare import configurations
 from multirun_analysis.configuration import CIRCUMSTANCES, Configuration
 from multirun_analysis.figures import draw
@@ -108,12 +109,15 @@ def write_report(
     out: Path,
     baseline: Baseline | None = None,
     progress: Progress = silent,
+    *,
+    drive_writes_tb: float = DRIVE_WRITES_TB,
 ) -> Report:
     """Compare, draw and write everything into `out`.
 
     Args:
         baseline: what speed-ups are over; None chooses it.
         progress: shows the step that runs.
+        drive_writes_tb: terabytes of writes that a drive for swapping is rated for.
     """
     progress(f"comparing {counted(len(selection.runs), 'run')}")
     compared = compare(selection, baseline)
@@ -132,7 +136,7 @@ def write_report(
     if baseline and not any(item.ratio for item in compared.ratios):
         notes.append(f"No speed-up over {baseline}: no run that was measured has it.")
     progress("writing the report")
-    report = _report(compared, figures, notes)
+    report = _report(compared, figures, notes, drive_writes_tb)
     write_tables([table for table in (report.runs, *report.tables) if table.rows], out / "tables")
     write_exports(selection, out / "data")
     (out / "report.html").write_text(render("report.html.j2", report))
@@ -140,7 +144,9 @@ def write_report(
     return report
 
 
-def _report(compared: Compared, figures: Sequence[Figure], notes: Sequence[str]) -> Report:
+def _report(
+    compared: Compared, figures: Sequence[Figure], notes: Sequence[str], drive_writes_tb: float
+) -> Report:
     found = compared.found
     contexts = [item.context for item in found]
     return Report(
@@ -155,7 +161,7 @@ def _report(compared: Compared, figures: Sequence[Figure], notes: Sequence[str])
         ),
         notes=tuple(notes),
         runs=runs_table([item for item in found if not item.planned]),
-        tables=tuple(table for table in all_tables(compared) if table.rows),
+        tables=tuple(table for table in all_tables(compared, drive_writes_tb) if table.rows),
         figures=tuple(figure for figure in figures if figure.panels),
         not_drawn=tuple(
             f"{figure.title}: {figure.missing}" for figure in figures if figure.missing
@@ -163,7 +169,7 @@ def _report(compared: Compared, figures: Sequence[Figure], notes: Sequence[str])
     )
 
 
-def all_tables(compared: Compared) -> list[Table]:
+def all_tables(compared: Compared, drive_writes_tb: float) -> list[Table]:
     """Return every table but that of all configurations, in the order of the report."""
     found, baseline = compared.found, compared.baseline
     return [
@@ -174,7 +180,7 @@ def all_tables(compared: Compared) -> list[Table]:
         *([speedup_table(compared.ratios, baseline)] if baseline else []),
         published_table(compared.published),
         memory_table(found),
-        traffic_table(found),
+        traffic_table(found, drive_writes_tb),
         environment_table(environments(compared.selection, found)),
     ]
 

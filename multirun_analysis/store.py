@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from multirun_analysis.logged import LoggedRuns
+from multirun_analysis.logged import LoggedRuns, is_ours
 from multirun_analysis.progress import Progress, silent
 from multirun_analysis.queries import Queries
 from multirun_analysis.runs import MEASURE, ReportError, Selection
@@ -113,15 +113,17 @@ class MlflowStore:
             title, found = ask.newest(ids)
         return self._runs.selection(title, found, whole=where is None)
 
-    def with_commit(self, commit: str) -> Selection:
-        """Read all runs of a commit, given by seven or more of its first digits.
-
-        Raises:
-            ReportError: no run of it.
-        """
+    def with_commit(self, commit: str) -> Selection | None:
+        """Read all runs of a commit, given by its first digits; None where there is none."""
         ask = self._queries
         found = ask.search(list(ask.experiments), f"tags.`zinfer.commit` LIKE '{commit}%'")
+        if not any(is_ours(item) for item in found):
+            return None
         return self._runs.selection(f"commit {commit[:7]}", found, whole=False)
+
+    def newest_commits(self, most: int) -> list[str]:
+        """Return the commits of the newest runs, the newest first."""
+        return self._queries.newest_commits(most)
 
     def has_experiment(self, name: str) -> bool:
         """Tell if an active experiment has this name."""

@@ -33,8 +33,10 @@ install_packages() {
 }
 
 configure() {
-    local host memory
+    local host memory cores
     host=$(hostname -s)
+    cores=$(nproc)
+    [ "$cores" -ge 4 ] || cores=4  # jobs of tests wait more than they compute
     memory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
     mkdir -p "$folder"/{state,spool,database}
     cat > "$folder/slurmdbd.conf" <<CONF
@@ -74,8 +76,9 @@ AuthInfo=cred_expire=20
 SlurmctldPidFile=$folder/slurmctld.pid
 SlurmdPidFile=$folder/slurmd.pid
 ReturnToService=2
+SlurmdParameters=config_overrides
 MailProg=/bin/true
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cores RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
 }

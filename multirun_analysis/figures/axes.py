@@ -10,14 +10,22 @@ LOGARITHMIC_FROM = 20.0
 ZERO_FROM = 3.0
 """Largest over smallest value from which a linear axis starts at 0; below, that would push all
 points together."""
+LEGEND_CHARACTERS, MARK_CHARACTERS = 84, 6
+"""Of a line of the legend, and those that the mark before a label takes the place of."""
 MARGIN = 0.09
 """Of the axis, kept free on both sides so that no marker is cut off."""
 
 
 def legend_below(axes: Any, columns: int) -> None:
-    """Put the legend outside of the data, so that it hides nothing."""
+    """Put the legend outside of the data, so that it hides nothing.
+
+    Args:
+        columns: as many at most; long labels get fewer, so that none leaves the drawing.
+    """
     handles, labels = axes.get_legend_handles_labels()
     if handles:
+        longest = MARK_CHARACTERS + max(map(len, labels))
+        columns = max(1, min(columns, LEGEND_CHARACTERS // longest))
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 

@@ -144,6 +144,17 @@ def short(text: str, characters: int = LABEL_CHARACTERS) -> str:
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
+def in_two_lines(text: str, characters: int = LABEL_CHARACTERS) -> str:
+    """Fit a label into two lines, broken at a comma where that helps; the rest is cut off."""
+    text = printable(text)
+    if len(text) <= characters:
+        return text
+    at = text.rfind(", ", 0, characters) + 1
+    if at == 0:
+        return short(text, characters)
+    return f"{text[:at]}\n{short(text[at + 1 :], characters)}"
+
+
 def on_paper(svg: str) -> str:
     """Write a standalone file: on white."""
     end = svg.index(">") + 1

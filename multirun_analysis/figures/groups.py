@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from multirun_analysis.compare import details
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.figures.canvas import COLOURS, OFFLOAD_COLOURS, short
 from multirun_analysis.labels import WEIGHTS_ON, offload_order
 
 MAX_PANELS = 12
 MAX_BARS = 14
+MAX_SERIES = 8
+"""There are so many markers."""
 
 Group = Sequence[Configuration]
 Named = tuple[str, Group]
@@ -26,22 +29,51 @@ def leaders(groups: Sequence[Named]) -> list[tuple[str, Configuration]]:
                 (item for item in group if item.measured and item.offload == offload),
                 key=lambda item: item.rate,
             )
-            lines = [series_name(fastest) + f", batch {fastest.batch_size}"]
+            lines = [series_name(series(fastest)) + f", batch {fastest.batch_size}"]
             if len(groups) > 1:
                 lines.insert(0, short(label))
             chosen.append(("\n".join(lines), fastest))
     return chosen
 
 
-def series_of(group: Group) -> list[tuple[str, str]]:
-    """Return (place, type) of the weights of all configurations, the fastest place first."""
-    found = {(item.offload, item.dtype) for item in group}
-    return sorted(found, key=lambda key: (offload_order(key[0]), key[1]))
+Series = tuple[str, str, str]
+"""Place and type of the weights, and in words what else tells it from the others."""
 
 
-def series_name(item: Configuration) -> str:
-    """Say 'NVMe, int4'."""
-    return f"{WEIGHTS_ON.get(item.offload, short(item.offload))}, {item.dtype}"
+def series_names(group: Group, most: int = MAX_SERIES) -> tuple[str, ...]:
+    """Return the choices besides place, type and batch that tell series apart.
+
+    None where that would be more than `most` series: nobody tells so many marks apart.
+    """
+    names = details(group)
+    return names if len(series_of(group, names)) <= most else ()
+
+
+def series_of(group: Group, names: Sequence[str] = ()) -> list[Series]:
+    """Return the series of all configurations, the fastest place first.
+
+    Args:
+        names: choices that make series of their own, besides place and type of the weights.
+    """
+    found = {series(item, names) for item in group}
+    return sorted(found, key=lambda key: (offload_order(key[0]), *key[1:]))
+
+
+def series(item: Configuration, names: Sequence[str] = ()) -> Series:
+    """Return the series that a configuration belongs to."""
+    return item.offload, item.dtype, item.label(names)
+
+
+def series_name(key: Series) -> str:
+    """Say 'NVMe, int4, rounding searched'."""
+    offload, dtype, more = key
+    return ", ".join(filter(None, (WEIGHTS_ON.get(offload, short(offload)), dtype, short(more))))
+
+
+def styles_of(keys: Sequence[Series]) -> dict[Series, int]:
+    """Number the series of one place; places differ in colour."""
+    kinds = sorted({key[1:] for key in keys})
+    return {key: kinds.index(key[1:]) for key in keys}
 
 
 def colour_of(offload: str) -> str:

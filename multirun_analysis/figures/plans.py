@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from multirun_analysis.compare import details
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.figures.axes import legend_below, scale
-from multirun_analysis.figures.canvas import COLOURS, Canvas, Figure, Panel, short
+from multirun_analysis.figures.canvas import COLOURS, Canvas, Figure, Panel, in_two_lines
 from multirun_analysis.figures.groups import MAX_BARS, Group, circumstances, left_out
 from multirun_analysis.labels import WEIGHTS_ON
 from multirun_analysis.published.beside import Comparison
@@ -43,6 +44,7 @@ def plans(canvas: Canvas, found: Group, comparisons: Sequence[Comparison]) -> Fi
 
 def _panel(canvas: Canvas, rows: Sequence[tuple[Configuration, float | None]]) -> Panel:
     axes = canvas.axes(max(0.6, 0.1 * len(rows) + 0.3))
+    names = details([item for item, _ in rows])
     values = []
     for index, (item, published) in enumerate(rows):
         limit, predicted = item.value(CEILING) or 0.0, item.value(PREDICTED)
@@ -68,7 +70,9 @@ def _panel(canvas: Canvas, rows: Sequence[tuple[Configuration, float | None]]) -
                     linestyle="none",
                 )
     scale(axes, values, "x")
-    axes.set_yticks(range(len(rows)), [short(_name(item)) for item, _ in rows], fontsize=8)
+    axes.set_yticks(
+        range(len(rows)), [in_two_lines(_name(item, names)) for item, _ in rows], fontsize=8
+    )
     axes.invert_yaxis()
     axes.set_xlabel("generated tokens/s")
     axes.grid(axis="y", visible=False)
@@ -76,6 +80,7 @@ def _panel(canvas: Canvas, rows: Sequence[tuple[Configuration, float | None]]) -
     return canvas.panel("plans", axes, "Plans that fit")
 
 
-def _name(item: Configuration) -> str:
+def _name(item: Configuration, names: Sequence[str]) -> str:
     where = WEIGHTS_ON.get(item.offload, item.offload)
-    return f"{item.model}, {where}, {item.dtype}, batch {item.batch_size}"
+    parts = item.model, where, item.dtype, f"batch {item.batch_size}", item.label(names)
+    return ", ".join(filter(None, parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multirun_analysis.compare import details
 from multirun_analysis.figures.axes import legend_below, plain_ticks
 from multirun_analysis.figures.canvas import COLOURS, MARKERS, Canvas, Figure, Panel, short
 from multirun_analysis.figures.groups import Group, circumstances
@@ -11,6 +12,8 @@ METRICS = (
     ("quality_perplexity", "perplexity (lower is better)"),
     ("quality_token_agreement", "tokens equal to the reference (share)"),
 )
+CHANGE_TEXT = ("dtype.", "kv_cache.", "engine.", "quality.")
+"""Groups of choices that change which tokens come out, or how they are scored."""
 
 
 def quality(canvas: Canvas, found: Group) -> Figure:
@@ -37,10 +40,12 @@ def quality(canvas: Canvas, found: Group) -> Figure:
 
 def _panel(canvas: Canvas, metric: str, label: str, known: Group) -> Panel:
     axes = canvas.axes()
-    dtypes = sorted({item.dtype for item in known})
+    names = [name for name in details(known) if name.startswith(CHANGE_TEXT)]
+    kinds = sorted({(item.dtype, item.label(names)) for item in known})
     for number, model in enumerate(sorted({item.model for item in known})[: len(COLOURS)]):
-        for style, dtype in enumerate(dtypes):
-            mine = [item for item in known if (item.model, item.dtype) == (model, dtype)]
+        for style, (dtype, more) in enumerate(kinds):
+            key = model, dtype, more
+            mine = [item for item in known if (item.model, item.dtype, item.label(names)) == key]
             points = sorted(
                 {
                     ((item.value("weight_stored_bytes") or 0) / GIB, item.value(metric) or 0)
@@ -52,7 +57,7 @@ def _panel(canvas: Canvas, metric: str, label: str, known: Group) -> Panel:
                     *zip(*points, strict=True),
                     MARKERS[style % len(MARKERS)],
                     color=COLOURS[number],
-                    label=f"{short(model)}, {dtype}",
+                    label=", ".join(filter(None, (short(model), dtype, short(more)))),
                 )
     axes.margins(0.09)
     axes.set_xlabel("bytes of the stored weights (GiB)")

@@ -8,18 +8,30 @@ from typing import Any
 from multirun_analysis.compare import varied
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.figures.axes import legend_below, powers_of_two, scale
-from multirun_analysis.figures.canvas import INK, LINES, MARKERS, Canvas, Figure, Panel, short
+from multirun_analysis.figures.canvas import (
+    INK,
+    LINES,
+    MARKERS,
+    Canvas,
+    Figure,
+    Panel,
+    in_two_lines,
+)
 from multirun_analysis.figures.groups import (
     MAX_BARS,
     MAX_PANELS,
     Group,
     Named,
+    Series,
     circumstances,
     colour_of,
     everything,
     left_out,
+    series,
     series_name,
+    series_names,
     series_of,
+    styles_of,
 )
 from multirun_analysis.labels import WEIGHTS_ON
 from multirun_analysis.spread import format_spread
@@ -29,6 +41,7 @@ CAPTION = (
     "the fastest and faint points are the others. A cross at the bottom: that batch failed or does "
     "not fit."
 )
+MAX_LINES = 6
 BARS_CAPTION = "Generated tokens/s, median ± standard deviation."
 
 
@@ -81,7 +94,7 @@ def _bars(canvas: Canvas, label: str, group: Group) -> Panel:
             xytext=(3, 0),
             textcoords="offset points",
         )
-    axes.set_yticks(range(len(shown)), [short(_bar_name(item, names)) for item in shown])
+    axes.set_yticks(range(len(shown)), [in_two_lines(_bar_name(item, names)) for item in shown])
     axes.invert_yaxis()
     axes.set_xlim(0, max(item.rate for item in shown) * 1.3)
     axes.set_xlabel(f"generated tokens/s{_batch_of(shown)}")
@@ -104,20 +117,18 @@ def _bar_name(item: Configuration, names: Sequence[str]) -> str:
 
 def _lines(canvas: Canvas, label: str, group: Group) -> Panel:
     axes = canvas.axes(1.1)
-    dtypes = sorted({item.dtype for item in group})
-    crosses = 0
-    for offload, dtype in series_of(group):
-        mine = [item for item in group if (item.offload, item.dtype) == (offload, dtype)]
-        mine = [item for item in mine if item.batch_size]
+    names, crosses = series_names(group, MAX_LINES), 0
+    for key, style in styles_of(series_of(group, names)).items():
+        mine = [item for item in group if series(item, names) == key and item.batch_size]
         fastest = _fastest_by_batch(mine)
-        _line(axes, fastest, mine, dtypes.index(dtype))
+        _line(axes, fastest, mine, key, style)
         failed = {item.batch_size or 0 for item in mine if item.failed_runs and not item.ok_runs}
         if failed - set(fastest):
             axes.plot(
                 sorted(failed - set(fastest)),
                 [0.02 + 0.03 * crosses] * len(failed - set(fastest)),
                 "x",
-                color=colour_of(offload),
+                color=colour_of(key[0]),
                 transform=axes.get_xaxis_transform(),
                 markersize=4,
                 alpha=0.8,
@@ -139,10 +150,12 @@ def _fastest_by_batch(found: Group) -> dict[int, Configuration]:
     return fastest
 
 
-def _line(axes: Any, fastest: dict[int, Configuration], mine: Group, style: int) -> None:
+def _line(
+    axes: Any, fastest: dict[int, Configuration], mine: Group, key: Series, style: int
+) -> None:
     """Join the fastest of each batch, with the others as faint points."""
     others = [item for item in mine if item.measured and item not in fastest.values()]
-    colour = colour_of(mine[0].offload) if mine else "black"
+    colour = colour_of(key[0])
     points = [[item.batch_size for item in others], [item.rate for item in others]]
     axes.plot(*points, ".", color=colour, alpha=0.35)
     if not fastest:
@@ -157,5 +170,5 @@ def _line(axes: Any, fastest: dict[int, Configuration], mine: Group, style: int)
         capsize=2,
         marker=MARKERS[style % len(MARKERS)],
         linestyle=LINES[style % len(LINES)],
-        label=series_name(fastest[batches[0]]),
+        label=series_name(key),
     )

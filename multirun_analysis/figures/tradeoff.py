@@ -16,8 +16,11 @@ from multirun_analysis.figures.groups import (
     colour_of,
     everything,
     left_out,
+    series,
     series_name,
+    series_names,
     series_of,
+    styles_of,
 )
 from zinfer.units import GIB
 
@@ -104,16 +107,16 @@ def _figure(
 
 def _panel(canvas: Canvas, name: str, title: str, group: Group, label: str, cost: Cost) -> Panel:
     axes = canvas.axes(1.1)
-    dtypes = sorted({item.dtype for item in group})
-    for offload, dtype in series_of(group):
-        mine = [item for item in group if (item.offload, item.dtype) == (offload, dtype)]
+    names = series_names(group)
+    for key, style in styles_of(series_of(group, names)).items():
+        mine = [item for item in group if series(item, names) == key]
         axes.plot(
             [cost(item) for item in mine],
             [item.rate for item in mine],
-            MARKERS[dtypes.index(dtype) % len(MARKERS)],
-            color=colour_of(offload),
+            MARKERS[style % len(MARKERS)],
+            color=colour_of(key[0]),
             alpha=0.85,
-            label=series_name(mine[0]),
+            label=series_name(key),
         )
     points = [(cost(item) or 0.0, item.rate) for item in group]
     front = pareto_front(points)

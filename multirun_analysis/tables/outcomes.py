@@ -113,6 +113,7 @@ def _runs_cell(runs: Sequence[Run]) -> Cell:
 
 def warnings_table(found: Sequence[Configuration]) -> Table:
     """Build one row for each sentence that runs said about themselves, verdicts included."""
+    names = shown_choices(found)
     said: dict[tuple[str, str], list[tuple[Configuration, Run]]] = {}
     for item in found:
         for run in item.runs:
@@ -130,7 +131,7 @@ def warnings_table(found: Sequence[Configuration]) -> Table:
             text_cell(kind, kind=kind),
             text_cell(sentence),
             whole_cell(len(runs)),
-            text_cell(_named([item for item, _ in runs])),
+            text_cell(_named([item for item, _ in runs], names)),
             _runs_cell([run for _, run in runs]),
         )
         for (kind, sentence), runs in said.items()
@@ -149,12 +150,7 @@ def _sentences(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _named(items: Sequence[Configuration]) -> str:
-    names = list(
-        dict.fromkeys(
-            f"{item.model}, " + item.label(("offload.device", "dtype.weights", "batch.batch_size"))
-            for item in items
-        )
-    )
-    more = len(names) - NAMED_CONFIGURATIONS
-    return "; ".join(names[:NAMED_CONFIGURATIONS]) + (f"; and {more} more" if more > 0 else "")
+def _named(items: Sequence[Configuration], names: Sequence[str]) -> str:
+    labels = list(dict.fromkeys(item.label(names) for item in items))
+    more = len(labels) - NAMED_CONFIGURATIONS
+    return "; ".join(labels[:NAMED_CONFIGURATIONS]) + (f"; and {more} more" if more > 0 else "")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from multirun_analysis.command import DRIVE_WRITES_TB
 from multirun_analysis.compare import differing_choices
 from multirun_analysis.configuration import Configuration
 from multirun_analysis.spread import format_number
 from multirun_analysis.table import Table, number_cell
 from multirun_analysis.tables.choices import Measure, choice_cell, choice_columns, known, metric
 
-MB, GB = 1e6, 1e9
-DRIVE_WRITES_BYTES = 600e12
-"""Rated endurance of a common 1 TB drive: 600 TBW. Source: data sheet, Samsung SSD 990 PRO 1 TB."""
+MB, GB, TB = 1e6, 1e9, 1e12
 PLACES = (("nvme", "disk"), ("link", "link"), ("host_memory", "host"), ("device_memory", "device"))
 """Name in metrics, and what a column calls it."""
 MEASURES: tuple[Measure, ...] = (
@@ -44,22 +43,37 @@ MEASURES: tuple[Measure, ...] = (
         for name, words in PLACES
     ),
     metric(
+        "nvme_read_bytes",
+        "disk GB read",
+        "Counted by the kernel, over all generations of the run, warm-up included",
+        scale=GB,
+        optional=True,
+    ),
+    metric(
         "plan_disk_needed_bytes",
-        "GB written planned",
+        "disk GB written planned",
         "Size of the swap files, which loading writes",
         scale=GB,
         optional=True,
     ),
     metric(
         "nvme_written_bytes",
-        "GB written",
+        "disk GB written",
         "By the whole run, counted by the kernel",
         scale=GB,
         optional=True,
     ),
+    metric(
+        "nvme_written_bytes_per_token",
+        "disk MB/token written",
+        "Those bytes over all new tokens: a longer run writes less for each",
+        scale=MB,
+        optional=True,
+    ),
 )
 OF_THE_DISK = frozenset({
-    "nvme_read_bytes_per_token", "plan_disk_needed_bytes", "nvme_written_bytes",
+    "nvme_read_bytes_per_token", "nvme_read_bytes", "plan_disk_needed_bytes",
+    "nvme_written_bytes", "nvme_written_bytes_per_token",
 })  # fmt: skip
 """Numbers that other runs have too: they read their own program, and write their log."""
 MOVES = (
@@ -69,8 +83,14 @@ MOVES = (
 """A configuration has a row where it has one of them."""
 
 
-def traffic_table(found: Sequence[Configuration]) -> Table:
-    """Build one row for each measured configuration whose bytes are known."""
+def traffic_table(
+    found: Sequence[Configuration], drive_writes_tb: float = DRIVE_WRITES_TB
+) -> Table:
+    """Build one row for each measured configuration whose bytes are known.
+
+    Args:
+        drive_writes_tb: terabytes of writes that a drive is rated for.
+    """
     rows_of = [
         item
         for item in found
@@ -88,7 +108,7 @@ def traffic_table(found: Sequence[Configuration]) -> Table:
     )
     note = (
         "Decimal units. A pass serves all rows of the batch, so a token costs less in a larger "
-        f"one.{endurance(rows_of)}"
+        f"one.{endurance(rows_of, drive_writes_tb)}"
     )
     return Table(
         name="traffic",
@@ -107,7 +127,7 @@ def swapping_only(measure: Measure) -> Measure:
     return column, lambda item: cell(item) if item.offload == "nvme" else number_cell(None)
 
 
-def endurance(found: Sequence[Configuration]) -> str:
+def endurance(found: Sequence[Configuration], drive_writes_tb: float) -> str:
     """Say what the run that writes most means for a drive; nothing where no run swaps to one."""
     written = max(
         (item.value("nvme_written_bytes") or 0 for item in found if item.offload == "nvme"),
@@ -115,9 +135,10 @@ def endurance(found: Sequence[Configuration]) -> str:
     )
     if not written:
         return ""
-    runs = DRIVE_WRITES_BYTES / written
+    runs = drive_writes_tb * TB / written
     return (
-        f" One run writes up to {format_number(written / GB)} GB, so a drive rated for 600 TB of "
-        f"writes takes {format_number(runs, 2)} of them. Generating only reads, which wears no "
-        "drive."
+        f" One run writes up to {format_number(written / GB)} GB while it loads: "
+        f"{format_number(100 / runs, 2)} % of what a drive rated for {drive_writes_tb:g} TB of "
+        f"writes endures, so that takes {format_number(runs, 2)} such runs (--drive-tbw sets your "
+        "drive's). Generating only reads, which wears no drive."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,15 @@ import pytest
 
 from tests.helpers.sweeping import PACKAGE, wait_until
 
-SMALL = (
+ONE_CPU = (
     "hydra/launcher=slurm_cpu",
     "hydra.launcher.mem_gb=2",
     "hydra.launcher.cpus_per_task=1",
-    "hydra.launcher.array_parallelism=2",
 )
-"""Two jobs at a time, on a node of two cores."""
+SMALL = (*ONE_CPU, "hydra.launcher.array_parallelism=2")
+"""Two jobs at a time."""
+FOUR = (*ONE_CPU, "hydra.launcher.array_parallelism=4")
+"""Four jobs at a time: as many as the node says that it has cores."""
 SCRIPT = str(PACKAGE / "scripts" / "slurm_single_machine.sh")
 
 
@@ -73,6 +76,21 @@ class Cluster:
         (node,) = set(self("sinfo", "--noheader", "--format=%n").split())
         self("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         self("scontrol", "update", f"nodename={node}", "state=resume")
+
+    @property
+    def slurmd(self) -> Path:
+        """Return the file with the process id of the node's daemon."""
+        return Path(self.conf).with_name("slurmd.pid")
+
+    def kill_slurmd(self) -> None:
+        """Kill the node's daemon with SIGKILL; jobs that run have processes of their own."""
+        if not self.slurmd.is_file():
+            pytest.skip("needs a Slurm of the test's own: unset SLURM_CONF")
+        os.kill(int(self.slurmd.read_text()), signal.SIGKILL)
+
+    def start_slurmd(self) -> None:
+        """Start the node's daemon again."""
+        self("slurmd", "-f", self.conf)
 
     def wait_until_empty(self, seconds: float) -> None:
         """Wait until no job is left."""

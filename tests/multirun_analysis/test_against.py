@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from multirun_analysis import __main__ as command
 from multirun_analysis.__main__ import main
-from multirun_analysis.against import changed_predictions, compare_against
+from multirun_analysis.against import changed_predictions, commit_named, compare_against
 from multirun_analysis.command import share
 from multirun_analysis.runs import Run, Selection
 from tests.helpers.invented_runs import run
@@ -17,6 +21,7 @@ from tests.helpers.synthetic_store import FakeRun, job, write_runs
 from zinfer.tracking.store import ensure_store
 
 OLD, NEW = "a" * 40, "b" * 40
+NAMES = ("NAME", "EMAIL")
 
 
 def selection(*runs: Run) -> Selection:
@@ -154,18 +159,100 @@ def test_the_exit_code_says_whether_something_got_slower(
     assert (tmp_path / "out" / "tables" / "against.csv").read_text().count("\n") == 3
 
 
-@pytest.mark.parametrize("name", ["old", "nothing", "123", "f" * 32])
-def test_an_experiment_will_do_and_what_is_not_there_is_said(
+def against(folder: Path, name: str) -> tuple[int, Path]:
+    """Run the command against `name`; return its exit code, and where it would write."""
+    uri, out = store_of_two_commits(folder, 1.0), folder / "out"
+    try:
+        main(["--uri", uri, "--out", str(out), "--no-upload", "--against", name])
+    except SystemExit as error:
+        return int(error.code or 0), out
+    return 0, out
+
+
+def test_an_experiment_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert against(tmp_path, "old")[0] == 0
+    assert "Against experiment old" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nothing", "123", "f" * 32, "HEAD~1000000"])
+def test_what_is_not_there_is_refused_before_a_report_is_written(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    uri = store_of_two_commits(tmp_path, 1.0)
-    arguments = ["--uri", uri, "--out", str(tmp_path / "out"), "--no-upload", "--against", name]
-    if name == "old":
-        main(arguments)
-        assert "Against experiment old" in capsys.readouterr().out
-        return
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
+    code, out = against(tmp_path, name)
     said = capsys.readouterr().err
-    assert "Traceback" not in said and ("no experiment" in said or "no run of zinfer" in said)
+    assert code == 2 and not out.exists()
+    assert f"--against {name} is no " in said and "Traceback" not in said
+    assert f"it has runs of {NEW[:7]}, {OLD[:7]}" in said
+
+
+def test_what_has_no_pair_is_refused_before_a_report_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out = against(tmp_path, "new")  # the newest sweep against itself
+    assert code == 2 and not out.exists()
+    assert "nothing in experiment new is paired with" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a repository of two commits on the branch `old`, one more on `new`."""
+    folder = tmp_path_factory.mktemp("repository")
+    git(folder, "init", "--quiet", "--initial-branch=old")
+    for number in range(3):
+        if number == 2:
+            git(folder, "checkout", "--quiet", "-b", "new")
+        git(folder, "commit", "--quiet", "--allow-empty", "-m", f"commit {number}")
+    return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    """Run git without the user's own settings; return what it prints."""
+    names = {f"GIT_{role}_{key}": "a@b" for role in ("AUTHOR", "COMMITTER") for key in NAMES}
+    return subprocess.run(
+        ["git", "-C", str(folder), *words],
+        env={**os.environ, **names, "GIT_CONFIG_GLOBAL": os.devnull},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["HEAD", "HEAD~1", "old", "new", "new~2"])
+def test_a_commit_may_be_named_as_git_names_it(name: str, repository: Path) -> None:
+    assert commit_named(name, repository) == git(repository, "rev-parse", name)
+
+
+@pytest.mark.parametrize("name", ["missing", "HEAD~9", "--all", ""])
+def test_a_name_that_git_does_not_know_is_no_commit(name: str, repository: Path) -> None:
+    assert commit_named(name, repository) is None
+
+
+def test_where_no_repository_is_git_is_not_asked(tmp_path: Path) -> None:
+    assert commit_named("HEAD", tmp_path) is None
+
+
+def test_the_runs_of_a_branch_are_compared_with(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commit = git(repository, "rev-parse", "old")
+    monkeypatch.setattr(command, "CHECKOUT", repository)
+    monkeypatch.setattr(sys.modules[__name__], "OLD", commit)
+    assert against(tmp_path, "old~0")[0] == 0
+    assert f"Against commit {commit[:7]}" in capsys.readouterr().out
+
+
+def test_a_branch_without_runs_is_refused_with_its_commit(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commit = git(repository, "rev-parse", "new~0")
+    monkeypatch.setattr(command, "CHECKOUT", repository)
+    code, out = against(tmp_path, "new~0")
+    assert code == 2 and not out.exists()
+    said = capsys.readouterr().err
+    assert f"--against new~0 is commit {commit[:7]}, and no run of zinfer in this store has" in said

@@ -13,6 +13,8 @@ from tests.helpers.invented_runs import run
 NVME = {
     "predicted_nvme_bytes_per_token": 7.5e9,
     "nvme_read_bytes_per_token": 7.6e9,
+    "nvme_read_bytes": 760e9,
+    "nvme_written_bytes_per_token": 0.6e9,
     "effective_nvme_bytes_per_s": 3.0e9,
     "effective_link_bytes_per_s": 2.9e9,
     "plan_disk_needed_bytes": 60e9,
@@ -42,12 +44,17 @@ def test_planned_stands_beside_measured_and_the_unknown_is_a_dash() -> None:
     assert shown(table, "predicted_nvme_bytes_per_token") == ["7,500", "-"]
     assert shown(table, "nvme_read_bytes_per_token") == ["7,600", "-"]
     assert shown(table, "effective_link_bytes_per_s") == ["2.90", "12.0"]
+    assert shown(table, "nvme_read_bytes") == ["760", "-"]
     assert shown(table, "nvme_written_bytes") == ["60.0", "-"]
+    assert shown(table, "nvme_written_bytes_per_token") == ["600", "-"]
 
 
 def test_the_note_says_how_many_runs_a_drive_is_rated_for() -> None:
     assert "One run writes up to 60.0 GB" in table_of(moving("nvme", **NVME)).note
-    assert "takes 10,000 of them" in table_of(moving("nvme", **NVME)).note
+    note = table_of(moving("nvme", **NVME)).note
+    assert "0.010 % of what a drive rated for 600 TB" in note and "takes 10,000 such runs" in note
+    enduring = traffic_table(configurations([moving("nvme", **NVME)]), 1200)
+    assert "rated for 1200 TB of writes endures, so that takes 20,000 such runs" in enduring.note
     log = table_of(moving("cpu", nvme_written_bytes=4096, effective_link_bytes_per_s=1e9))
     assert "rated" not in log.note, "a run without swap wears no drive"
     assert "nvme_written_bytes" not in [column.key for column in log.columns]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from zinfer.sweep.pace import Pace
-from zinfer.sweep.record import JobState, Sweep, SweepJob, Verdict
+from zinfer.sweep.record import JobFolder, JobState, Sweep, SweepJob, Verdict
+from zinfer.sweep.search import Quiet
+from zinfer.sweep.terminal import SweepTerminal
 
 START_S = 1_800_000_000.0
 
@@ -101,6 +104,37 @@ def test_what_failed_is_counted_and_tells_nothing_of_the_others(tmp_path: Path) 
     assert pace.seconds_left([], START_S + 620) == pytest.approx(20)
 
 
+def search_of(folder: Path, trials: int | None) -> Sweep:
+    """Return a sweep whose sweeper chooses the jobs one after the other."""
+    return replace(sweep_of(folder, []), jobs=None, trials=trials)
+
+
+def test_a_search_is_expected_to_go_on_at_its_own_pace(tmp_path: Path) -> None:
+    sweep = search_of(tmp_path, trials=10)
+    ran(sweep, 0, START_S, START_S, reused=True)
+    ran(sweep, 1, START_S + 20, START_S + 30)
+    ran(sweep, 2, START_S + 31, START_S + 50, status="does_not_fit")
+    ran(sweep, 3, START_S + 51, START_S + 80)
+    ran(sweep, 4, START_S + 81, None)
+    pace = Pace(sweep)
+    running = pace.look()
+    # three took 60 s; six are left, of which one has begun 5 s ago
+    assert pace.seconds_left(running, START_S + 85) == pytest.approx(6 * 20 - 5)
+    said = pace.said(115.0, START_S + 85)
+    assert said == "4 of 10 jobs done, 1 failed, 1 minute so far, about 2 minutes left"
+
+
+@pytest.mark.parametrize(("trials", "result"), [(None, {}), (5, {"reused": True})])
+def test_a_search_without_a_number_or_a_job_of_its_own_has_no_time_left(
+    trials: int | None, result: dict[str, Any], tmp_path: Path
+) -> None:
+    sweep = search_of(tmp_path, trials)
+    ran(sweep, 0, START_S, START_S + 10, **result)
+    pace = Pace(sweep)
+    pace.look()
+    assert pace.seconds_left([], START_S + 10) is None
+
+
 def test_a_job_without_its_folder_costs_the_pace_nothing(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, [planned(num, tmp_path) for num in range(2)])
     ran(sweep, 0, START_S, START_S + 5)
@@ -109,3 +143,21 @@ def test_a_job_without_its_folder_costs_the_pace_nothing(tmp_path: Path) -> None
     pace.look()
     assert pace.seconds_left([], START_S + 5) is None
     assert pace.said(None, START_S + 5).startswith("1 of 2 jobs done")
+
+
+@pytest.mark.parametrize("about", [None, "a disk"])
+def test_a_warning_names_the_job_that_it_is_of(
+    about: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = "opt-125m batch.batch_size=4"
+    job = JobFolder(num=0, folder=tmp_path / "0", overrides=[], label=label)
+    terminal = SweepTerminal(sweep_of(tmp_path, []), job)
+    said = f"{tmp_path} is slow"
+    terminal.warning(said, about=about and f"{about} {tmp_path}")
+    terminal.event({"event": "warning", "message": said, "time_s": START_S})
+    Quiet(terminal, 8).warning(said)
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {label}: {said}",
+        f"warning: {label}: {said}",
+        f"warning: {label} batch.batch_size=8: {said}",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.slurm import SMALL, Cluster, slurm_of_one_node
+from tests.helpers.slurm import FOUR, SMALL, Cluster, slurm_of_one_node
 from tests.helpers.sweeping import (
     TINY,
     document,
@@ -138,7 +139,23 @@ def test_ctrl_c_ends_running_jobs_and_takes_waiting_ones_out_of_the_queue(
     check_rows(tmp_path, parents=1)
 
 
-def test_nothing_of_a_hundred_jobs_is_lost_when_the_submitting_command_is_killed(
+def test_jobs_go_on_while_the_nodes_daemon_is_dead(slurm: Cluster, tmp_path: Path) -> None:
+    sweep = ("-m", *SMALL, *TINY, "batch.seed=1,2,3,4", "hydra.sweep.dir=S", "format=json")
+    folder = tmp_path / "S"
+    process = start(tmp_path, *sweep, SLURM_CONF=slurm.conf)
+    wait_until(lambda: all((folder / num / "job.json").exists() for num in "01"), 180, "two jobs")
+    slurm.kill_slurmd()
+    wait_until(lambda: result(folder / "0") and result(folder / "1"), 180, "two results")
+    slurm.start_slurmd()
+    assert process.wait(400) == 0
+    jobs = json.loads((tmp_path / "stdout").read_text())["jobs"]
+    assert [job["status"] for job in jobs] == ["ok"] * 4
+    assert not (folder / "0" / "earlier").exists(), "none of them began anew"
+    nothing_is_left(tmp_path)
+    check_rows(tmp_path, parents=1)
+
+
+def test_nothing_of_a_hundred_jobs_is_lost_when_slurmd_and_the_submitting_command_are_killed(
     slurm: Cluster, tmp_path: Path
 ) -> None:
     seeds = [*range(1, 21), fate.KILLED, fate.RAISE, 31, 32, 33]
@@ -147,11 +164,15 @@ def test_nothing_of_a_hundred_jobs_is_lost_when_the_submitting_command_is_killed
     before = run(tmp_path, "-m", *tiny, f"batch.seed={known}", "batch.batch_size=1,2")
     assert before.returncode == 0, before.stderr
     sweep = (
-        "-m", *SMALL, *tiny, f"batch.seed={','.join(map(str, reversed(seeds)))}",
+        "-m", *FOUR, *tiny, f"batch.seed={','.join(map(str, reversed(seeds)))}",
         "batch.batch_size=1,2,1048576,2000000000", "hydra.sweep.dir=S", "format=json",
     )  # fmt: skip
     folder = tmp_path / "S"
     process = start(tmp_path, *sweep, misbehaving=True, SLURM_CONF=slurm.conf)
+    wait_until(lambda: len(list(folder.glob("*/re*.json"))) >= 15, 400, "fifteen results")
+    slurm.kill_slurmd()
+    time.sleep(5)
+    slurm.start_slurmd()
     wait_until(lambda: len(list(folder.glob("*/re*.json"))) >= 30, 400, "thirty results")
     process.send_signal(signal.SIGKILL)
     process.wait(30)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from zinfer.config import ConfigError
 from zinfer.sweep.record import Sweep
-from zinfer.sweep.sweepers import best_line, direction_of, objective_of, require_sweeper
+from zinfer.sweep.sweepers import best_line, direction_of, objective_of, require_sweeper, trials_of
 
 RATE = "generated_tokens_per_s"
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -98,3 +98,19 @@ def test_a_search_that_cannot_be_meant_is_refused(
 
 def test_less_of_another_metric_may_be_looked_for() -> None:
     assert require_sweeper(master("peak_host_rss_bytes", direction="minimize")) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "trials"),
+    [
+        ({"n_trials": 20}, 20),
+        ({"optuna_config": {"n_trials": 7}}, 7),
+        ({"n_trials": None}, None),
+        ({"n_trials": "many"}, None),
+        ({}, None),
+    ],
+)
+def test_the_number_of_trials_is_what_the_sweeper_says(
+    settings: dict[str, Any], trials: int | None
+) -> None:
+    assert trials_of(master(**settings)) == trials

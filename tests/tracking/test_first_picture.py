@@ -34,6 +34,19 @@ SWEEPS = [
         ["engine.name", "model.name"],
     ),
     ([["zero=tuned", "zero=paper"], ["offload=cpu"]], ["zero.derivation"]),
+    ([["zero=tuned", "zero=paper"], ["dtype=int4"]], ["zero.derivation"]),
+    ([["dtype=bfloat16", "dtype=int8", "dtype=int4"]], ["dtype.weights"]),
+    (
+        [["dtype=bfloat16", "dtype=int4"], ["dtype.rounding=nearest", "dtype.rounding=searched"],
+         ["weights=pretrained"]],
+        ["dtype.rounding", "dtype.weights"],
+    ),
+    (
+        [["weights=dummy", "weights=pretrained"], ["quality.enabled=auto"]],
+        ["weights"],
+    ),
+    ([["quality.enabled=false", "quality.enabled=true"], ["weights=pretrained"]],
+     ["quality.enabled"]),
 ]  # fmt: skip
 
 

@@ -52,7 +52,6 @@ def test_the_choices_are_parameters(tmp_path: Path) -> None:
     assert params["engine.name"] == "zero"
     assert params["kv_cache.placement"] == "device"
     assert params["weights"] == "dummy"
-    assert "dtype.group_size" not in params, "nothing is quantised"
     assert "offload.buffer_numel" not in params, "None is left out"
     assert not [
         name

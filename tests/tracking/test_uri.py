@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ import pytest
 from tests.helpers.composing import composed
 from zinfer.config import TrackingConfig
 from zinfer.job.outcome import Outcome
+from zinfer.tracking.client import connect
 from zinfer.tracking.run import open_run
+from zinfer.tracking.store import TrackingUnavailable, create_database, ensure_default_experiment
 from zinfer.tracking.uri import resolved_tracking, sqlite_path, sqlite_uri, tracking_uri
 
 NAMES = (
     "plain", "a b", "it's", 'q"uote', "50%", "50%20off", "why?", "a?b=c", "c#1",
     "ünï 模", "new\nline", "a+b", "c:d", "[x]", "{y}", "$HOME",
-    "a&b", "a;b", "-n", "back\\slash",
+    "a&b", "a;b", "-n", "back\\slash", "it's \"q\"", "a :b",
 )  # fmt: skip
 ENVIRONMENT = {
     "zinfer": {"version": "0.1.0", "commit": "0123abcd", "dirty": True},
@@ -49,6 +52,40 @@ def test_a_run_is_stored_with_its_files_in_a_folder_of_any_name(
             assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)], name
         assert list(folder.rglob("artifacts/events.jsonl")), name
     assert {path.name for path in tmp_path.iterdir()} == set(NAMES), "nothing beside them"
+
+
+@pytest.mark.parametrize(
+    ("name", "uri", "said"),
+    [
+        ("it's", "postgresql://me:geheim-wort@host/db", "Start in a directory without quotes"),
+        ("it's", "http://127.0.0.1:9", "syntax error"),
+        ("plain", "postgresql://host/db", "syntax error"),
+    ],
+)
+def test_a_database_that_a_folders_name_breaks_is_explained(
+    name: str, uri: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    def fail(tracking_uri: str) -> None:
+        raise ValueError("syntax error")
+
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    monkeypatch.setattr(mlflow, "MlflowClient", fail)
+    with pytest.raises((TrackingUnavailable, ValueError), match=said) as raised:
+        connect(uri)
+    assert "geheim" not in str(raised.value)
+
+
+def test_a_store_of_an_earlier_start_gets_mlflows_own_experiment(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    create_database(path)
+    for _ in range(2):
+        ensure_default_experiment(path)
+        with closing(sqlite3.connect(path)) as store:
+            found = store.execute("SELECT experiment_id, name, workspace FROM experiments")
+            assert found.fetchall() == [(0, "Default", "default")]
 
 
 @pytest.mark.parametrize(

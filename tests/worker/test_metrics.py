@@ -76,6 +76,7 @@ def test_memory_is_summed_over_ranks_and_the_unknown_stays_unknown() -> None:
     assert metrics.nvme_written_bytes == 2000
     tokens = 4 * 4 * 3  # generations, the warm-up too, times rows times new tokens
     assert metrics.nvme_read_bytes_per_token == pytest.approx(14 / tokens)
+    assert metrics.nvme_written_bytes_per_token == pytest.approx(2000 / tokens)
     assert metrics.weight_stored_bytes == 10
     assert metrics_by_rank((RANK,)) == {}
     assert metrics_by_rank((RANK, RANK)) == {

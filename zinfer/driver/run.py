@@ -183,7 +183,7 @@ def swap_folder_of(
         f"weights are swapped to {path}: {said.text}", about=f"swap on {said.mount_point}"
     )
     for warning in said.warnings:
-        terminal.note_once(f"warning: {warning}", about=warning.partition(": ")[2])
+        terminal.warning(warning, about=warning.partition(": ")[2])
         watched.warnings.append(warning)
     swept = remove_orphaned_swap_folders(config.offload.nvme_path, said.filesystem)
     for folder in swept.removed:

@@ -35,6 +35,8 @@ class Terminal:
 
     _said: ClassVar[set[str]] = set()
     """Subjects of which every job of a sweep would say the same."""
+    among_others: ClassVar[bool] = False
+    """Its lines stand among those of other jobs, so a warning names its job."""
     line_after_s: ClassVar[float] = 0.0
     """A log gets the line of a phase when it has lasted so long."""
 
@@ -130,9 +132,18 @@ class Terminal:
             self._said.add(about)
             self.note(message)
 
-    def warning(self, message: str) -> None:
-        """Print one line for people, marked as a warning."""
-        self.note(f"warning: {message}")
+    def warning(self, message: str, *, about: str | None = None) -> None:
+        """Print one line for people, marked as a warning; among other jobs, of which one.
+
+        Args:
+            about: its subject, where this process says it once only.
+        """
+        of_job = f"{self.name}: " if self.among_others and self.name else ""
+        said = f"warning: {of_job}{message}"
+        if about is None:
+            self.note(said)
+        else:
+            self.note_once(said, about=about)
 
     def line(self, text: str, *, to_out: bool) -> None:
         """Print a line of a sweep's table: on stdout where it is a result."""

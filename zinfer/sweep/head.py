@@ -46,7 +46,7 @@ from zinfer.sweep.plan_grid import is_plan_grid, plan_grid
 from zinfer.sweep.queue import queue_of, still_queued
 from zinfer.sweep.record import SWEEP_VARIABLE, Sweep, SweepJob
 from zinfer.sweep.resume import note_reused, reusable_runs, with_refusals_kept, with_reused
-from zinfer.sweep.sweepers import direction_of, require_sweeper
+from zinfer.sweep.sweepers import direction_of, require_sweeper, trials_of
 from zinfer.sweep.table import SPARE_OF_PLANS, plan_table, reasons
 from zinfer.tracking.parent import ParentRunCallback
 from zinfer.tracking.uri import tracking_uri
@@ -155,6 +155,7 @@ def described(
         started_s=time.time(),
         pid=os.getpid(),
         jobs=jobs if known else None,
+        trials=None if known else trials_of(master),
         fixed=[] if known else [text.partition("=")[0] for text in composed[0].overrides],
     )
 

@@ -50,8 +50,8 @@ class Pace:
 
     @property
     def total(self) -> int | None:
-        """Return the number of jobs; None where they are not known beforehand."""
-        return None if self.sweep.jobs is None else len(self.sweep.jobs)
+        """Return the number of jobs, or of a search's trials; None where nobody knows it."""
+        return self.sweep.trials if self.sweep.jobs is None else len(self.sweep.jobs)
 
     @property
     def failed(self) -> int:
@@ -61,7 +61,7 @@ class Pace:
     def seconds_left(self, running: Sequence[JobFolder], now_s: float) -> float | None:
         """Return the time until the last job ends; None while it cannot be known."""
         if self.sweep.jobs is None:
-            return None
+            return self._seconds_of_trials(now_s)
         nums = {job.num for job in running}
         known = {job.num: job for job in self.sweep.jobs if _takes_time(job)}
         waiting = [job for num, job in known.items() if num not in self.ended and num not in nums]
@@ -75,6 +75,20 @@ class Pace:
             ],
             gap_s=self._gap_s(),
         )
+
+    def _seconds_of_trials(self, now_s: float) -> float | None:
+        """Return the time left of a search whose trials nobody knows, at the pace of the others.
+
+        Those that were refused or failed count: as many of those to come will be. Reused ones
+        say nothing.
+        """
+        here = [job for job in self.ended.values() if not job.document.get("reused")]
+        starts = [job.started_s for job in here if job.started_s is not None]
+        if self.total is None or not starts:
+            return None
+        last_s = max(job.ended_s for job in here)
+        each_s = (last_s - min(starts)) / len(here)
+        return max(0.0, (self.total - len(self.ended)) * each_s - (now_s - last_s))
 
     def _timed(self, known: dict[int, SweepJob]) -> Iterator[TimedJob]:
         """Yield the jobs that ended well by running, with their times."""

@@ -147,6 +147,8 @@ class Sweep:
     pid: int
     jobs: list[SweepJob] | None
     """None where another sweeper than Hydra's own chooses them one after the other."""
+    trials: int | None = None
+    """How many jobs such a sweeper will choose; None where it does not say."""
     fixed: list[str] = field(default_factory=list)
     """Where the jobs are not known: the settings that all of them have in common, by name."""
     reusable: dict[str, EarlierRun] = field(default_factory=dict)

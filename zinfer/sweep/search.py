@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from zinfer.config import RunConfig
 from zinfer.driver.finishing import finish
@@ -171,6 +171,8 @@ def _is_default_path(config: RunConfig) -> bool:
 
 class Quiet(Terminal):
     """Leave out a trial's own tables; its progress and warnings are the search's."""
+
+    among_others: ClassVar[bool] = True
 
     def __init__(self, search: Terminal, size: int) -> None:
         super().__init__("text", name=f"{search.name} batch.batch_size={size}", err=search.err)

@@ -19,6 +19,8 @@ from zinfer.sweep.record import Direction, Sweep, ended_well
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper."
 DIRECTIONS = ("hydra.sweeper.direction", "hydra.sweeper.optuna_config.direction")
 """Settings of hydra-optuna-sweeper, and of hydra-optuna-mlflow-sweeper."""
+TRIALS = ("hydra.sweeper.n_trials", "hydra.sweeper.optuna_config.n_trials")
+"""The same for the number of jobs that they choose."""
 MORE_IS_BETTER = "_tokens_per_s"
 
 
@@ -60,8 +62,20 @@ def direction_of(master: DictConfig) -> Direction | None:
     return "maximize" if said == "maximize" else "minimize"
 
 
+def trials_of(master: DictConfig) -> int | None:
+    """Return how many jobs a searching sweeper chooses; None where it does not say."""
+    setting = _first_set(master, TRIALS)
+    found = None if setting is None else OmegaConf.select(master, setting)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _direction_setting(master: DictConfig) -> str | None:
-    for setting in DIRECTIONS:
+    return _first_set(master, DIRECTIONS)
+
+
+def _first_set(master: DictConfig, settings: Iterable[str]) -> str | None:
+    """Return the first of these settings that this sweeper has, and that is no null."""
+    for setting in settings:
         try:
             if OmegaConf.select(master, setting) is not None:
                 return setting

@@ -37,6 +37,7 @@ def sweep_label(sweep: Sweep, model: str, overrides: list[str]) -> str:
 class SweepTerminal(Terminal):
     """Shows one job. A log gets the line of a phase only if the phase lasts."""
 
+    among_others: ClassVar[bool] = True
     line_after_s: ClassVar[float] = LOGGED_AFTER_S
     _paces: ClassVar[dict[str, Pace]] = {}
     """The sweep of this process: what it has read stays read."""

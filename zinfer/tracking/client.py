@@ -13,10 +13,36 @@ from typing import TYPE_CHECKING
 from zinfer.redact import redact
 from zinfer.tracking.deadline import STORE_TIMEOUT_S
 from zinfer.tracking.store import TrackingUnavailable, first_connection_lock
-from zinfer.tracking.uri import no_stray_folder
+from zinfer.tracking.uri import is_server, no_stray_folder, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+@contextlib.contextmanager
+def quotes_explained(uri: str) -> Iterator[None]:
+    """Say why a new database cannot be prepared from this working directory, where that is why.
+
+    MLflow writes the directory's name into a statement of SQL, and quotes end it. A sqlite store
+    has the row already that MLflow would write (zinfer.tracking.store).
+
+    Raises:
+        TrackingUnavailable: it failed, and the directory's name has a quote.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        quoted = {"'", '"'} & set(os.getcwd())
+        if not quoted or is_server(uri) or sqlite_path(uri) is not None:
+            raise
+        raise TrackingUnavailable(
+            f"MLflow cannot prepare {redact(uri)} from {os.getcwd()}: the directory's name has a "
+            f"quote ({type(error).__name__})",
+            remedy="Start in a directory without quotes in its name",
+            settings=("tracking=sqlite",),
+        ) from None
 
 
 def connect(uri: str, timeout_s: float = STORE_TIMEOUT_S) -> MlflowClient:
@@ -34,7 +60,7 @@ def connect(uri: str, timeout_s: float = STORE_TIMEOUT_S) -> MlflowClient:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     from mlflow import MlflowClient
 
-    with first_connection_lock(uri), no_stray_folder(uri):
+    with first_connection_lock(uri), no_stray_folder(uri), quotes_explained(uri):
         return MlflowClient(tracking_uri=uri)
 
 

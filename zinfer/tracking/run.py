@@ -53,13 +53,6 @@ ARTIFACT_FILES = (
     "metrics.json", "samples.json", "generated.json", "generated.txt",
     "traceback.txt", "worker.log",
 )  # fmt: skip
-OF_PACKED_WEIGHTS = ("symmetric", "keep", "eight_bits", "rounding")
-UNREAD = {
-    None: ("group_size", *OF_PACKED_WEIGHTS, "kernel"),
-    "deepspeed": (*OF_PACKED_WEIGHTS, "kernel"),
-    "zinfer": (),
-}
-"""Quantiser -> settings of `dtype` that it does not read; no parameters are made of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,18 +141,16 @@ def open_run(
 
 
 def run_params(config: RunConfig) -> dict[str, str]:
-    """Return the choices, flattened: model.name, offload.device. What was left open is absent."""
+    """Return the choices, flattened: model.name, offload.device. What was left open is absent.
+
+    Settings that this run does not read are there too. MLflow compares runs by every parameter that
+    one has and another has not, so in a sweep of dtype=bfloat16,int4 the settings of int4 alone
+    would come before the dtype.
+    """
     tree = config_to_shown(config)
     flat = dict(flatten(tree))
     if config.batch.prompt == "text":
         flat["batch.prompt_text"] = tree["batch"]["prompt_text"]
-    if config.quantiser is not None:
-        flat["dtype.quantiser"] = config.quantiser
-    for name in UNREAD[config.quantiser]:
-        if name != "kernel" or not config.chooses_products:
-            del flat[f"dtype.{name}"]
-    if not config.may_be_scored:
-        flat = {name: value for name, value in flat.items() if not name.startswith("quality.")}
     return {name: _text(name, value)[:PARAM_CHARACTERS] for name, value in flat.items()}
 
 
@@ -209,6 +200,7 @@ def run_tags(
         names.HARDWARE_TAG: hardware_fingerprint(environment),
         names.DEVICE_TAG: device_description(environment),
         names.MODEL_TYPE_TAG: config.model.model_type,
+        names.QUANTISER_TAG: config.quantiser,
         names.JOB_DIR_TAG: job_dir.absolute(),
         names.ATTEMPT_TAG: attempt or None,
     }

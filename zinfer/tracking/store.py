@@ -19,6 +19,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -28,7 +29,14 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from zinfer.redact import redact
-from zinfer.tracking.uri import DATABASE_FILE, SQLITE, is_server, sqlite_path, sqlite_uri
+from zinfer.tracking.uri import (
+    DATABASE_FILE,
+    SQLITE,
+    artifact_location,
+    is_server,
+    sqlite_path,
+    sqlite_uri,
+)
 
 SCHEMA_FILE = Path(__file__).with_name("store.sql")
 SERVER_TIMEOUT_S = 5.0
@@ -90,6 +98,8 @@ def _ensure_sqlite(path: Path) -> None:
                 if database_revision(path) is None:
                     create_database(path)
         found = database_revision(path)
+        if found == installed_revision():
+            ensure_default_experiment(path)
     except (OSError, sqlite3.Error) as error:
         raise TrackingUnavailable(
             f"{path}: {error}",
@@ -114,6 +124,35 @@ def create_database(path: Path) -> None:
         return
     with contextlib.closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
         connection.executescript(script)
+
+
+def ensure_default_experiment(path: Path) -> None:
+    """Add MLflow's experiment 0, `Default`, where it lacks; MLflow asks for it at each connection.
+
+    MLflow writes the name of the working directory into its own statement, which ends in a syntax
+    error where the name has both kinds of quotes.
+    """
+    with contextlib.closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
+        if connection.execute("SELECT 1 FROM experiments WHERE experiment_id = 0").fetchone():
+            return
+        now_ms = int(time.time() * 1000)
+        values = {
+            "experiment_id": 0,
+            "name": "Default",
+            "artifact_location": artifact_location(sqlite_uri(path), path.parent),
+            "lifecycle_stage": "active",
+            "creation_time": now_ms,
+            "last_update_time": now_ms,
+            "workspace": "default",
+        }
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(experiments)")}
+        known = {name: value for name, value in values.items() if name in columns}
+        marks = ", ".join("?" * len(known))
+        with connection:  # another process may have added it by now
+            connection.execute(
+                f"INSERT OR IGNORE INTO experiments ({', '.join(known)}) VALUES ({marks})",
+                list(known.values()),
+            )
 
 
 def _migrate(path: Path) -> None:

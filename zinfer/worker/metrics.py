@@ -109,6 +109,8 @@ class Metrics:
     """Over the new tokens of all rows and all generations, warm-up included."""
     nvme_written_bytes: int | None = None
     """By the whole run, all ranks."""
+    nvme_written_bytes_per_token: float | None = None
+    """Over the new tokens of all rows and all generations, warm-up included."""
     peak_device_allocated_bytes: int | None
     peak_device_reserved_bytes: int | None
     energy_j_per_token: float | None = None
@@ -149,6 +151,7 @@ def summarise(measured: Measured, batch: BatchConfig) -> Metrics:
     totals = [sample.total_s for sample in timed]
     rates = [batch.batch_size * batch.new_tokens / total for total in totals]
     memory = [rank.memory for rank in measured.ranks]
+    tokens = len(measured.samples) * batch.batch_size * batch.new_tokens
     return Metrics(
         load_s=measured.load_s,
         import_s=measured.import_s,
@@ -170,10 +173,9 @@ def summarise(measured: Measured, batch: BatchConfig) -> Metrics:
         mlocked_bytes=sum(use.mlocked_bytes for use in memory),
         huge_page_bytes=_total([use.huge_page_bytes for use in memory]),
         nvme_read_bytes=(read := _total([use.nvme_read_bytes for use in memory])),
-        nvme_read_bytes_per_token=None
-        if read is None
-        else read / (len(measured.samples) * batch.batch_size * batch.new_tokens),
-        nvme_written_bytes=_total([use.nvme_written_bytes for use in memory]),
+        nvme_read_bytes_per_token=None if read is None else read / tokens,
+        nvme_written_bytes=(written := _total([use.nvme_written_bytes for use in memory])),
+        nvme_written_bytes_per_token=None if written is None else written / tokens,
         peak_device_allocated_bytes=_total([use.peak_device_allocated_bytes for use in memory]),
         peak_device_reserved_bytes=_total([use.peak_device_reserved_bytes for use in memory]),
         **energy_numbers(
