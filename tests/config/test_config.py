@@ -95,6 +95,9 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("launcher.timeout_s=0",), "too small: more than 0", "launcher.timeout_s=VALUE"),
     (("plan.headroom=1.5",), "too large: at most 0.99", "plan.headroom=0.99"),
     (("engine.name=vllm",), "is not one of zero, resident", "engine.name=zero"),
+    (("model.name=''",), "model.name is empty", "model.name=my-model"),
+    (("quality.enabled=maybe",), "is not one of true, false, auto", "quality.enabled=true"),
+    (("quality.enabled=atuo",), "is not one of true, false, auto", "quality.enabled=auto"),
     (
         ("batch.batch_size=many",),
         "batch.batch_size=many is not a whole number",

@@ -118,7 +118,8 @@ def _replace(path: tuple[Any, ...], detail: Any, tree: dict[str, Any]) -> None:
         return
     context = detail.get("ctx") or {}
     if detail["type"] == "literal_error":
-        parent[path[-1]] = choices_in(str(context["expected"]))[0]
+        first = choices_in(str(context["expected"]))[0]
+        parent[path[-1]] = {"true": True, "false": False}.get(first, first)
     elif context.get("instead") is not None:
         parent[path[-1]] = context["instead"]
     elif (usable := usable_value(path)) is not MISSING:

@@ -295,6 +295,11 @@ def _kv_cache(config: RunConfig) -> Iterator[Problem]:
 
 
 def _model(config: RunConfig) -> Iterator[Problem]:
+    if not config.model.name.strip():
+        yield Problem(
+            "model.name is empty: tables and logs would name no model. Set model.name=my-model",
+            ("model.name",),
+        )
     model = config.model
     if model.model_type is None and model.source is None:
         yield Problem(

@@ -395,7 +395,7 @@ class CalibrateConfig:
 class QualityConfig:
     """Scoring of a run's text against the unquantised model, and what is good enough."""
 
-    enabled: bool | Literal["auto"] = False
+    enabled: Literal[True, False, "auto"] = False
     """Score after the timed generations; only for weights=pretrained.
 
     auto: where that is possible and takes no more than a minute or so, else say why not.

@@ -34,6 +34,8 @@ KINDS = {
     "dataclass": "a group of settings",
 }
 """First word of pydantic's error types -> what was expected."""
+SWITCHES = {"True": "true", "False": "false"}
+"""How Python writes what YAML writes otherwise."""
 
 
 def validation_problem(detail: Any, given: str) -> str:
@@ -132,8 +134,9 @@ def choices_of(group: str) -> list[str]:
 
 
 def choices_in(expected: str) -> list[str]:
-    """Read choices from pydantic's text: "'a', 'b' or 'c'"."""
-    return expected.replace(" or ", ", ").replace("'", "").split(", ")
+    """Read choices from pydantic's text, "'a', True or 'c'", as people type them."""
+    listed = expected.replace(" or ", ", ").split(", ")
+    return [SWITCHES.get(choice, choice.strip("'")) for choice in listed]
 
 
 def _instead(path: tuple[Any, ...], context: dict[str, Any]) -> str:
