@@ -3,12 +3,14 @@
 The first table gives keys and values read per second as a share of the read bandwidth that is
 measured beside it, in turn. Buffers rotate over more memory than the processor's caches hold.
 The second gives decode tokens/s of whole runs with each placement of the KV cache, in turn, and how
-long their prefill takes.
+long their prefill takes. It begins with the smallest and says how long all may take; what memory
+does not hold is a dash, with the reason on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -17,13 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+import zinfer
 from zinfer import __version__
 from zinfer.machine.processor import cpu_model_name
+from zinfer.model.spec import ModelSpec
 from zinfer.worker.kv_cache.codes import quantise
 from zinfer.worker.kv_cache.kernel import Rows, Scoring, by_sdpa, compiled, library
 
@@ -63,13 +67,30 @@ LLAMA = [
     ),
 ]
 MODELS = {"opt-125m": ["model=opt-125m"], "opt-1.3b": ["model=opt-1.3b"], "LLaMA, 32/4": LLAMA}
+OFFLOADED = "transformers' offloaded"
 PLACEMENTS = {
     "device": ["kv_cache=device"],
+    OFFLOADED: ["kv_cache=device"],
     "host": ["kv_cache=host"],
+    "host, 8 bits": ["kv_cache=host", "kv_cache.bits=8"],
+    "host, 4 bits": ["kv_cache=host", "kv_cache.bits=4"],
     "host_attention": ["kv_cache=host_attention"],
     "host_attention, 8 bits": ["kv_cache=host_attention", "kv_cache.bits=8"],
     "host_attention, 4 bits": ["kv_cache=host_attention", "kv_cache.bits=4"],
 }
+NEW_TOKENS = 16
+RUN = [
+    "dtype=bfloat16",
+    "engine=resident",
+    f"batch.new_tokens={NEW_TOKENS}",
+    "batch.warmup=0",
+    "batch.repeats=1",
+]
+SMALL = ["model=tiny-llama", "batch.batch_size=1", "batch.prompt_tokens=8"]
+START_S = 14.0
+"""Seconds of a run before its prefill: imports, random weights."""
+DEVICE_SHARE = 0.08
+"""Share of the read bandwidth at which the slowest placement reads its cache; on two cores."""
 
 
 def stored(values: torch.Tensor, kind: torch.dtype | int) -> Rows:
@@ -162,70 +183,112 @@ def shape_cells(
     return cells
 
 
-def decode_and_prefill(folder: Path, overrides: list[str]) -> tuple[float, float] | None:
+def decode_and_prefill(folder: Path, name: str, overrides: list[str]) -> tuple[float, float] | None:
     """Run one job; its decode tokens/s and prefill seconds, or None where it did not end well."""
+    words = [*overrides, *PLACEMENTS[name], *RUN]
+    zinfer = [sys.executable, "-m", "zinfer", *words, "tracking=none", "format=json"]
+    offloaded = [sys.executable, str(HERE / "offloaded_cache.py"), *words]
     done = subprocess.run(
-        [sys.executable, "-m", "zinfer", *overrides, "tracking=none", "format=json"],
+        offloaded if name == OFFLOADED else zinfer,
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    result = json.loads(done.stdout)
-    if result["status"] != "ok":
-        print(f"{' '.join(overrides)}: {result['status']}: {result.get('reason')}", file=sys.stderr)
+    lines = done.stdout.strip()
+    result = json.loads(lines if name != OFFLOADED else lines.splitlines()[-1]) if lines else {}
+    metrics = result.get("metrics", result)
+    if "decode_tokens_per_s" not in metrics:
+        reason = result.get("reason") or done.stderr[-500:]
+        print(f"{name}: {' '.join(overrides)}: {reason}", file=sys.stderr)
         return None
-    metrics = result["metrics"]
     return float(metrics["decode_tokens_per_s"]), float(metrics["prefill_s"])
 
 
-def run_table(models: list[str], batches: list[int], lengths: list[int], rounds: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One line of the table of runs."""
+
+    model: str
+    spec: ModelSpec
+    rows: int
+    prompt_tokens: int
+
+    @property
+    def overrides(self) -> list[str]:
+        """Return the words that choose the model and its batch."""
+        batch = [f"batch.batch_size={self.rows}", f"batch.prompt_tokens={self.prompt_tokens}"]
+        return [*MODELS[self.model], *batch]
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Estimate one run from the rates of a matrix product and of reading memory."""
+        values = sum(layer.values_per_token for layer in self.spec.kv_layers or ())
+        kv_bytes = 2 * values * self.rows * self.prompt_tokens
+        step_s = (2 * self.spec.num_parameters + kv_bytes / DEVICE_SHARE) / bytes_per_s
+        flops = 2 * self.spec.num_parameters * self.rows * self.prompt_tokens
+        return START_S + flops / flops_per_s + NEW_TOKENS * step_s
+
+
+def cells_of(models: list[str], batches: list[int], lengths: list[int]) -> list[Cell]:
+    """List the lines; a prompt ends where the model's positions leave room for the new tokens."""
+    cells = []
+    for model in models:
+        spec = zinfer.model_spec(zinfer.compose(overrides=[*MODELS[model], *RUN]))
+        most = (spec.max_positions or sys.maxsize) - NEW_TOKENS
+        for batch, length in itertools.product(batches, lengths):
+            cells.append(Cell(model=model, spec=spec, rows=batch, prompt_tokens=min(length, most)))
+    return cells
+
+
+def run_table(cells: list[Cell], rounds: int, names: list[str]) -> None:
     """Print decode tokens/s of each placement; speed and prefill also as ratios to the device."""
-    print("\n| model | rows | prompt + new tokens | " + " | ".join(PLACEMENTS) + " |")
-    print("| --- | --- | --- |" + " --- |" * len(PLACEMENTS))
     with tempfile.TemporaryDirectory(prefix="bench-kv-", dir=Path.cwd()) as scratch:
-        for model in models:
-            for batch in batches:
-                for length in lengths:
-                    found: dict[str, list[tuple[float, float]]] = {n: [] for n in PLACEMENTS}
-                    for _ in range(rounds):
-                        for name, placement in PLACEMENTS.items():
-                            measured = decode_and_prefill(
-                                Path(scratch),
-                                [
-                                    *MODELS[model],
-                                    *placement,
-                                    "dtype=bfloat16",
-                                    f"batch.batch_size={batch}",
-                                    f"batch.prompt_tokens={length}",
-                                    "batch.new_tokens=16",
-                                    "batch.warmup=0",
-                                    "batch.repeats=1",
-                                    "engine=resident",
-                                ],
-                            )
-                            if measured is not None:
-                                found[name].append(measured)
-                    print(row(model, batch, length, found), flush=True)
+        folder = Path(scratch)
+        if OFFLOADED in names and decode_and_prefill(folder, OFFLOADED, SMALL) is None:
+            names = [name for name in names if name != OFFLOADED]
+            print(f"\n{OFFLOADED} cache does not run here; the reason is on stderr")
+        say_how_long(cells, rounds * len(names))
+        print("\n| model | rows | prompt + new tokens | " + " | ".join(names) + " |")
+        print("| --- | --- | --- |" + " --- |" * len(names))
+        for cell in cells:
+            found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+            for _ in range(rounds):
+                for name in names:
+                    measured = decode_and_prefill(folder, name, cell.overrides)
+                    if measured is not None:
+                        found[name].append(measured)
+            print(row(cell, found), flush=True)
 
 
-def row(model: str, batch: int, length: int, found: dict[str, list[tuple[float, float]]]) -> str:
+def say_how_long(cells: list[Cell], runs_of_each: int) -> None:
+    """Estimate the minutes of all runs."""
+    matrix = torch.randn(2048, 2048).bfloat16()
+    flops_per_s = 2 * 2048**3 / timed(lambda _: matrix @ matrix, 3)
+    memory = torch.ones(ROTATED_BYTES // 8, dtype=torch.int64)
+    bytes_per_s = memory.nbytes / timed(lambda _: memory.sum(), 3)
+    seconds = runs_of_each * sum(cell.seconds(flops_per_s, bytes_per_s) for cell in cells)
+    count = len(cells) * runs_of_each
+    print(f"\n{count} runs, about {seconds / 60:.0f} minutes", flush=True)
+
+
+def row(cell: Cell, found: dict[str, list[tuple[float, float]]]) -> str:
     """Write a line of the table of runs.
 
     A cell has the decode tokens/s; then, as ratios to the cache on the device, these tokens/s with
     their lowest and highest round, and the prefill's seconds.
     """
-    plain = found["device"]
+    plain = found.get("device", [])
     cells = []
     for name, measured in found.items():
         if not measured:
             cells.append("-")
             continue
-        cell = f"{statistics.median(rate for rate, _ in measured):.1f}"
+        text = f"{statistics.median(rate for rate, _ in measured):.1f}"
         if name != "device" and len(plain) == len(measured):
             faster = [ours[0] / theirs[0] for ours, theirs in zip(measured, plain, strict=True)]
             slower = [ours[1] / theirs[1] for ours, theirs in zip(measured, plain, strict=True)]
-            cell += f" ({statistics.median(faster):.2f}x, {min(faster):.2f} to {max(faster):.2f}; "
-            cell += f"prefill {statistics.median(slower):.2f}x)"
-        cells.append(cell)
-    return f"| {model} | {batch} | {length} + 16 | " + " | ".join(cells) + " |"
+            text += f" ({statistics.median(faster):.2f}x, {min(faster):.2f} to {max(faster):.2f}; "
+            text += f"prefill {statistics.median(slower):.2f}x)"
+        cells.append(text)
+    shape = f"{cell.rows} | {cell.prompt_tokens} + {NEW_TOKENS}"
+    return f"| {cell.model} | {shape} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -237,8 +300,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, os.cpu_count() or 1])
     parser.add_argument("--shapes", type=int, nargs="*", help="numbers of the shapes to measure")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024])
+    parser.add_argument("--placements", nargs="*", default=list(PLACEMENTS), choices=PLACEMENTS)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32, 64])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048])
     arguments = parser.parse_args()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -253,7 +317,8 @@ def main() -> None:
         shapes = [SHAPES[at] for at in arguments.shapes] if arguments.shapes else SHAPES
         kernel_table(arguments.repeats, arguments.threads, shapes)
     if arguments.only != "kernels":
-        run_table(arguments.models, arguments.batches, arguments.lengths, arguments.rounds)
+        cells = cells_of(arguments.models, arguments.batches, arguments.lengths)
+        run_table(cells, arguments.rounds, arguments.placements)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from multirun_analysis.published.rows import read_published
 from tests.helpers.composing import composed
 from tests.helpers.planning import planned, profile
 from zinfer.config import ConfigError
-from zinfer.machine.measured import HostAttentionTime
+from zinfer.machine.measured import HostAttentionTime, PackingTime
 from zinfer.model.kv_layout import KvLayer
 from zinfer.plan.advice import advice_document
 from zinfer.plan.fit import fitting_changes
 from zinfer.plan.kv_placement import KvBytes, kv_bytes
+from zinfer.plan.kv_seconds import kv_copy_seconds
 from zinfer.plan.kv_traffic import HOST_ATTENTION_SHARE, moved_read_bytes
 from zinfer.plan.page import kv_lines
 from zinfer.plan.planned import Planned, plan_run
@@ -157,7 +158,9 @@ def test_a_prediction_reads_the_cache_at_the_kernels_share_of_host_memory() -> N
     share = HOST_ATTENTION_SHARE["compiled", grouped]
     assert parts["device"]["attention"] == pytest.approx(2 * read / 10e9)
     assert parts["host"]["attention"] == pytest.approx(read / 10e9)
-    assert parts["host"]["kv cache to the device"] == pytest.approx(read / 10e9)
+    assert parts["host"]["kv cache to the device"] == pytest.approx(2 * read / 10e9), (
+        "read, written"
+    )
     assert parts["host_attention"]["attention"] == 0
     assert parts["host_attention"]["attention on the host"] == pytest.approx(read / 10e9 / share)
 
@@ -190,6 +193,26 @@ def test_a_calibrated_kernel_predicts_attention_on_the_host(
     assert run.prediction.parts["attention on the host"] == pytest.approx(
         by * stored / 2 * (1 / rates[0] + 1 / rates[1]), rel=1e-2
     )
+
+
+@pytest.mark.parametrize(("bits", "halves"), [("kv_cache.bits=8", 2), ("kv_cache.value_bits=8", 1)])
+def test_packing_is_predicted_for_the_prompt_and_for_each_new_token(bits: str, halves: int) -> None:
+    measured = tuple(
+        PackingTime(bits=8, dtype="float32", values=values, seconds=values / 1e6, spread=0.0)
+        for values in (10, 10**6)
+    )
+    found = profile(host_packing=measured)
+    run = planned(
+        *TINY, "hardware.accelerator=cpu", "offload=none", "kv_cache=host_attention", bits,
+        "kv_cache.group_size=16", "batch.prompt_tokens=100", profile=found,
+    )  # fmt: skip
+    assert run.spec.kv_layers is not None
+    a_token = 4 * sum(layer.values_per_token for layer in run.spec.kv_layers) / 2
+    plain = 2 * 4 * a_token * (2 - halves) / 10e9  # float32, read and written
+    prompt = kv_copy_seconds(run.spec, run.config, found, 100, 100)
+    assert prompt == {"kv cache to the host": pytest.approx(100 * (halves * a_token / 1e6 + plain))}
+    step = run.prediction.parts["kv cache to the host"]
+    assert step == pytest.approx(halves * a_token / 1e6 + plain)
 
 
 LLAMA = ("model=llama-2-70b", "batch=paper", "dtype=int4", "dtype.compute=float16",
@@ -246,6 +269,17 @@ def test_a_plan_warns_of_what_gains_nothing(overrides: tuple[str, ...], says: st
     [
         (("model=deepseek-v3", "kv_cache=host_attention"), "MLA"),
         (("model=opt-125m", "kv_cache=host", "kv_cache.device_layers=13"), "has 12 layers"),
+        (("model=opt-125m", "kv_cache=host", "kv_cache.device_layers=12"),
+         "Set kv_cache.device_layers=11 or fewer, or kv_cache=device"),
+        (("model=opt-2.7b", "kv_cache=host", "kv_cache.bits=8"), "kv_cache.group_size=80"),
+        (("model=tiny-opt", "model.overrides.hidden_size=160", "kv_cache=host", "kv_cache.bits=8"),
+         "kv_cache.group_size=40"),
+        (("model=tiny-opt", "model.overrides.hidden_size=92", "kv_cache=host", "kv_cache.bits=4"),
+         "Set kv_cache.bits=16"),
+        (("model=tiny-opt", "model.overrides.hidden_size=160", "kv_cache=host_attention",
+          "kv_cache.kernel=compiled"), "a head dimension of 40"),
+        (("model=opt-125m", "kv_cache=host_attention", "kv_cache.kernel=compiled",
+          "kv_cache.bits=4", "kv_cache.group_size=16"), "a multiple of 32, not of 16"),
         (("model=gpt-oss-20b", "kv_cache=host", "kv_cache.bits=8", "kv_cache.group_size=48"),
          "kv_cache.group_size=64"),
     ],

@@ -282,6 +282,7 @@ def _kv_cache(config: RunConfig) -> Iterator[Problem]:
         "kv_cache.bits": kv.bits != 16,
         "kv_cache.key_bits": kv.key_bits is not None,
         "kv_cache.value_bits": kv.value_bits is not None,
+        "kv_cache.group_size": kv.group_size != 64,
         "kv_cache.device_layers": kv.device_layers != 0,
         "kv_cache.pin_memory": kv.pin_memory is not None,
         "kv_cache.kernel": kv.kernel != "auto",

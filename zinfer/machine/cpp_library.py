@@ -29,9 +29,11 @@ FOLDER = "kernels"
 
 DECODE_ATTENTION = Path(__file__).parents[1] / "worker" / "kv_cache" / "decode_attention.cpp"
 """Attention on the host: beside the worker's code that calls it."""
+PACK_CODES = DECODE_ATTENTION.parent / "pack_codes.cpp"
+"""Packing of floats into codes of 8 or 4 bits, of keys and values and of weights."""
 PRODUCTS = Path(__file__).parents[1] / "worker" / "quantised" / "products.cpp"
 """Products with packed weights, and of few rows with 16-bit weights."""
-SOURCES = (DECODE_ATTENTION, PRODUCTS)
+SOURCES = (DECODE_ATTENTION, PACK_CODES, PRODUCTS)
 
 
 class CannotBuild(RuntimeError):
@@ -92,9 +94,15 @@ def sources_of(config: RunConfig, *, on_cpu: bool) -> tuple[Path, ...]:
     """
     kv, dtype = config.kv_cache, config.dtype
     attends = kv.placement == "host_attention" and kv.kernel != "torch"
+    is_packed = kv.is_offloaded and min(kv.bits_of_keys, kv.bits_of_values) < 16
+    by_ours = dtype.kernel in ("auto", "compiled")
     has_products = dtype.bits is not None or (on_cpu and config.chooses_products)
-    multiplies = has_products and dtype.kernel in ("auto", "compiled")
-    return (*((DECODE_ATTENTION,) if attends else ()), *((PRODUCTS,) if multiplies else ()))
+    wanted = {
+        DECODE_ATTENTION: attends,
+        PACK_CODES: (is_packed and kv.kernel != "torch") or (dtype.bits is not None and by_ours),
+        PRODUCTS: has_products and by_ours,
+    }
+    return tuple(source for source in SOURCES if wanted[source])
 
 
 def is_built(source: Path) -> bool:

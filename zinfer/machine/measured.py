@@ -72,6 +72,18 @@ class HostAttentionTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackingTime:
+    """Time to pack keys or values of one layer into codes, on the processor."""
+
+    bits: int
+    dtype: str
+    """Type of what is packed."""
+    values: int
+    seconds: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class NvmeRate:
     """Rate of reading or writing one file through DeepSpeed's aio handle."""
 

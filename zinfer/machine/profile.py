@@ -20,6 +20,7 @@ from zinfer.machine.measured import (
     ModeCost,
     NvmeRate,
     PackedTime,
+    PackingTime,
     Rate,
     StreamCost,
 )
@@ -60,6 +61,8 @@ class CalibrationProfile:
     """Empty in profiles of before there was such a kernel: then it is not predicted."""
     host_attention: tuple[HostAttentionTime, ...] = ()
     """Empty in older profiles: then shares of `host_read` are taken."""
+    host_packing: tuple[PackingTime, ...] = ()
+    """Empty in older profiles: then packing is not predicted."""
     attention: dict[str, Rate]
     """dtype -> bytes of keys and values that a decode step's attention reads in a second."""
     attention_flops: dict[str, Rate]
@@ -136,6 +139,15 @@ class CalibrationProfile:
         nearest = min({row.shared_by for row in found}, key=lambda by: abs(log(by / shared_by)))
         points = sorted((row.kv_bytes, row.seconds) for row in found if row.shared_by == nearest)
         return _interpolate(points, kv_bytes)
+
+    def packing_s(self, bits: int, dtype: str, values: float) -> float:
+        """Return seconds of packing so many values into codes; 0 where it was not measured."""
+        points = sorted(
+            (row.values, row.seconds)
+            for row in self.host_packing
+            if (row.bits, row.dtype) == (bits, dtype)
+        )
+        return _interpolate(points, values) if points and values > 0 else 0.0
 
     @cached_property
     def _kernel_tables(self) -> dict[tuple[str, bool], Table]:

@@ -24,6 +24,7 @@ from zinfer.machine.measured import (
     ModeCost,
     NvmeRate,
     PackedTime,
+    PackingTime,
     Rate,
     StreamCost,
 )
@@ -103,6 +104,7 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
     values["host_attention"] = tuple(
         HostAttentionTime(**row) for row in values.get("host_attention", ())
     )
+    values["host_packing"] = tuple(PackingTime(**row) for row in values.get("host_packing", ()))
     values["nvme"] = tuple(
         NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"]
     )

@@ -18,6 +18,11 @@ MOVABLE_KINDS = frozenset({"mha", "gqa", "mla", "sliding"})
 """Layers that keep keys and values and nothing else; every other layer stays on the device."""
 SCALE_BYTES = 4
 """A scale and a minimum in float16."""
+KERNEL_DIM_MULTIPLE, KERNEL_LARGEST_DIM = 16, 512
+"""Head dimensions that the compiled attention kernel reads."""
+KERNEL_GROUP_MULTIPLE = {16: 1, 8: 16, 4: 32}
+"""Bits -> what the group size must be a multiple of for the compiled attention kernel."""
+SMALLEST_GROUP = 16
 FETCH_SLOTS = 2
 """Layers that `host` keeps on the device: the one that computes and the one that comes."""
 
@@ -132,10 +137,12 @@ def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
     if not kinds & MOVABLE_KINDS:
         has = "compresses its keys" if "compressed" in kinds else "has no layer of keys and values"
         yield f"kv_cache={kv.placement}: {spec.name} {has}. Set kv_cache=device"
-    if kv.device_layers > spec.num_layers:
+    elif not any(moved_layers(spec, config)):
+        last = max(n for n, layer in enumerate(spec.kv_layers) if layer.kind in MOVABLE_KINDS)
         yield (
-            f"kv_cache.device_layers={kv.device_layers}, but {spec.name} has {spec.num_layers} "
-            f"layers. Set kv_cache.device_layers={spec.num_layers - 1} or fewer"
+            f"kv_cache.device_layers={kv.device_layers} leaves no KV cache in host memory: "
+            f"{spec.name} has {spec.num_layers} layers. "
+            f"Set kv_cache.device_layers={last} or fewer, or kv_cache=device"
         )
     quantised = min(kv.bits_of_keys, kv.bits_of_values) < 16
     if "mla" in kinds and kv.placement == "host_attention":
@@ -148,13 +155,40 @@ def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
             f"kv_cache.bits={kv.bits}: {spec.name} keeps latent vectors (MLA), which are stored "
             "as computed only. Set kv_cache.bits=16"
         )
-    if quantised and "mla" not in kinds and spec.head_dim % kv.group_size:
-        fitting = next(
-            size for size in (128, 96, 80, 64, 48, 32, 16, 1) if spec.head_dim % size == 0
-        )
+    if quantised and "mla" not in kinds:
+        yield from _group_problems(spec, config)
+    if kv.kernel == "compiled" and kv.placement == "host_attention":
+        yield from _kernel_problems(spec, config)
+
+
+def _group_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
+    """Yield why codes of this model's heads cannot have groups of this size."""
+    kv, dim = config.kv_cache, spec.head_dim
+    has_four = 4 in (kv.bits_of_keys, kv.bits_of_values)
+    sizes = (128, 96, 80, 64, 48, 32, *range(128, SMALLEST_GROUP - 1, -1))
+    fits = [size for size in sizes if dim % size == 0 and not (has_four and size % 2)]
+    advice = f"kv_cache.group_size={fits[0]}" if fits else "kv_cache.bits=16"
+    if dim % kv.group_size:
         yield (
             f"kv_cache.group_size={kv.group_size} does not divide the head dimension of "
-            f"{spec.name}, {spec.head_dim}. Set kv_cache.group_size={fitting}"
+            f"{spec.name}, {dim}. Set {advice}"
         )
-    if 4 in (kv.bits_of_keys, kv.bits_of_values) and kv.group_size % 2:
-        yield "kv_cache.group_size must be even for 4 bits. Set kv_cache.group_size=64"
+    elif has_four and kv.group_size % 2:
+        yield f"kv_cache.group_size={kv.group_size} must be even for 4 bits. Set {advice}"
+
+
+def _kernel_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
+    """Yield why the compiled attention kernel, which is asked for, cannot read this cache."""
+    kv, dim = config.kv_cache, spec.head_dim
+    if dim % KERNEL_DIM_MULTIPLE or dim > KERNEL_LARGEST_DIM:
+        yield (
+            f"kv_cache.kernel=compiled: {spec.name} has a head dimension of {dim}, which is no "
+            f"multiple of {KERNEL_DIM_MULTIPLE} up to {KERNEL_LARGEST_DIM}. "
+            "Set kv_cache.kernel=auto"
+        )
+    for bits in sorted({kv.bits_of_keys, kv.bits_of_values}):
+        if bits < 16 and kv.group_size % KERNEL_GROUP_MULTIPLE[bits]:
+            yield (
+                f"kv_cache.kernel=compiled reads {bits} bits in groups of a multiple of "
+                f"{KERNEL_GROUP_MULTIPLE[bits]}, not of {kv.group_size}. Set kv_cache.kernel=auto"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zinfer.config import RunConfig
+from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.machine.measured import Rate
 from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec
@@ -55,24 +55,67 @@ def kv_copy_seconds(
 ) -> dict[str, float] | None:
     """Return seconds by cause that a cache in host memory adds to a pass; empty on the device.
 
-    None: the link was not measured. Packing codes of 8 or 4 bits is not counted: not measured.
+    None: the link was not measured. On a GPU packing codes is not counted: it was not measured.
     """
     if not config.kv_cache.is_offloaded:
         return {}
     rows, on_cpu = config.batch.batch_size, profile.device_kind == "cpu"
     plain, stored = moved_read_bytes(spec, config, rows, context)
-    moved = kv_traffic(spec, config, rows, new=new, context=context, aliased=on_cpu)
+    if on_cpu:
+        return _copied_in_host_memory(spec, config, profile, new, plain, stored)
+    moved = kv_traffic(spec, config, rows, new=new, context=context, aliased=False)
     to_device, to_host = _links(config, profile)
-    if not on_cpu and (to_device is None or to_host is None):
+    if to_device is None or to_host is None:
         return None
-    out_s = moved.to_host_bytes / to_host.median if to_host else 0.0
-    in_s = moved.to_device_bytes / to_device.median if to_device else 0.0
+    out_s = moved.to_host_bytes / to_host.median
+    in_s = moved.to_device_bytes / to_device.median
     if new > 1:
-        return {KV_TO_HOST: stored / profile.host_copy.median if on_cpu else out_s}
+        return {KV_TO_HOST: out_s}
     if config.kv_cache.placement == "host":
-        # on a CPU the device's slot is host memory too
-        return {KV_TO_DEVICE: plain / profile.host_copy.median if on_cpu else in_s}
+        return {KV_TO_DEVICE: in_s}
     return {HOST_ATTENTION: _attended_s(spec, config, profile, stored) + out_s + in_s}
+
+
+def _copied_in_host_memory(
+    spec: ModelSpec,
+    config: RunConfig,
+    profile: CalibrationProfile,
+    new: int,
+    plain: float,
+    stored: float,
+) -> dict[str, float]:
+    """Return seconds by cause where the device's memory is the host's.
+
+    Args:
+        plain: bytes of keys and values that are attended to, as computed.
+        stored: the same as they are stored.
+    """
+    if new > 1:
+        return {KV_TO_HOST: _stored_s(spec, config, profile, plain)}
+    token, _ = moved_read_bytes(spec, config, config.batch.batch_size, 1)
+    kept = {KV_TO_HOST: _stored_s(spec, config, profile, token)}
+    if config.kv_cache.placement == "host":  # read as stored, written to the slot as computed
+        return kept | {KV_TO_DEVICE: (stored + plain) / profile.host_copy.median}
+    return kept | {HOST_ATTENTION: _attended_s(spec, config, profile, stored)}
+
+
+def _stored_s(
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, plain: float
+) -> float:
+    """Return the seconds of storing new keys and values of all layers, `plain` bytes as computed.
+
+    Half of them are keys. 16 bits are read and written once; codes are packed layer by layer.
+    """
+    layers = max(1, sum(1 for _ in moved_layers(spec, config)))
+    seconds = 0.0
+    for bits in (config.kv_cache.bits_of_keys, config.kv_cache.bits_of_values):
+        half = plain / 2
+        if bits == 16:
+            seconds += 2 * half / profile.host_copy.median
+        else:
+            values = half / ITEMSIZE_BYTES[spec.dtype] / layers
+            seconds += layers * profile.packing_s(bits, spec.dtype, values)
+    return seconds
 
 
 def _attended_s(
@@ -94,9 +137,7 @@ def _attended_s(
 
 
 def _links(config: RunConfig, profile: CalibrationProfile) -> tuple[Rate | None, Rate | None]:
-    """Return the link's rates (to the device, to the host). None on a CPU, and where unmeasured."""
-    if profile.device_kind == "cpu":
-        return None, None
+    """Return the link's rates (to the device, to the host). None where unmeasured."""
     if config.kv_cache.pin_memory is False:  # pageable copies were measured one way only
         return profile.host_to_device_pageable, profile.host_to_device_pageable
     return profile.host_to_device_pinned, profile.device_to_host_pinned

@@ -26,7 +26,7 @@ from zinfer.machine.huge_pages import into_huge_pages
 from zinfer.plan.own_products import MOST_ROWS
 from zinfer.units import MIB
 from zinfer.worker.imports import import_everything
-from zinfer.worker.kv_cache.rates import host_attention_times
+from zinfer.worker.kv_cache.rates import host_attention_times, packing_times
 from zinfer.worker.quantised.rates import BITS, packed_times
 
 ROWS = (1, 2, 3, 4, 8, 16, 64, 256, 1024)
@@ -83,6 +83,7 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in dtypes}
     events.phase("attention on the host")
     found["host_attention"] = [row for dtype in dtypes for row in host_attention_times(dtype)]
+    found["host_packing"] = [row for dtype in dtypes for row in packing_times(dtype)]
     events.phase("NVMe")
     native_ops.adopt(native_ops.all_ops())
     found |= nvme_rates(own_swap_folder(config.offload.nvme_path, job_dir), events)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -10,6 +12,7 @@ from tests.helpers.composing import composed
 from tests.helpers.tiny_models import FAMILIES, tiny_model
 from zinfer.config import ConfigError
 from zinfer.worker.kv_cache import cache as cache_module
+from zinfer.worker.kv_cache import kernel, packer
 from zinfer.worker.kv_cache.trial import TESTED, require_trial, trial
 
 
@@ -54,3 +57,20 @@ def test_a_cache_that_loses_a_token_is_found_and_the_run_refused(
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"kv_cache=host_attention: qwen2 .* Set kv_cache=device"):
         require_trial(config)
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (kernel, ("kv_cache=host_attention",)),
+        (packer, ("kv_cache=host", "kv_cache.bits=8", "kv_cache.group_size=32")),
+    ],
+    ids=["attention", "packing"],
+)
+def test_a_kernel_that_was_asked_for_and_cannot_be_compiled_is_refused(
+    module: ModuleType, settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "library", lambda: "no C++ compiler was found")
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler was found. Set kv_cache.kernel=auto"):
+        require_trial(composed("model=tiny-llama", "kv_cache.kernel=compiled", *settings))
+    assert require_trial(composed("model=tiny-llama", *settings)) is None

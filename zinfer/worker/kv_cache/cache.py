@@ -91,6 +91,17 @@ class HostCache(Cache):
             known = self._biases[id(mask)] = (mask, layer.in_slot_order(bias))
         return known[1]
 
+    def settle_all_but_last(self, writing: HostLayer) -> None:
+        """Empty the staging buffers of a prompt, except those of the layer before `writing`.
+
+        All layers of a prompt would hold as much again as the whole cache. One copy stays on its
+        way while the next layer computes.
+        """
+        index = self.on_host.index(writing)
+        for layer in self.on_host[: max(0, index - 1)]:
+            if layer.is_staged:
+                layer.settle()
+
     def reset(self) -> None:
         """Forget all tokens, and keep the buffers for the next generation."""
         super().reset()

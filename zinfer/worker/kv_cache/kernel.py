@@ -16,11 +16,15 @@ from functools import cache
 import torch
 
 from zinfer.machine.cpp_library import DECODE_ATTENTION, CannotBuild, build_library
+from zinfer.plan.kv_placement import (
+    KERNEL_DIM_MULTIPLE,
+    KERNEL_GROUP_MULTIPLE,
+    KERNEL_LARGEST_DIM,
+)
 from zinfer.worker.kv_cache.codes import dequantise
 
 MASKED = -1e30
 """Added to the score of a token that must not be seen. Finite, so that no row becomes NaN."""
-DIM_MULTIPLE, LARGEST_DIM = 16, 512
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODE_KINDS = {8: 3, 4: 4}
 
@@ -98,10 +102,10 @@ def library() -> ctypes.CDLL | str:
 def unsupported(keys: Rows, values: Rows) -> str | None:
     """Say why the compiled kernel cannot read these keys and values; None where it can."""
     for name, rows in (("keys", keys), ("values", values)):
-        if rows.dim % DIM_MULTIPLE or rows.dim > LARGEST_DIM:
-            allowed = f"no multiple of {DIM_MULTIPLE} up to {LARGEST_DIM}"
+        if rows.dim % KERNEL_DIM_MULTIPLE or rows.dim > KERNEL_LARGEST_DIM:
+            allowed = f"no multiple of {KERNEL_DIM_MULTIPLE} up to {KERNEL_LARGEST_DIM}"
             return f"{name} have {rows.dim} values a head: {allowed}"
-        least = {16: 1, 8: 16, 4: 32}[rows.bits]
+        least = KERNEL_GROUP_MULTIPLE[rows.bits]
         if rows.bits < 16 and rows.group_size % least:
             size = f"groups of {rows.group_size}, no multiple of {least}"
             return f"{name} in {rows.bits} bits have {size}"
@@ -178,7 +182,7 @@ def half_compiled(
         not isinstance(lib, ctypes.CDLL)
         or not fits
         or rows.dtype not in KINDS
-        or dim % DIM_MULTIPLE
+        or dim % KERNEL_DIM_MULTIPLE
     ):
         return None
     given = vectors.float().contiguous()

@@ -116,6 +116,8 @@ class HostLayer(CacheLayerMixin):
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Copy new tokens into the store."""
         assert self.stored is not None
+        if key_states.shape[2] > 1:
+            self.cache.settle_all_but_last(self)
         for part, states in zip(self.stored, (key_states, value_states), strict=True):
             part.write(states, self.past, self._copy)
         self.past += key_states.shape[2]
@@ -137,9 +139,14 @@ class HostLayer(CacheLayerMixin):
                 place.copy_(dense, non_blocking=True)
                 self._waiting.append((lanes.mark(), place, place))
                 return
-            staged = torch.empty(dense.shape, dtype=dense.dtype, pin_memory=memory.pin)
+            staged = memory.staging(dense)
             staged.copy_(dense, non_blocking=True)
             self._waiting.append((lanes.mark(), place, staged))
+
+    @property
+    def is_staged(self) -> bool:
+        """True while tokens wait in buffers beside the store, which take memory too."""
+        return any(staged is not place for _, place, staged in self._waiting)
 
     def settle(self) -> None:
         """Wait until every copy to the host is complete and in its place."""

@@ -67,6 +67,10 @@ class Memory:
         self.host_bytes += wanted
         return torch.empty(shape, dtype=dtype, pin_memory=self.pin)
 
+    def staging(self, like: torch.Tensor) -> torch.Tensor:
+        """Return a buffer for tokens on their way to places that are not in one piece."""
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.pin)
+
     def device(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Time decode attention on the host on this machine, as it runs inside a step."""
+"""Time decode attention on the host and packing of codes on this machine, as a run does them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zinfer.units import MIB
-from zinfer.worker.kv_cache.codes import quantise
+from zinfer.worker.kv_cache.codes import quantise, quantise_into
 from zinfer.worker.kv_cache.kernel import HostAttention, Rows, Scoring
 
 BITS = (16, 8, 4)
@@ -24,6 +24,8 @@ COLD_BYTES = 96 * MIB
 WEIGHT_SIZE = 1024
 """Rows and columns of the matrix that is multiplied before each call, as a layer's products are."""
 BUDGET_S, MOST_COPIES = 0.05, 48
+PACKED_TOKENS = ((1, 1), (16, 1), (4, 256))
+"""(rows, tokens) that are packed: new tokens of a decode step, and a prompt."""
 
 
 def host_attention_times(dtype: str) -> Iterator[dict[str, Any]]:
@@ -53,6 +55,35 @@ def host_attention_times(dtype: str) -> Iterator[dict[str, Any]]:
                     "seconds": seconds,
                     "spread": spread,
                 }
+
+
+def packing_times(dtype: str) -> Iterator[dict[str, Any]]:
+    """Time how long one layer's keys, or values, take to become codes in their place.
+
+    Yields:
+        The fields of a machine.measured.PackingTime.
+    """
+    from zinfer.worker.calibrate_kernels import median_and_spread, samples_s
+
+    cpu = torch.device("cpu")
+    for bits in BITS[1:]:
+        for rows, tokens in PACKED_TOKENS:
+            shape = (rows, tokens, QUERY_HEADS, HEAD_DIM)
+            made = torch.randn(shape).to(getattr(torch, dtype)).transpose(1, 2)
+            place = quantise(made, bits, GROUP_SIZE)
+
+            def pack(_: int, made: Any = made, place: Any = place, bits: int = bits) -> None:
+                codes, scales = place
+                quantise_into(made, codes, scales, bits, GROUP_SIZE)
+
+            seconds, spread = median_and_spread(samples_s(pack, cpu, budget_s=BUDGET_S / 2))
+            yield {
+                "bits": bits,
+                "dtype": dtype,
+                "values": made.numel(),
+                "seconds": seconds,
+                "spread": spread,
+            }
 
 
 def _copies(

@@ -13,6 +13,7 @@ from zinfer.machine.memory import host_available_bytes
 from zinfer.plan.kv_placement import is_pinned
 from zinfer.plan.planned import Planned
 from zinfer.units import format_bytes
+from zinfer.worker.kv_cache import packer
 from zinfer.worker.kv_cache.cache import HostCache
 from zinfer.worker.kv_cache.memory import Traffic
 from zinfer.worker.kv_cache.routes import attached
@@ -97,6 +98,10 @@ def kv_session(model: Any, planned: Planned, events: EventLog) -> Iterator[KvSes
         yield KvSession(cache)
     for kind, how in cache.attention.said.items():
         events.write("note", message=f"attention on the host: {kind}: {how} ({route})")
+    if min(cache.keys.bits, cache.values.bits) < 16 and config.kv_cache.kernel != "torch":
+        problem = packer.library()
+        if isinstance(problem, str):
+            events.write("note", message=f"codes are packed by PyTorch, because {problem}")
 
 
 def host_cache(model: Any, config: RunConfig, *, on_gpu: bool) -> HostCache:
@@ -117,7 +122,7 @@ def host_cache(model: Any, config: RunConfig, *, on_gpu: bool) -> HostCache:
 
 def stored_as(kv: KvCacheConfig, bits: int) -> Format:
     """Describe how keys or values of so many bits are stored."""
-    return Format(bits=bits, group_size=kv.group_size)
+    return Format(bits=bits, group_size=kv.group_size, compiled=kv.kernel != "torch")
 
 
 def require_host_memory(planned: Planned) -> None:

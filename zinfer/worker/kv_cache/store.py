@@ -6,12 +6,12 @@ a new token overwrites the oldest. A layer without one has a slot for every toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from zinfer.worker.kv_cache.codes import dequantise, quantise
+from zinfer.worker.kv_cache.codes import dequantise, quantise, quantise_into
 from zinfer.worker.kv_cache.kernel import Rows
 from zinfer.worker.kv_cache.memory import Memory
 
@@ -26,10 +26,12 @@ class Format:
     Attributes:
         bits: 16: as computed, in whatever floating type; 8 or 4: codes with a scale per group.
         group_size: values along the head dimension that share a scale.
+        compiled: codes are packed by our C++ kernel where it can pack them.
     """
 
     bits: int = 16
     group_size: int = 64
+    compiled: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +85,26 @@ class Stored:
         kept = min(new.shape[2], self.shape.capacity)
         dropped = new.shape[2] - kept
         values = new[:, :, dropped:]
+        spans = pieces(past + dropped, kept, self.shape.capacity)
+        if self.format.bits < 16 and values.device.type == "cpu":
+            self._pack(values, spans)
+            return
         packed: tuple[torch.Tensor, ...] = (values,)
         if self.format.bits < 16:  # packed before it is copied, so that fewer bytes move
             packed = quantise(values, self.format.bits, self.format.group_size)
-        for slots, tokens in pieces(past + dropped, kept, self.shape.capacity):
+        for slots, tokens in spans:
             for part, source in zip(self.parts, packed, strict=True):
                 copy(self._view(part, slots), source[:, :, tokens])
+
+    def _pack(self, values: torch.Tensor, spans: Iterable[tuple[slice, slice]]) -> None:
+        """Write codes straight to their place, where the values are in host memory too."""
+        how = self.format
+        for slots, tokens in spans:
+            codes, scales = (self._view(part, slots) for part in self.parts)
+            quantise_into(
+                values[:, :, tokens], codes, scales, how.bits, how.group_size,
+                compiled=how.compiled,
+            )  # fmt: skip
 
     def _view(self, part: torch.Tensor, slots: slice) -> torch.Tensor:
         """Slots of a buffer as [batch, heads, tokens, ...]."""

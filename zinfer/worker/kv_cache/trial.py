@@ -15,6 +15,7 @@ import torch
 
 from zinfer.config import ConfigError, RunConfig
 from zinfer.model.hf import load_hf_config, model_class
+from zinfer.worker.kv_cache import kernel, packer
 from zinfer.worker.kv_cache.session import host_cache
 
 if TYPE_CHECKING:
@@ -53,14 +54,19 @@ PROMPT_TOKENS, NEW_TOKENS, ROWS = 13, 24, 3
 def require_trial(config: RunConfig) -> str | None:
     """Refuse a placement under which this architecture generates other tokens.
 
+    Refuse kv_cache.kernel=compiled too where no kernel can be compiled.
+
     Returns:
         A sentence about the trial; None where the family is one of those that are tested.
 
     Raises:
-        ConfigError: the tokens differ, or the architecture does not run this way.
+        ConfigError: the tokens differ, the architecture does not run this way, or there is no
+            kernel.
     """
     if not config.kv_cache.is_offloaded:
         return None
+    if config.kv_cache.kernel == "compiled":
+        _require_kernel(config)
     real = load_hf_config(config.model).get_text_config(decoder=True)
     if real.model_type in TESTED:
         return None
@@ -77,6 +83,17 @@ def require_trial(config: RunConfig) -> str | None:
         f"kv_cache={config.kv_cache.placement} was tried on a tiny {real.model_type}: "
         "its tokens are those of transformers' own cache"
     )
+
+
+def _require_kernel(config: RunConfig) -> None:
+    """Load the compiled kernels of this placement, or refuse the run."""
+    kv = config.kv_cache
+    wanted = [kernel.library] if kv.placement == "host_attention" else []
+    if min(kv.bits_of_keys, kv.bits_of_values) < 16:
+        wanted.append(packer.library)
+    for library in wanted:
+        if isinstance(problem := library(), str):
+            raise ConfigError([f"kv_cache.kernel=compiled: {problem}. Set kv_cache.kernel=auto"])
 
 
 def trial(real: PretrainedConfig, config: RunConfig) -> str | None:

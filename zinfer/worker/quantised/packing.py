@@ -112,8 +112,9 @@ def pack(weight: torch.Tensor, packing: Packing, dtype: torch.dtype) -> torch.Te
     codes, scales = packing.split(packed)
     for part, block in row_blocks(weight, packing):
         codes[part], scales[part] = quantise(
-            block, packing.bits, packing.group_size, symmetric=packing.symmetric
-        )
+            block, packing.bits, packing.group_size, symmetric=packing.symmetric,
+            compiled=packing.route in ("auto", "compiled"),
+        )  # fmt: skip
     return packed
 
 
