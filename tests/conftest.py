@@ -49,8 +49,7 @@ TOGETHER = {
     "tests/gpu/": "gpu",
     "tests/multirun_analysis/test_report_browser.py": "browser",
     "tests/test_package.py": "package",
-    "tests/worker/test_quality.py::test_the_demo_model_keeps_its_text": "quality",
-    "tests/worker/test_quality.py::test_the_reference_is_made_once": "quality",
+    "tests/worker/test_demo_model_quality.py": "quality",
 }
 """Beginning of a test's id -> group: under `pytest -n 2` one process runs a group, in turn.
 

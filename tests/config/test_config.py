@@ -23,6 +23,7 @@ GROUPS = (
 )
 NEEDS = {
     ("model", "custom"): ("model.source=/tmp",),
+    ("dtype", "int4_searched"): ("weights=pretrained",),
     ("tracking", "server"): ("tracking.uri=http://127.0.0.1:5000",),
 }
 

@@ -159,6 +159,62 @@ def _fp8(name: str, tensor: torch.Tensor) -> Tensors:
     return {name: tensor.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
 
 
+def _compressed(name: str, tensor: torch.Tensor) -> Tensors:
+    rows, columns = tensor.shape
+    return {
+        f"{name}_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
+        f"{name}_scale": torch.ones(rows, 1, dtype=torch.bfloat16),
+        f"{name}_shape": torch.tensor([rows, columns]),
+    }
+
+
+def _bitsandbytes(name: str, tensor: torch.Tensor) -> Tensors:
+    return {
+        name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8),
+        f"{name}.absmax": torch.ones(tensor.numel() // 64),
+        f"{name}.quant_map": torch.ones(16),
+        f"{name}.quant_state.bitsandbytes__nf4": torch.zeros(8, dtype=torch.uint8),
+    }
+
+
+def _int8_rows(name: str, tensor: torch.Tensor) -> Tensors:
+    return {name: tensor.to(torch.int8), f"{name}_scale": torch.ones(len(tensor), 1)}
+
+
+def _header(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Change the header of the file; its length stays right."""
+
+    def changed(held: bytes) -> bytes:
+        size = int.from_bytes(held[:8], "little")
+        header = json.loads(held[8 : 8 + size])
+        change(header)
+        raw = json.dumps(header).encode()
+        return len(raw).to_bytes(8, "little") + raw + held[8 + size :]
+
+    return _bytes(folder, changed)
+
+
+NORM = "model.norm.weight"
+
+
+def _half_shape(header: dict[str, Any]) -> None:
+    header[NORM]["shape"] = [16]
+
+
+def _shifted(header: dict[str, Any]) -> None:
+    header[NORM]["data_offsets"] = [each - 4 for each in header[NORM]["data_offsets"]]
+
+
+def _no_shape(header: dict[str, Any]) -> None:
+    del header[NORM]["shape"]
+
+
+def _training(folder: Path) -> Path:
+    write(folder, {})
+    torch.save({"model": base("llama")[1], "epoch": 3}, folder / "pytorch_model.bin")
+    return folder
+
+
 def _shards(folder: Path, first: Tensors, second: Tensors | None, shard_of: Any) -> Path:
     write(folder, first, file="model-00001-of-00002.safetensors")
     if second is not None:
@@ -213,6 +269,17 @@ WHOLE: dict[str, Callable[[Path], Path]] = {
     "two_prefixes": lambda to: write(to, _renamed(lambda name: f"module._orig_mod.{name}")),
     "fsdp_prefix": lambda to: write(to, _renamed(lambda name: f"_fsdp_wrapped_module.{name}")),
     "peft_prefix": lambda to: write(to, _renamed(lambda name: f"base_model.model.{name}")),
+    "index_with_places_mixed_up": lambda to: _shards(
+        to,
+        _without(LAST),
+        _only_last(),
+        lambda name: f"model-0000{1 if LAST in name else 2}-of-00002.safetensors",
+    ),
+    "tied_weights_stored_twice": lambda to: write(
+        to,
+        _with(**{"lm_head.weight": base("llama")[1]["model.embed_tokens.weight"].clone()}),
+        tie_word_embeddings=True,
+    ),
     "old_inv_freq": lambda to: write(
         to, _with(**{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     ),
@@ -311,7 +378,7 @@ FAULTY: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "gptq_without_config": (
         lambda to: write(to, _quantised(_gptq)),
-        r"lacks 14 tensors[\s\S]*has 42 tensors.*scales of quantised weights",
+        r"lacks 14 tensors.*do not take[\s\S]*has 42 tensors.*quantised weights \(GPTQ or AWQ\)",
     ),
     "fp8": (
         lambda to: write(to, _quantised(_fp8), quantization_config={"quant_method": "fp8"}),
@@ -320,6 +387,51 @@ FAULTY: dict[str, tuple[Callable[[Path], Path], str]] = {
     "fp8_without_config": (
         lambda to: write(to, _quantised(_fp8)),
         r"has 14 tensors.*weight_scale_inv[\s\S]*14 weights of .* are stored as F8_E4M3",
+    ),
+    "awq": (
+        lambda to: write(
+            to, _quantised(_gptq), quantization_config={"quant_method": "awq", "bits": 4}
+        ),
+        r"was quantised by another tool \(awq: quantization_config",
+    ),
+    "compressed_tensors_of_old": (
+        lambda to: write(
+            to, _quantised(_compressed), compression_config={"quant_method": "compressed-tensors"}
+        ),
+        r"was quantised by another tool \(compressed-tensors: compression_config",
+    ),
+    "compressed_tensors_without_config": (
+        lambda to: write(to, _quantised(_compressed)),
+        r"has 42 tensors.*quantised weights \(compressed-tensors\)",
+    ),
+    "bitsandbytes": (
+        lambda to: write(to, _quantised(_bitsandbytes), quantization_config={"load_in_4bit": True}),
+        r"was quantised by another tool \(an unnamed method: quantization_config",
+    ),
+    "bitsandbytes_without_config": (
+        lambda to: write(to, _quantised(_bitsandbytes)),
+        r"has 42 tensors.*quantised weights \(bitsandbytes\)",
+    ),
+    "integers_with_scales_without_config": (
+        lambda to: write(to, _quantised(_int8_rows)),
+        r"has 14 tensors.*quantised weights[\s\S]*14 weights of .* are stored as I8",
+    ),
+    "tied_weights_that_differ": (
+        lambda to: write(to, tie_word_embeddings=True),
+        r"embed_tokens\.weight and lm_head\.weight with different values.*"
+        r"Set model\.overrides\.tie_word_embeddings=false",
+    ),
+    "shape_of_other_bytes": (
+        lambda to: _header(to, _half_shape),
+        r"damaged: tensor model\.norm\.weight is F32 \[16\], which takes 64 bytes, .* has 128",
+    ),
+    "places_that_overlap": (
+        lambda to: _header(to, _shifted),
+        r"damaged: tensor \S+ lies at bytes \d+ to \d+, and should begin at \d+",
+    ),
+    "header_without_a_shape": (
+        lambda to: _header(to, _no_shape),
+        r"damaged: tensor model\.norm\.weight has no dtype, no shape or no place",
     ),
     "llava_without_a_layer": (lambda to: _llava_cut(to), r"lacks 13 tensors of llama"),
     "truncated": (
@@ -346,6 +458,7 @@ FAULTY: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda to: write(to, {"lora_A": torch.ones(1)}, file="adapter_model.safetensors"),
         r"holds a PEFT adapter",
     ),
+    "pickle_of_a_training": (_training, r"only pickles \(pytorch_model\.bin\)"),
     "pickle_only": (_pickled, r"only pickles \(pytorch_model\.bin\).*model\.allow_pickle=true"),
 }
 """Name -> writer of a checkpoint that is not the model's, and what its refusal says."""

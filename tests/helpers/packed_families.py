@@ -1,7 +1,7 @@
 """Generate under ZeRO-3 with packed weights of every family; run by each rank of one torchrun.
 
-Usage: packed_families.py FOLDER FAMILY... where FOLDER/FAMILY is a checkpoint. Rank 0 writes
-FOLDER/tokens.json: family -> rows of token ids.
+Usage: packed_families.py FOLDER OFFLOAD:NAME... where FOLDER/NAME is a checkpoint. Rank 0 writes
+FOLDER/tokens.json: name -> rows of token ids.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ NEW_TOKENS = 8
 
 
 def overrides(folder: Path, offload: str, bits: int) -> tuple[str, ...]:
-    """Return the settings of one family's run."""
+    """Return the settings of one family's run. What is swapped goes beside its checkpoint."""
+    disk = (f"offload.nvme_path={folder}-swap",) if offload == "nvme" else ()
     return (
+        *disk,
         "model=custom", f"model.source={folder}", "weights=pretrained", f"dtype=int{bits}",
         "dtype.compute=float32", "dtype.group_size=32", f"offload={offload}",
     )  # fmt: skip
@@ -39,6 +41,8 @@ def tokens(folder: Path, offload: str, events: EventLog) -> list[list[int]]:
     spec = model_spec(config.model, compute_dtype="float32")
     engine = load(config, spec, deepspeed_json(config, spec), events)
     assert engine.verified is not None
+    if offload == "nvme":
+        assert any(Path(f"{folder}-swap").rglob("*.swp")), "nothing was swapped"
     ids, mask = padded_prompts()
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     with torch.no_grad():
@@ -51,8 +55,9 @@ def tokens(folder: Path, offload: str, events: EventLog) -> list[list[int]]:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     said = {}
-    for family in sys.argv[2:]:
-        said[family] = tokens(root / family, "cpu", EventLog(root, 0, "attempt"))
+    for argument in sys.argv[2:]:
+        offload, _, name = argument.partition(":")
+        said[name] = tokens(root / name, offload, EventLog(root, 0, "attempt"))
     if torch.distributed.get_rank() == 0:
         (root / "tokens.json").write_text(json.dumps(said))
     torch.distributed.destroy_process_group()

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from zinfer.config import DtypeConfig
 from zinfer.model.parameters import Parameter, weight_tensors
 from zinfer.model.quantisable import stored_bits
 from zinfer.worker.kv_cache.codes import dequantise, quantise
+
+
+def first_layers(whole: Path, folder: Path, layers: int) -> Path:
+    """Write a checkpoint of the first layers of another one."""
+    folder.mkdir()
+    for file in whole.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((whole / "config.json").read_text())
+    settings["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(settings))
+    kept = {
+        name: tensor
+        for name, tensor in load_file(whole / "model.safetensors").items()
+        if "layers." not in name or int(name.split("layers.")[1].split(".")[0]) < layers
+    }
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def weights_of(model: Any) -> list[Parameter]:

@@ -46,7 +46,7 @@ def test_what_is_not_the_models_is_refused_with_file_tensors_and_numbers(
     write, said = FAULTY[name]
     with pytest.raises(ConfigError, match=said) as refused:
         loaded(write(tmp_path / name), tmp_path / "log")
-    assert ("pickle" in str(refused.value)) == (name == "pickle_only")
+    assert ("pickle" in str(refused.value)) == name.startswith("pickle_")
     assert str(tmp_path) in str(refused.value) or name == "vocab_mismatch"
 
 
@@ -64,9 +64,7 @@ def test_what_is_the_models_loads_completely_however_it_is_named(name: str, tmp_
     held = model.state_dict()  # type: ignore[attr-defined]
     published = base(family)[1]
     for key, tensor in held.items():
-        source = (
-            "model.embed_tokens.weight" if name == "tied_head_absent" and "head" in key else key
-        )
+        source = "model.embed_tokens.weight" if name.startswith("tied_") and "head" in key else key
         if source in published:
             assert torch.equal(tensor, published[source]), key
     unique = {id(each): each for each in model.parameters()}.values()  # type: ignore[attr-defined]
@@ -86,6 +84,13 @@ def test_a_pickle_that_is_trusted_is_verified_too(tmp_path: Path) -> None:
     torch.save(held, folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"lacks 1 tensors of llama \(model\.norm\.weight\)"):
         loaded(folder, tmp_path / "log2", "model.allow_pickle=true")
+
+
+def test_a_pickle_that_was_saved_while_training_is_refused(tmp_path: Path) -> None:
+    folder = FAULTY["pickle_of_a_training"][0](tmp_path / "pickled")
+    said = r"pytorch_model\.bin holds more than tensors \(epoch, model\).*model\.state_dict"
+    with pytest.raises(ConfigError, match=said):
+        loaded(folder, tmp_path / "log", "model.allow_pickle=true")
 
 
 def test_the_hash_is_of_headers_and_sizes(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from zinfer.plan.dtype_advice import fewer_bits, measured_quality
 from zinfer.plan.page import fewer_bits_lines
 from zinfer.plan.planned import Planned
 from zinfer.plan.tiers import ItemKind
+from zinfer.plan.warnings import plan_warnings
 
 FAMILIES = ("llama-2-7b", "opt-1.3b", "bloom-560m", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b")
 CPU = "hardware.accelerator=cpu"
@@ -145,9 +146,19 @@ def test_a_plan_says_what_fewer_bits_gain_and_cost(monkeypatch: pytest.MonkeyPat
     assert four.is_predicted and (four.gain or 0) > 1.1
     assert four.stored_share < eight.stored_share < 0.35
     lines = list(fewer_bits_lines([vars(eight), vars(four)]))
-    assert lines[0].startswith("weights in fewer bits (tokens/s predicted")
-    assert "dtype=int8" in lines[1] and "perplexity unknown" in lines[1]
-    assert "perplexity x 1.2 searched (small)" in lines[2]
+    assert lines[0].startswith("weights in fewer bits (tokens/s as predicted")
+    assert "dtype=int8" in lines[1] and lines[1].endswith("perplexity unknown")
+    assert "dtype=int4" in lines[2] and lines[2].endswith("perplexity unknown")
+    assert lines[3].endswith("set weights=pretrained quality.enabled=true")
+    assert lines[4].startswith("  small (small models lose most): ")
+    assert lines[4].endswith("dtype=int4 perplexity x 1.2 with dtype.rounding=searched")
+
+
+def test_a_plan_of_a_model_that_was_measured_says_its_own_perplexity() -> None:
+    run = planned("model=smollm2-135m", "dtype=bfloat16", "offload=none", CPU)
+    lines = list(fewer_bits_lines([vars(entry) for entry in fewer_bits(run)]))
+    assert len(lines) == 3 and "perplexity unknown" not in "".join(lines)
+    assert "with dtype.rounding=searched" in lines[2] and "perplexity x " in lines[1]
 
 
 def test_a_box_without_a_calibration_gains_what_its_bandwidth_allows() -> None:
@@ -183,3 +194,18 @@ def test_deepspeeds_own_scheme_is_counted_as_before() -> None:
     quantised = sum(each.numel for each in spec.parameters if each.kind in ("linear", "embedding"))
     rest = spec.num_parameters - quantised
     assert run.plan.weight_stored_bytes == quantised + 2 * 2 * quantised // 64 + 2 * rest
+
+
+def test_patterns_that_name_no_weight_are_said() -> None:
+    def said(*overrides: str) -> list[str]:
+        run = planned("model=llama-2-7b", "dtype=int4", "offload=none", CPU, *overrides)
+        return [each for each in plan_warnings(run) if "names no weight" in each]
+
+    (one,) = said("dtype.keep=[q_porj,lm_head,norm]")
+    assert one.startswith("dtype.keep=[q_porj,norm] names no weight of llama-2-7b")
+    assert one.endswith(".weight")
+    (one,) = said("dtype.eight_bits=[embed]")
+    assert one.startswith("dtype.eight_bits=[embed]")
+    assert said("dtype.keep=[embeddings,layers.0,down_proj,lm*]") == []
+    tied = planned("model=smollm2-135m", "dtype=int4", "offload=none", CPU)
+    assert not [each for each in plan_warnings(tied) if "names no weight" in each]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from zinfer.model.config_file import read_config_json, shown
 from zinfer.model.foreign import facts, guilty_fields, known_values, whole_sentence
+from zinfer.model.gguf_file import gguf_fault
 from zinfer.model.hub import folder_of, from_pretrained_kwargs, hub_reachable
 from zinfer.model.limits import (
     TEXT_PARTS,
@@ -102,6 +103,8 @@ def read_config(source: str, model: ModelConfig) -> PretrainedConfig:
             )
         )
     except Exception as error:
+        if folder is not None and model.gguf_file and source == model.source:
+            raise ValueError(gguf_fault(folder / model.gguf_file, error)) from error
         if folder is None and not written:
             raise ValueError(_why_not_from_hub(source, error)) from error
         raise refusal(error, model, values=values, source=source) from error

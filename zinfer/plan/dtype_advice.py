@@ -43,6 +43,8 @@ class FewerBits:
     fits: bool
     quality: tuple[Json, ...]
     """Rows of QUALITY_FILE of this model, else of the models that were measured."""
+    is_own_quality: bool
+    """The rows are of this very model."""
 
 
 def measured_quality(model: str, weights: str) -> tuple[Json, ...]:
@@ -63,6 +65,7 @@ def fewer_bits(run: Planned) -> Iterator[FewerBits]:
         mine, theirs = run.prediction, other.prediction
         predicted = ratio(theirs.generated_tokens_per_s, mine.generated_tokens_per_s)
         at_best = ratio(theirs.ceiling.generated_tokens_per_s, mine.ceiling.generated_tokens_per_s)
+        quality = measured_quality(run.config.model.name, weights)
         yield FewerBits(
             override=f"dtype={weights}",
             gain=at_best if predicted is None else predicted,
@@ -70,7 +73,8 @@ def fewer_bits(run: Planned) -> Iterator[FewerBits]:
             stored_bytes=other.plan.weight_stored_bytes,
             stored_share=other.plan.weight_stored_bytes / now,
             fits=other.fits,
-            quality=measured_quality(run.config.model.name, weights),
+            quality=quality,
+            is_own_quality=any(row["model"] == run.config.model.name for row in quality),
         )
 
 

@@ -147,31 +147,46 @@ def kv_lines(advice: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def fewer_bits_lines(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Return a table of weights in fewer bits: what they gain here, and what they cost in quality.
+    """Return a table of weights in fewer bits: what they gain here, and what the text loses.
 
     A perplexity is given as a multiple of the unquantised model's.
     """
     if not options:
         return
-    rates = "predicted" if options[0]["is_predicted"] else "at best"
-    yield f"weights in fewer bits (tokens/s {rates}; perplexity where it was measured):"
+    rates = "as predicted" if options[0]["is_predicted"] else "at best"
+    yield f"weights in fewer bits (tokens/s {rates}; stored bytes; perplexity over that of now):"
     for entry in options:
         gain = "unknown" if entry["gain"] is None else format_times(entry["gain"])
         stored = f"{format_bytes(entry['stored_bytes'])} ({entry['stored_share']:.2f} of now)"
+        text = _perplexities(entry) if entry["is_own_quality"] else "perplexity unknown"
         yield (
-            f"  {entry['override']:<13}{gain + ' as fast':<19}{stored:<27}{_quality(entry)}"
-            f"{'' if entry['fits'] else ', does not fit'}"
+            f"  {entry['override']:<13}{gain + ' as fast':<19}{stored:<27}{text}"
+            f"{'' if entry['fits'] else '; does not fit'}"
         )
+    yield from _other_models(options)
 
 
-def _quality(entry: Mapping[str, Any]) -> str:
-    """Return the perplexities that were measured, each with its model."""
-    rows = entry["quality"]
-    if not rows:
-        return "perplexity unknown"
-    models = sorted({row["model"] for row in rows})
-    each = ", ".join(f"{row['perplexity_ratio']:.3g} {row['rounding']}" for row in rows)
-    return f"perplexity x {each} ({' and '.join(models)})"
+def _other_models(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Say what other models' texts lost, where this model's was not measured."""
+    others = [entry for entry in options if not entry["is_own_quality"]]
+    models = sorted({row["model"] for entry in others for row in entry["quality"]})
+    if not others:
+        return
+    yield "  This model's text was not scored: set weights=pretrained quality.enabled=true"
+    if models:
+        known = "; ".join(
+            f"{entry['override']} {_perplexities(entry)}" for entry in others if entry["quality"]
+        )
+        yield f"  {' and '.join(models)} (small models lose most): {known}"
+
+
+def _perplexities(entry: Mapping[str, Any]) -> str:
+    """Return the perplexities that were measured, by how the codes were chosen."""
+    return "perplexity " + ", ".join(
+        f"x {row['perplexity_ratio']:.3g}"
+        + ("" if row["rounding"] == "nearest" else f" with dtype.rounding={row['rounding']}")
+        for row in entry["quality"]
+    )
 
 
 def verdict_line(outcome: Outcome) -> str | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from zinfer.config import RunConfig
+from zinfer.config import DtypeConfig, RunConfig
 from zinfer.config.engines import engine_of
+from zinfer.model.quantisable import is_named, is_packable
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.advice import WORTHWHILE, gain_of, with_offload
 from zinfer.plan.deepspeed_json import min_buffer_count
@@ -51,6 +52,7 @@ def plan_warnings(run: Planned) -> list[str]:
         *_beyond_the_knee(run),
         *_beyond_training(run),
         *dtype_warnings(run),
+        *_patterns_of_nothing(run),
         *_kv_placement(run),
         *_no_kv(run.spec),
     ]
@@ -159,6 +161,24 @@ def _beyond_training(run: Planned) -> Iterator[str]:
             f"{last} positions are beyond the {most} that {run.spec.name} is made for: speed and "
             "memory are real, the text is not"
         )
+
+
+def _patterns_of_nothing(run: Planned) -> Iterator[str]:
+    """Warn of patterns that name no weight of this model: they change nothing."""
+    dtype = run.config.dtype
+    if run.config.quantiser != "zinfer":
+        return
+    packable = [each for each in run.spec.parameters if is_packable(each)]
+    asked = {"dtype.keep": dtype.keep}
+    if dtype.bits == 4 and dtype.eight_bits != DtypeConfig.eight_bits:
+        asked["dtype.eight_bits"] = dtype.eight_bits
+    for name, patterns in asked.items():
+        unused = [each for each in patterns if not any(is_named(one, (each,)) for one in packable)]
+        if unused and packable:
+            yield (
+                f"{name}=[{','.join(unused)}] names no weight of {run.spec.name} that could be "
+                f"packed. Name whole parts, with * for anything: {packable[-1].name}"
+            )
 
 
 def _kv_placement(run: Planned) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from zinfer.config import ConfigError, QualityConfig, RunConfig
@@ -237,7 +238,7 @@ def score(planned: Planned, engine: Engine, pieces: Pieces, events: EventLog) ->
         with own_products_up_to(0, engine.model):
             reference = read_text(engine, pieces, plain.config, KvSession(), events)
         if path and events.rank == 0:
-            write_scores(path, reference, key)
+            keep_scores(path, reference, key, events)
     has_own_products = engine.linear is not None and bool(engine.linear.own)
     if is_missing and not planned.config.kv_cache.is_offloaded and not has_own_products:
         mine = reference
@@ -253,6 +254,17 @@ def score(planned: Planned, engine: Engine, pieces: Pieces, events: EventLog) ->
     quality = compared(reference, mine, planned.config.quality)
     how: ReferenceFrom = "this run" if mine is reference else "made" if is_missing else "kept"
     return replace(quality, seconds=time.perf_counter() - started_s, reference=how)
+
+
+def keep_scores(path: Path, scores: Scores, key: dict[str, object], events: EventLog) -> None:
+    """Write the reference for the runs to come; this one has ended well even where that fails."""
+    try:
+        write_scores(path, scores, key)
+    except (OSError, SafetensorError) as error:
+        events.warning(
+            f"the scores of the unquantised model cannot be kept in {path.parent}: {error}. "
+            "Set the environment variable ZINFER_CACHE to a folder that can be written"
+        )
 
 
 def no_reference(dtype: str) -> str:

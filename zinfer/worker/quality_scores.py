@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -17,7 +18,8 @@ TOP = 256
 
 The divergence over such a coarser set never exceeds the whole one, and is 0 for equal models.
 """
-KEY = "key"
+KEY, CHECKSUM = "key", "sha256"
+"""Entries of the file's header: what the scores depend on, and the hash of their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,8 @@ def write_scores(path: Path, scores: Scores, key: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".scores-") as folder:
         tensors = {item.name: getattr(scores, item.name).contiguous() for item in fields(Scores)}
-        save_file(tensors, Path(folder) / path.name, {KEY: json.dumps(key)})
+        header = {KEY: json.dumps(key), CHECKSUM: _sha256(scores)}
+        save_file(tensors, Path(folder) / path.name, header)
         os.replace(Path(folder) / path.name, path)
 
 
@@ -99,6 +102,15 @@ def read_scores(path: Path, shape: tuple[int, int]) -> Scores | None:
     try:
         with safe_open(path, "pt") as file:
             scores = Scores(**{item.name: file.get_tensor(item.name) for item in fields(Scores)})
+            checksum = (file.metadata() or {}).get(CHECKSUM)
     except (OSError, SafetensorError):
         return None
-    return scores if scores.loss.shape == shape else None
+    is_whole = scores.loss.shape == shape and checksum == _sha256(scores)
+    return scores if is_whole else None
+
+
+def _sha256(scores: Scores) -> str:
+    digest = hashlib.sha256()
+    for item in fields(Scores):
+        digest.update(memoryview(getattr(scores, item.name).contiguous().numpy()).cast("B"))
+    return digest.hexdigest()

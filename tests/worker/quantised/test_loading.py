@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.composing import composed
 from tests.helpers.tiny_models import padded_prompts, tiny_model
-from zinfer.config import ConfigError, ModelConfig
+from zinfer.config import ConfigError
 from zinfer.job.events import EventLog
 from zinfer.model.weights.checkpoint import WrongWeights
 from zinfer.model.weights.pretrained import Opened, open_checkpoint, verify
@@ -32,8 +32,8 @@ def events_in(folder: Path) -> EventLog:
     return EventLog(folder, 0, "attempt")
 
 
-def opened_in(folder: Path) -> Opened:
-    model = ModelConfig(name="custom", source=str(folder))
+def opened_in(folder: Path, *overrides: str) -> Opened:
+    model = composed("model=custom", f"model.source={folder}", *overrides).model
     return open_checkpoint(model, torch.float32, events_in(folder))
 
 
@@ -46,7 +46,7 @@ def saved(family: str, folder: Path, **changes: Any) -> Any:
 def load(folder: Path, *overrides: str) -> Any:
     """Load it packed, and check every weight as a run does."""
     dtype = composed("dtype=int8", "dtype.group_size=32", *overrides).dtype
-    opened = opened_in(folder)
+    opened = opened_in(folder, *overrides)
     read = packed_model(opened, dtype, torch.float32, lambda _: None, events_in(folder))
     verify(opened, read, events_in(folder))
     return read.model
@@ -100,13 +100,12 @@ def test_kept_and_tied_weights(tmp_path: Path) -> None:
     assert kept.lm_head.weight is kept.model.embed_tokens.weight
 
 
-def rewrite(folder: Path, change: Any) -> Path:
-    """Change the tensors of the first file; return the file."""
-    path = sorted(folder.glob("*.safetensors"))[0]
+def rewrite(place: Path, change: Any) -> None:
+    """Change the tensors of a file, or of a folder's first one."""
+    path = sorted(place.glob("*.safetensors"))[0] if place.is_dir() else place
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-    return path
 
 
 def _with_nan(tensors: dict[str, torch.Tensor]) -> None:
@@ -118,6 +117,59 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
     rewrite(tmp_path, _with_nan)
     with pytest.raises(WrongWeights, match=r"tensor model\.embed_tokens\.weight holds NaN"):
         load(tmp_path)
+
+
+def in_float64(tensors: dict[str, torch.Tensor]) -> None:
+    tensors |= {name: each.double() for name, each in tensors.items()}
+
+
+def with_a_number_beyond_float32(tensors: dict[str, torch.Tensor]) -> None:
+    in_float64(tensors)
+    _large(tensors, 1e300)
+
+
+def with_a_number_beyond_float16(tensors: dict[str, torch.Tensor]) -> None:
+    _large(tensors, 1e9)
+
+
+def _large(tensors: dict[str, torch.Tensor], value: float) -> None:
+    tensors["model.embed_tokens.weight"][1, 2] = value
+
+
+def test_weights_of_float64_are_packed_as_those_of_float32(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    expected = tokens(load(tmp_path))
+    for path in tmp_path.glob("*.safetensors"):
+        rewrite(path, in_float64)
+    assert torch.equal(tokens(load(tmp_path)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_a_number_beyond_float32, r"tensor model\.embed_tokens\.weight holds NaN or infinity"),
+        (
+            with_a_number_beyond_float16,
+            r"cannot be held in 8 bits: row 1, column .*Set dtype\.keep=\[model\.embed_tokens\.",
+        ),
+    ],
+)
+def test_weights_that_codes_cannot_hold_are_named(change: Any, said: str, tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(WrongWeights, match=said):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["now", "before PyTorch 1.6"])
+def test_pickles_are_packed_as_safetensors_are(zipped: bool, tmp_path: Path) -> None:
+    model = saved("opt", tmp_path)
+    expected = tokens(load(tmp_path))
+    for path in tmp_path.glob("model*.safetensors*"):
+        path.unlink()
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    assert torch.equal(tokens(load(tmp_path, "model.allow_pickle=true")), expected)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named_with_its_tensor(tmp_path: Path) -> None:

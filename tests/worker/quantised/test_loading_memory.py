@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 MIB = 1 << 20
 WORK = 48 * MIB
 """For float32 copies of a block, the model's modules and the allocator. A run may use 1 GB."""
-SETTINGS = {
+LLAMA = {
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_hidden_layers": 24,
@@ -24,24 +24,23 @@ SETTINGS = {
     "vocab_size": 4096,
     "tie_word_embeddings": False,
 }
+MIXTRAL = {**LLAMA, "num_hidden_layers": 5, "num_local_experts": 12}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a LLaMA of 108M parameters in bfloat16, one file for each layer."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def write(folder: Path, family: str, settings: dict[str, object]) -> Path:
+    """Write a checkpoint in bfloat16, one file for each layer, under the names of the hub."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
-    folder = tmp_path_factory.mktemp("checkpoint")
-    config = LlamaConfig(**SETTINGS)
+    config = AutoConfig.for_model(family, **settings)
     config.dtype = torch.bfloat16
-    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     placed: dict[str, str] = {}
     shards: dict[str, dict[str, torch.Tensor]] = {}
     block = torch.randn(MIB).bfloat16() * 0.02
-    for name, parameter in model.state_dict().items():
+    for name, parameter in revert_weight_conversion(model, model.state_dict()).items():
         part = name.split(".")[2] if ".layers." in name else "rest"
         placed[name] = f"model-{part}.safetensors"
         repeats = -(-parameter.numel() // MIB)
@@ -54,13 +53,37 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a LLaMA of 108M parameters."""
+    return write(tmp_path_factory.mktemp("llama"), "llama", LLAMA)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a Mixtral of 200M parameters, whose experts are stored one by one."""
+    return write(tmp_path_factory.mktemp("mixtral"), "mixtral", MIXTRAL)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "stays"), [("int8", False), ("int4", True)], ids=["on disk", "in memory"]
+    ("family", "dtype", "stays", "largest_numel"),
+    [
+        ("llama", "int8", False, 4096 * 512),
+        ("llama", "int4", True, 4096 * 512),
+        ("mixtral", "int4", False, 12 * 4096 * 512),
+    ],
+    ids=["on disk", "in memory", "experts on disk"],
 )
 def test_loading_takes_what_stays_and_two_tensors(
-    dtype: str, stays: bool, checkpoint: Path, tmp_path: Path
+    family: str,
+    dtype: str,
+    stays: bool,
+    largest_numel: int,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     """Load in a process of its own, whose memory nothing else has used."""
+    checkpoint = request.getfixturevalue(family)
     arguments = [str(checkpoint), dtype, str(stays), str(tmp_path)]
     said = subprocess.run(
         [sys.executable, "-m", "tests.helpers.loading_memory", *arguments],
@@ -68,7 +91,7 @@ def test_loading_takes_what_stays_and_two_tensors(
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back
     )  # fmt: skip
     measured = json.loads(said.stdout.splitlines()[-1])
-    largest = 2 * 4096 * 512
+    largest = 2 * largest_numel
     most = (measured["stored_bytes"] if stays else 0) + 2 * largest + WORK
     assert measured["grown_bytes"] <= most
     whole = measured["checkpoint_bytes"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -61,14 +62,19 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Hash the same and samples of the weights, evenly over each file."""
-        digest = hashlib.sha256(self.sha256.encode())
-        for name in self.files:
-            with (self.folder / name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                for number in range(SAMPLES):
-                    file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                    digest.update(file.read(SAMPLE_BYTES))
-        return digest.hexdigest()
+        return sampled_hash((self.folder / name for name in self.files), self.sha256)
+
+
+def sampled_hash(files: Iterable[Path], begin: str = "") -> str:
+    """Hash samples of the bytes of files, evenly over each one."""
+    digest = hashlib.sha256(begin.encode())
+    for path in files:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for number in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def read_checkpoint(folder: Path, *, allow_pickle: bool) -> Checkpoint:
@@ -126,6 +132,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
         ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not a safetensors file: its header is no JSON") from error
+    if (fault := _layout_fault(header)) is not None:
+        raise ValueError(f"{path} is damaged: {fault}. Download it again")
     whole = 8 + length + max(ends, default=0)
     if size < whole:
         cut = next(
@@ -137,6 +145,30 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
             f"{path} is cut short: {size} of {whole} bytes, from tensor {cut} on. Download it again"
         )
     return header, raw
+
+
+def _layout_fault(header: Mapping[str, Any]) -> str | None:
+    """Say which tensor a header describes in two ways; None: each has the bytes that it needs.
+
+    Tensors follow one another without gaps, as the format demands.
+    """
+    end = 0
+    rows = [(name, row) for name, row in header.items() if name != "__metadata__"]
+    for name, row in sorted(rows, key=lambda each: each[1]["data_offsets"]):
+        try:
+            kind, shape, (first, last) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            return f"tensor {name} has no dtype, no shape or no place"
+        if first != end or last < first:
+            return f"tensor {name} lies at bytes {first} to {last}, and should begin at {end}"
+        bits = SAFETENSORS_BITS.get(kind)
+        if bits is not None and math.prod(shape) * bits != 8 * (last - first):
+            return (
+                f"tensor {name} is {kind} {list(shape)}, which takes "
+                f"{math.prod(shape) * bits // 8} bytes, and its place has {last - first}"
+            )
+        end = last
+    return None
 
 
 def first_names(names: Iterable[str]) -> str:
@@ -266,6 +298,9 @@ def _pickles(folder: Path, files: list[str]) -> Checkpoint:
             problems.append(f"{path} cannot be read: {said}")
             continue
         digest.update(f"{file} {path.stat().st_size}\n".encode())
+        if (fault := _pickle_fault(held)) is not None:
+            problems.append(f"{path} {fault}")
+            continue
         for name, tensor in held.items():
             kind = SAFETENSORS_DTYPES.get(str(tensor.dtype).removeprefix("torch."), "OTHER")
             tensors[name] = StoredTensor(file, kind, tuple(tensor.shape), tensor.nbytes)
@@ -273,6 +308,19 @@ def _pickles(folder: Path, files: list[str]) -> Checkpoint:
     if problems:
         raise ConfigError(problems)
     return Checkpoint(folder=folder, files=tuple(files), tensors=tensors, sha256=digest.hexdigest())
+
+
+def _pickle_fault(held: object) -> str | None:
+    """Say what a pickle holds instead of named tensors; None: nothing else."""
+    if not isinstance(held, Mapping):
+        return f"holds a {type(held).__name__}, not tensors by name. Save model.state_dict()"
+    others = [name for name, value in held.items() if not hasattr(value, "nbytes")]
+    if others:
+        return (
+            f"holds more than tensors ({first_names(map(str, others))}): it was saved while "
+            "training. Save model.state_dict()"
+        )
+    return None
 
 
 SAFETENSORS_DTYPES = {
@@ -290,3 +338,11 @@ SAFETENSORS_DTYPES = {
     "float8_e5m2": "F8_E5M2",
 }
 """torch's name of a dtype -> safetensors' name."""
+SAFETENSORS_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    "F4": 4,
+}
+"""safetensors' name of a dtype -> bits of one element. Source: safetensors, tensor.rs."""

@@ -15,12 +15,21 @@ import torch
 
 from zinfer.config import ConfigError, ModelConfig
 from zinfer.job.events import EventLog
+from zinfer.model.gguf_file import gguf_path
 from zinfer.model.hf import check_pinned, load_checkpoint_config, model_class, read_config
-from zinfer.model.weights.checkpoint import INDEX, WHOLE, Checkpoint, WrongWeights, read_checkpoint
+from zinfer.model.weights.checkpoint import (
+    INDEX,
+    WHOLE,
+    Checkpoint,
+    WrongWeights,
+    read_checkpoint,
+    sampled_hash,
+)
 from zinfer.model.weights.demo_model import DEMO_MODEL
 from zinfer.model.weights.local import local_folder
 from zinfer.model.weights.reading import TensorCount, loading_reported
 from zinfer.model.weights.rehearsal import Rehearsal, rehearse
+from zinfer.model.weights.tied import require_equal
 from zinfer.model.weights.verified import (
     Gather,
     Samples,
@@ -34,6 +43,9 @@ from zinfer.model.weights.verified import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+QUANTISED_SETTINGS = ("quantization_config", "compression_config")
+"""Entries of config.json that say how weights were quantised; the second one is of old files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -46,6 +58,13 @@ class Opened:
     """None for GGUF, whose tensors transformers unpacks itself."""
     rehearsal: Rehearsal
     seconds: float
+
+    def fingerprint(self) -> str:
+        """Hash samples of all files: fine-tuned weights have another one."""
+        if self.checkpoint is not None:
+            return self.checkpoint.fingerprint()
+        path = gguf_path(self.model, self.source)
+        return sampled_hash([path], f"{path.name} {path.stat().st_size}\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +113,7 @@ def open_checkpoint(model: ModelConfig, dtype: torch.dtype, events: EventLog) ->
             dtype,
             is_text_part=type(raw) is not type(hf_config),
         )
+        require_equal(checkpoint, rehearsal.tied)
     for warning in rehearsal.warnings:
         events.warning(warning)
     return Opened(
@@ -171,7 +191,7 @@ def verify(
         tensors=tensors,
         bytes=size,
         sha256=opened.checkpoint.sha256 if opened.checkpoint else None,
-        fingerprint=opened.checkpoint.fingerprint() if opened.checkpoint else None,
+        fingerprint=opened.fingerprint(),
         seconds=opened.seconds + time.perf_counter() - started_s,
         rounding_s=read.rounding_s,
     )
@@ -201,14 +221,16 @@ def _refuse_quantised(source: str, config: PretrainedConfig) -> None:
     """Raise ConfigError for weights that another tool quantised: transformers' scales are lost."""
     text = config.get_text_config(decoder=True)
     for part in (config, text):
-        found = getattr(part, "quantization_config", None)
-        if found:
+        for name in QUANTISED_SETTINGS:
+            found = getattr(part, name, None)
+            if not found:
+                continue
             found = found if isinstance(found, dict) else vars(found)
             method = found.get("quant_method") or "an unnamed method"
             raise ConfigError(
                 [
-                    f"{source} was quantised by another tool ({method}: quantization_config in "
-                    "config.json), which zinfer does not run. Take the unquantised checkpoint, "
+                    f"{source} was quantised by another tool ({method}: {name} in config.json), "
+                    "which zinfer does not run. Take the unquantised checkpoint, "
                     "or set weights=dummy"
                 ]
             )

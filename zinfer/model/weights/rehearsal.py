@@ -9,12 +9,13 @@ everything that it reports ends the run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zinfer.config import ConfigError
 from zinfer.model.weights.checkpoint import SAFETENSORS_DTYPES, Checkpoint, first_names
+from zinfer.model.weights.tied import Pair
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,22 @@ TEXT_PARTS = {
     "thinker.": "",
 }
 """Prefix of the text part in multimodal checkpoints -> prefix in the text model."""
+OTHER_TOOLS = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_shape": "compressed-tensors",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".q_weight": "EXL2",
+    ".W_q": "HQQ",
+    ".weight_scale_inv": "8-bit floats",
+    ".weight_scale": "8-bit floats",
+    "_proj_blocks": "MXFP4",
+    "_proj_scales": "MXFP4",
+}
+"""End of a tensor's name -> the tool or scheme that leaves it beside quantised weights."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 MASKS = ("BOOL", "U8")
 """Dtypes of masks that old checkpoints carry along; no weight is stored so."""
@@ -46,6 +63,8 @@ class Rehearsal:
     """Regular expression -> replacement, as from_pretrained takes it."""
     unused: tuple[str, ...] = ()
     """Tensors that belong to other parts of a multimodal model."""
+    tied: tuple[Pair, ...] = ()
+    """Tensors that are stored twice, and that the model has once."""
     warnings: tuple[str, ...] = ()
 
 
@@ -64,6 +83,8 @@ class Differences:
     doubled: tuple[tuple[str, str], ...]
     """Two names for one weight."""
     errors: tuple[str, ...]
+    tied: tuple[Pair, ...] = ()
+    """Two names for one weight that the model has under both; no difference by itself."""
 
     def __bool__(self) -> bool:
         """Tell if anything differs."""
@@ -100,7 +121,7 @@ def rehearse(
     """
     plain = differences(checkpoint, cls, config, dtype, {})
     if not plain:
-        return Rehearsal(key_mapping={})
+        return Rehearsal(key_mapping={}, tied=plain.tied)
     best = plain
     for mapping, warning in _renamings(checkpoint, is_text_part=is_text_part):
         found = differences(checkpoint, cls, config, dtype, mapping)
@@ -108,7 +129,10 @@ def rehearse(
         rest = _without(found, unused)
         if not rest:
             return Rehearsal(
-                key_mapping=mapping, unused=unused, warnings=(_said(warning, unused, checkpoint),)
+                key_mapping=mapping,
+                unused=unused,
+                tied=found.tied,
+                warnings=(_said(warning, unused, checkpoint),),
             )
         if rest.count < best.count:
             best = rest
@@ -164,7 +188,23 @@ def differences(
         not_floats=tuple(_not_floats(checkpoint, model, set(info["unexpected_keys"]))),
         doubled=tuple(_doubled(checkpoint, model)),
         errors=tuple(info["error_msgs"]),
+        tied=tuple(_tied(checkpoint, model, key_mapping)),
     )
+
+
+def _tied(
+    checkpoint: Checkpoint, model: PreTrainedModel, key_mapping: Mapping[str, str]
+) -> Iterator[Pair]:
+    """Find tensors of the checkpoint that become one weight of the model."""
+    stored: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        ours = name
+        for theirs, replacement in key_mapping.items():
+            ours = re.sub(theirs, replacement, ours)
+        stored[ours] = stored[f"{model.base_model_prefix}.{ours}"] = name
+    for target, source in model.all_tied_weights_keys.items():
+        if target in stored and source in stored and stored[target] != stored[source]:
+            yield stored[source], stored[target]
 
 
 def _not_floats(
@@ -241,6 +281,7 @@ def _without(found: Differences, unused: tuple[str, ...]) -> Differences:
         not_floats=tuple(row for row in found.not_floats if row[0] not in set(unused)),
         doubled=found.doubled,
         errors=found.errors,
+        tied=found.tied,
     )
 
 
@@ -292,7 +333,15 @@ def _sentences(found: Differences, checkpoint: Checkpoint, config: PretrainedCon
     return problems
 
 
+def quantised_by(names: Iterable[str]) -> str | None:
+    """Return the tool or scheme whose tensors these are; None: no tool that is known."""
+    tools = (tool for name in names for end, tool in OTHER_TOOLS.items() if name.endswith(end))
+    return next(tools, None)
+
+
 def _missing_hint(found: Differences) -> str:
+    if quantised_by(found.unexpected) is not None:
+        return "The quantised ones beside them do not take their place"
     if found.unexpected:
         return "Is it another model's checkpoint? Correct model.source"
     return "Download the checkpoint again, or correct num_hidden_layers and the like"
@@ -304,8 +353,9 @@ def _unexpected_hint(found: Differences, config: PretrainedConfig) -> str:
     numbers = [int(part) for name in found.unexpected for part in name.split(".") if part.isdigit()]
     if any(".lora_" in name for name in found.unexpected):
         return "They are of a PEFT adapter: merge it into its base model"
-    if any(name.endswith(("qweight", "scales", "weight_scale_inv")) for name in found.unexpected):
-        return "They are scales of quantised weights: take the unquantised checkpoint"
+    tool = quantised_by(found.unexpected)
+    if tool is not None:
+        return f"They belong to quantised weights ({tool}): take the unquantised checkpoint"
     if isinstance(layers, int) and not found.missing and numbers and min(numbers) >= layers:
         return (
             f"config.json says num_hidden_layers={layers}. "

@@ -37,9 +37,9 @@ class VerifiedWeights:
     sha256: str | None
     """Hash of the checkpoint's headers and sizes; None for GGUF."""
     fingerprint: str | None = None
-    """Hash of the same, and of samples of the weights' bytes: fine-tuned weights have another one.
+    """Hash of samples of the files' bytes: fine-tuned weights have another one.
 
-    None for GGUF.
+    None where an engine keeps none.
     """
     seconds: float
     """How long checking took, before and after loading; not part of load_s."""

@@ -103,6 +103,8 @@ class PackedModel:
             stored = packing.stored(self._searched.read(first), self.dtype)
             self._store(first, stored, packing)
             return
+        if value.dtype == torch.float64:
+            value = value.float()  # what is too large for it is infinity from here on
         if not is_finite(value):
             raise WrongWeights(f"tensor {name} holds NaN or infinity")
         if packing is None:
@@ -110,7 +112,10 @@ class PackedModel:
         else:
             stored = pack(value, packing, self.dtype)
             if fault := rounding_fault(value, stored, packing):
-                raise WrongWeights(f"tensor {name} is not what was read: {fault}")
+                raise WrongWeights(
+                    f"tensor {name} cannot be held in {packing.bits} bits: {fault}. "
+                    f"Set dtype.keep=[{first}]"
+                )
         self._store(first, stored.contiguous(), packing)
 
     def _store(self, first: str, stored: torch.Tensor, packing: Packing | None) -> None:

@@ -8,15 +8,14 @@ are read whole: there one tensor of the file is not one of the model.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import modeling_gguf_pytorch_utils as glue
-from transformers.utils.hub import cached_file
 
 from zinfer.config import ConfigError
+from zinfer.model.gguf_file import gguf_fault, gguf_path
 from zinfer.model.weights.pretrained import Opened, unreachable
 
 ONE_TO_ONE = (
@@ -54,15 +53,15 @@ def gguf_slices(opened: Opened, model: Any) -> dict[str, Any]:
     """
     from gguf import GGUFReader
 
-    file = opened.model.gguf_file
-    assert file is not None, "only GGUF files have no checkpoint"
-    folder = Path(opened.source).expanduser()
     try:
-        path = folder / file if folder.is_dir() else Path(cached_file(opened.source, file))
+        path = gguf_path(opened.model, opened.source)
+    except OSError as error:
+        raise ConfigError([unreachable(opened.model, opened.source, error)]) from error
+    try:
         reader = GGUFReader(path)
         parsed = glue.load_gguf_checkpoint(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError([unreachable(opened.model, opened.source, error)]) from error
+    except Exception as error:  # the reader's own checks are few: a damaged file fails in any way
+        raise ConfigError([gguf_fault(path, error)]) from error
     architecture = str(glue.read_field(reader, "general.architecture")[0])
     kind = glue.TENSOR_PROCESSORS.get(architecture, glue.TensorProcessor)
     if kind not in ONE_TO_ONE:

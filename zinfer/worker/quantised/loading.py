@@ -6,6 +6,7 @@ parameter is taken from it where a quantiser of its own would stand. So nothing 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ class StoredSlice:
 def stored_slices(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return name -> tensor of all files, none of them read yet.
 
-    Pickles are read whole: their format has no other way.
+    Pickles are mapped; those of PyTorch before 1.6 are read whole: they have no other way.
 
     Raises:
         ConfigError: a file was changed since its header was checked.
@@ -94,7 +95,8 @@ def stored_slices(checkpoint: Checkpoint) -> dict[str, Any]:
     for file in checkpoint.files:
         path = checkpoint.folder / file
         if path.suffix != ".safetensors":
-            found |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(path)
+            found |= torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             continue
         try:
             header, raw = read_header(path)

@@ -191,7 +191,7 @@ def rounding_fault(weight: torch.Tensor, packed: torch.Tensor, packing: Packing)
         steps = (1 << packing.bits) - 1
         slack = 2.0**-10 * (least + steps * step) + steps * 2.0**-24
         bound = (step / 2 + slack).repeat_interleave(packing.group_size, -1)
-        wrong = ((held - block).abs() > bound).nonzero()
+        wrong = (~((held - block).abs() <= bound)).nonzero()  # a NaN is wrong too
         if len(wrong):
             row, column = wrong[0].tolist()
             return (
