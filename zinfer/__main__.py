@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from zinfer.config.command_line import (
     argument_problems,
     composition_problems,
+    is_completion,
     normalised,
     wants_json,
 )
@@ -175,6 +176,11 @@ def command(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["--explain"]:
         return explain_settings(arguments[1:])
+    if is_completion(arguments):
+        from zinfer.config.completion import answer
+
+        if answer():
+            return 0
     sys.argv[1:] = arguments = normalised(arguments)
     if problems := argument_problems(arguments):
         return refuse(problems, arguments)

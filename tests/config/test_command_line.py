@@ -64,7 +64,18 @@ def test_words_stand_for_overrides(typed: list[str], meant: list[str]) -> None:
         ("model=/tmp", "Set model=custom model.source=/tmp"),
         ("model=null", "Set model=opt-125m; choices: "),
         ("dtype=fp16", "Set dtype=float16"),
-        ("offload=gpu", "Set offload=cpu"),
+        ("offload=gpu", "Set offload=none"),
+        ("offload=disk", "Set offload=nvme"),
+        ("kv_cache=cpu", "Set kv_cache=host"),
+        ("dtype=4bit", "Set dtype=int4"),
+        ("dtype=8-bit", "Set dtype=int8"),
+        ("engine=deepspeed", "Set engine=zero"),
+        ("batch=8", "Set batch.batch_size=8"),
+        ("batch.size=8", "Set batch.batch_size=8"),
+        ("++batch.foo=4", "zinfer --explain batch shows the settings of batch"),
+        ("kv_cache.place=host", "Set kv_cache.placement=host"),
+        ("serve", "Try zinfer --help"),
+        ("opt125m", "Set model=opt-125m"),
         ("hardware=h100", "Set hardware=h100_2nvme"),
         ("hardware=H100", "Set hardware=h100_2nvme"),
         ("hardware=a600", "Set hardware=a6000"),
@@ -119,7 +130,12 @@ def test_every_model_of_the_hub_is_found_by_its_hub_id() -> None:
 
 
 def test_flags_are_checked_before_hydra_sees_them() -> None:
-    assert argument_problems(["--nope"]) == ["unrecognized arguments: --nope. Try zinfer --help"]
+    assert argument_problems(["--xyz"]) == ["--xyz is no option. Try zinfer --help"]
+    assert argument_problems(["--versoin"]) == ["--versoin is no option. Try zinfer --version"]
+    assert argument_problems(["--model=opt-125m", "--batch-size", "8"]) == [
+        "--model=opt-125m is no option: settings have no dashes. Set model=opt-125m",
+        "--batch-size is no option: settings have no dashes. Set batch.batch_size=VALUE",
+    ]
     assert argument_problems(["--resolve"])
     assert not argument_problems(["--cfg", "job", "--resolve"])
     assert wants_json(["a=b", "++format=json"]) and not wants_json(["format=text"])
@@ -171,7 +187,7 @@ def test_an_explanation_has_type_bounds_default_and_words() -> None:
     assert all(f"dtype={choice}" in explain("dtype") for choice in choices("dtype"))
     assert "DeepSpeed ZeRO stage 3" in explain("engine=zero")
     assert attribute_docstrings(RunConfig)["task"] == "One of TASKS."
-    with pytest.raises(ValueError, match=r"Set batch\.batch_size="):
+    with pytest.raises(ValueError, match=r"Try zinfer --explain batch\.batch_size"):
         explain("batch.batchsize")
 
 
@@ -208,6 +224,14 @@ MISTAKES = [
     ("--config-dir /nowhere/at/all", "not found"),
     ("-m model=opt-125", "Set model=opt-125m"),
     ("-m hydra/launcher=slurm_gp", "Set hydra/launcher=slurm_gpu"),
+    ("-m model=opt-125m,optt-125m task=plan", "Set model=opt-125m"),
+    ("-m model=opt-125m,optt-125m ofload=cpu", "Set offload=cpu"),
+    ("batch.batch_size=1,2 task=plan", "Try zinfer -m batch.batch_size=1,2 task=plan"),
+    ("'model=opt-125m batch=paper'", "Set model=opt-125m batch=paper without quotes"),
+    ("model = opt-125m", "Set model=opt-125m"),
+    ("+batch.batch_size=4", "Set batch.batch_size=4"),
+    ("batch.batch_size=eight", "Set batch.batch_size=2"),
+    ("batch.max_repeats=no offload=cpu offload.device=ram", "Set offload.device=cpu"),
 ]
 
 

@@ -9,10 +9,21 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
-from zinfer.config.sentences import choices_of, default_choice, nearest, settings, unknown_setting
+from zinfer.config.sentences import (
+    MAIN_SETTINGS,
+    choices_of,
+    default_choice,
+    groups,
+    meant_choice,
+    meant_setting,
+    nearest,
+    settings,
+    unknown_setting,
+)
 from zinfer.config.tasks import TASKS
 from zinfer.paths import conf_dir
 
@@ -20,6 +31,10 @@ OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Errors of a disk, which need not name a file."""
 FREE = ("tracking.tags.", "model.overrides.", "hardware.device_flops_per_s.")
 """Beginnings of settings whose rest is the user's own."""
+OWN_FLAGS = ("--version", "--explain")
+"""Options that Hydra does not have."""
+ALIKE_FLAG, ALIKE_WORD = 0.75, 0.7
+"""Likeness from which an option, or a bare word, is taken for a mistyped one."""
 SWEEP_FLAGS = ("-m", "--multirun")
 WORDS = {"sweep": "-m", **{name: f"task={name}" for name in TASKS}}
 """First word of the command -> what it stands for."""
@@ -65,6 +80,11 @@ def wants_json(arguments: list[str]) -> bool:
     return any(argument.lstrip("+") == "format=json" for argument in arguments)
 
 
+def is_completion(arguments: list[str]) -> bool:
+    """Tell if a shell asks what the command line may go on with."""
+    return arguments[:1] in (["-sc"], ["--shell-completion"]) and "query=bash" in arguments
+
+
 def argument_problems(arguments: list[str]) -> list[str]:
     """List flags that Hydra does not have, or that are not used as it wants them."""
     from hydra._internal.utils import get_args_parser
@@ -78,10 +98,27 @@ def argument_problems(arguments: list[str]) -> list[str]:
     try:
         given = parser.parse_args(arguments)
     except ValueError as error:
-        return [f"{error}. Try zinfer --help"]
+        said, _, flags = str(error).partition("unrecognized arguments: ")
+        if said or not flags:
+            return [f"{error}. Try zinfer --help"]
+        known = [*parser._option_string_actions, *OWN_FLAGS]
+        return [_unknown_flag(flag, known) for flag in flags.split() if flag.startswith("-")]
     if given.resolve and not (given.cfg or given.help):
         return ["--resolve shows nothing by itself. Try zinfer --cfg job --resolve"]
     return []
+
+
+def _unknown_flag(flag: str, known: list[str]) -> str:
+    """Answer an option that there is not: --versoin, --batch-size, --model=opt-125m."""
+    typed, equals, value = flag.partition("=")
+    option = nearest(typed, [one for one in known if one.startswith("--")], alike=ALIKE_FLAG)
+    if option is not None and not equals:
+        return f"{flag} is no option. Try zinfer {option}"
+    name = typed.lstrip("-").replace("-", "_")
+    setting = name if name in groups() or name in settings() else meant_setting(name, ALIKE_FLAG)
+    if setting is None:
+        return f"{flag} is no option. Try zinfer --help"
+    return f"{flag} is no option: settings have no dashes. Set {setting}={value or 'VALUE'}"
 
 
 def composition_problems(error: Exception, arguments: list[str]) -> list[str] | None:
@@ -94,13 +131,40 @@ def composition_problems(error: Exception, arguments: list[str]) -> list[str] | 
     known = isinstance(error, HydraException | OmegaConfBaseException)
     if not known and not (isinstance(error, ValueError) and "override must be" in str(error)):
         return None
+    if spaced := _spaces(arguments, error):
+        return spaced
     found = [
         problem for override in overrides_in(arguments) for problem in override_problems(override)
     ]
     missing = getattr(error, "missing_cfg_file", None)
     if missing and not any(f"{missing}".partition("/")[2] in problem for problem in found):
         found.append(_no_choice(str(missing), list(getattr(error, "options", None) or [])))
-    return found or [_sentence(error)]
+    return found or [_misused(error, arguments) or _sentence(error)]
+
+
+def _spaces(arguments: list[str], error: Exception) -> list[str]:
+    """Answer spaces where none belong: `model = opt-125m`, and 'model=opt-125m batch=paper'."""
+    found = []
+    for before, mark, after in zip(arguments, arguments[1:], arguments[2:], strict=False):
+        if mark == "=":
+            found.append(f"{before} = {after} has spaces. Set {before}={after}")
+    override = getattr(error, "override", None)
+    if isinstance(override, str) and re.search(r"=\S*\s+[+~]*[a-z][\w./]*=", override):
+        found.append(f"{override!r} is one word with two settings. Set {override} without quotes")
+    return found
+
+
+def _misused(error: Exception, arguments: list[str]) -> str | None:
+    """Answer several values without -m, and a plus before a setting that exists; else None."""
+    several = re.search(r"Ambiguous value for argument '(.+?)'\n", str(error))
+    if several:
+        command = " ".join(shlex.quote(word) for word in arguments)
+        return f"{several[1]} has several values, which make a sweep. Try zinfer -m {command}"
+    there = re.search(r"An item is already at '([\w.]+)'", str(error))
+    if there:
+        typed = next((word for word in arguments if word.startswith(f"+{there[1]}=")), None)
+        return f"{there[1]} exists, so it needs no plus. Set {(typed or there[1]).lstrip('+')}"
+    return None
 
 
 def overrides_in(arguments: list[str]) -> list[str]:
@@ -153,8 +217,10 @@ def _no_choice(path: str, options: list[str]) -> str:
             return f"model={value} is the hub's name. Set model={name}"
         if "/" in value or Path(value).expanduser().exists():
             return f"model={value} is not in conf/model. Set model=custom model.source={value}"
+    if group in MAIN_SETTINGS and re.fullmatch(r"\d+", value):
+        return f"{group}={value} does not exist. Set {MAIN_SETTINGS[group]}={value}"
     options = options or choices_of(group)
-    meant = nearest(value, options)
+    meant = meant_choice(group, value, options)
     if meant is None:
         return f"{group}={value} does not exist. {_one_of(group, options)}"
     return f"{group}={value} does not exist. Did you mean it so? Set {group}={meant}"
@@ -180,11 +246,12 @@ def name_of_hub_id(hub_id: str) -> str | None:
 
 def _bare_word(word: str) -> str:
     """Answer a bare word, as in `zinfer opt-125m` or `zinfer pln`."""
-    meant = nearest(word, [*WORDS, "report"])
+    meant = nearest(word, [*WORDS, "report"], alike=ALIKE_WORD)
     if meant is not None:
         return f"{word} is neither a word of zinfer's nor setting=value. Try zinfer {meant}"
-    if word in choices_of("model"):
-        return f"{word} is not setting=value. Set model={word}"
+    model = nearest(word, choices_of("model"), alike=ALIKE_WORD)
+    if model is not None:
+        return f"{word} is not setting=value. Set model={model}"
     return f"{word} is not setting=value. Try zinfer --help"
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from zinfer.config import run_config
 from zinfer.config.limits import Limits, shown
 from zinfer.config.run_config import RunConfig
-from zinfer.config.sentences import choices_of, settings, unknown_setting
+from zinfer.config.sentences import choices_of, meant_setting, settings
 from zinfer.config.tasks import TASKS
 from zinfer.paths import conf_dir
 
@@ -34,7 +34,11 @@ def explain(name: str) -> str:
     group, _, choice = name.replace("=", "/").partition("/")
     if choice in choices_of(group):
         return (Path(conf_dir()) / group / f"{choice}.yaml").read_text().rstrip()
-    raise ValueError(unknown_setting(tuple(name.split(".")), "VALUE"))
+    if "=" in name and choice not in choices_of(group):
+        return explain(name.partition("=")[0])  # a value: its setting is what is asked about
+    meant = meant_setting(name)
+    instead = f"Try zinfer --explain {meant}" if meant else "zinfer --cfg job shows all settings"
+    raise ValueError(f"{name} is not a setting of zinfer. {instead}")
 
 
 def _setting(name: str) -> Iterator[str]:

@@ -17,8 +17,28 @@ EXAMPLES = {
     "tracking.uri": "tracking.uri=http://127.0.0.1:5000",
 }
 """Values to try for settings that people forget."""
+SOME_TEXT = "x"
 SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """What other programs call our choices."""
+OTHER_NAMES: dict[str, dict[str, str]] = {
+    "offload": {
+        **dict.fromkeys(("gpu", "cuda", "device", "off", "false"), "none"),
+        **dict.fromkeys(("ram", "host", "memory", "dram"), "cpu"),
+        **dict.fromkeys(("disk", "ssd", "drive"), "nvme"),
+    },
+    "kv_cache": {
+        **dict.fromkeys(("cpu", "ram", "memory", "dram"), "host"),
+        **dict.fromkeys(("gpu", "cuda", "none"), "device"),
+    },
+    "dtype": {"4bit": "int4", "8bit": "int8", "16bit": "float16", "32bit": "float32"},
+    "engine": {"deepspeed": "zero", "transformers": "resident", "hf": "resident"},
+    "hardware": {"local": "detect", "auto": "detect", "this": "detect"},
+    "weights": {"real": "pretrained", "random": "dummy", "true": "pretrained", "false": "dummy"},
+    "task": {"benchmark": "run", "bench": "run", "generate": "run", "dryrun": "plan"},
+}
+"""Group or setting -> what people call its choices -> the choice."""
+MAIN_SETTINGS = {"batch": "batch.batch_size"}
+"""Group -> its setting that a bare number is meant for: batch=8."""
 ALIKE = 0.6
 """Likeness from which a word is taken for a mistyped one; difflib's own threshold."""
 SHORTEST_BEGINNING = 2
@@ -50,8 +70,8 @@ def validation_problem(detail: Any, given: str) -> str:
     match detail["type"]:
         case "literal_error":
             choices = choices_in(str(context["expected"]))
-            instead = f"Set {name}={nearest(given, choices) or choices[0]}"
-            return f"{name}={given} is not one of {', '.join(choices)}. {instead}"
+            meant = meant_choice(str(path[0]), given, choices) or choices[0]
+            return f"{name}={given} is not one of {', '.join(choices)}. Set {name}={meant}"
         case "unexpected_keyword_argument":
             return unknown_setting(path, given)
         case "missing" | "missing_keyword_only_argument" | "missing_argument":
@@ -66,10 +86,36 @@ def validation_problem(detail: Any, given: str) -> str:
 def unknown_setting(path: tuple[Any, ...], given: str) -> str:
     """Name the setting that was probably meant: batch.batchsize -> batch.batch_size."""
     name = ".".join(str(part) for part in path)
-    meant = nearest(name, [*groups(), *settings()])
-    if meant is None:
-        return f"{name} is not a setting of zinfer. Drop it; zinfer --cfg job shows all settings"
-    return f"{name} is not a setting of zinfer. Did you mean it so? Set {meant}={given}"
+    said, meant = f"{name} is not a setting of zinfer", meant_setting(name)
+    if meant is not None:
+        return f"{said}. Did you mean it so? Set {meant}={given}"
+    group = name.partition(".")[0]
+    if group in groups():
+        return f"{said}. Drop it; zinfer --explain {group} shows the settings of {group}"
+    return f"{said}. Drop it; zinfer --cfg job shows all settings"
+
+
+def meant_setting(name: str, alike: float = ALIKE) -> str | None:
+    """Return the setting or group that a mistyped name is for; None where none is alike.
+
+    Below a group that exists only its own settings count, and there one word of a setting's name is
+    enough: batch.size is batch.batch_size.
+    """
+    group, dot, rest = name.partition(".")
+    if not dot or group not in groups():
+        return nearest(name, [*groups(), *settings()], alike=alike)
+    own = [known for known in settings() if known.startswith(f"{group}.")]
+    words = set(rest.lower().replace("-", "_").split("_"))
+    for known in own:
+        if words <= set(known.rpartition(".")[2].split("_")):
+            return known
+    return nearest(rest, [known.rpartition(".")[2] for known in own], prefix=f"{group}.")
+
+
+def meant_choice(group: str, value: str, choices: list[str]) -> str | None:
+    """Return the choice that a word is for, by its other names or by its letters; or None."""
+    called = OTHER_NAMES.get(group, {}).get(re.sub("[-_ ]", "", value.lower()))
+    return called if called in choices else nearest(value, choices)
 
 
 def no_value(path: tuple[Any, ...]) -> str:
@@ -83,11 +129,15 @@ def no_value(path: tuple[Any, ...]) -> str:
     return f"{name} has no value. Set {name}=VALUE{example}"
 
 
-def nearest(text: str, known: list[str]) -> str | None:
+def nearest(text: str, known: list[str], *, prefix: str = "", alike: float = ALIKE) -> str | None:
     """Return the known word that is most like this one; None when none is.
 
     Of a dotted name its last part counts too: people type `batchsize` for batch.batch_size.
     A word that goes on where the text ends is nearer than any other: h100 is h100_2nvme.
+
+    Args:
+        prefix: put before the word that is found.
+        alike: least likeness, from 0 to 1.
     """
     text = SHORT_NAMES.get(text.lower(), text.lower())
 
@@ -98,7 +148,7 @@ def nearest(text: str, known: list[str]) -> str | None:
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in parts)
 
     best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= ALIKE else None
+    return prefix + best if best is not None and likeness(best) >= alike else None
 
 
 def settings() -> list[str]:
@@ -143,8 +193,17 @@ def _instead(path: tuple[Any, ...], context: dict[str, Any]) -> str:
     """Return a value to set: the bound that was crossed, else the default."""
     if context.get("instead") is not None:
         return shown(context["instead"])
-    default = default_of(path)
-    return "VALUE" if default is MISSING or default is None else str(default)
+    value = usable_value(path)
+    if value is None:
+        return "null"
+    known = value is not MISSING and value != SOME_TEXT
+    return (
+        shown(value)
+        if known and isinstance(value, int | float)
+        else str(value)
+        if known
+        else "VALUE"
+    )
 
 
 def default_of(path: tuple[Any, ...]) -> Any:
@@ -169,4 +228,4 @@ def usable_value(path: tuple[Any, ...]) -> Any:
     wanted = get_type_hints(kind).get(str(path[1]))
     if get_origin(wanted) is Literal:
         return get_args(wanted)[0]
-    return {int: 2, str: "x"}.get(wanted, MISSING) if isinstance(wanted, type) else MISSING
+    return {int: 2, str: SOME_TEXT}.get(wanted, MISSING) if isinstance(wanted, type) else MISSING

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from zinfer.config import ConfigError, RunConfig, parse_config
+from zinfer.config.command_line import composition_problems
 from zinfer.sweep.folders import require_folders
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -61,7 +62,7 @@ def compose_jobs(master: DictConfig) -> list[ComposedJob]:
             for num, overrides in enumerate(job_overrides(loader, master))
         ]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([sentence(error)]) from error
+        raise ConfigError(composing_problems(error, master)) from error
     if is_basic_sweeper(master):
         require_folders({job.num: job.folder for job in jobs}.items())
     return jobs
@@ -167,6 +168,13 @@ def problems_of_interpolation(setting: str = "") -> Iterator[None]:
     except OmegaConfBaseException as error:
         start = f"{setting}: " if setting else ""
         raise ConfigError([start + sentence(error)]) from error
+
+
+def composing_problems(error: Exception, master: DictConfig) -> list[str]:
+    """Say why Hydra cannot compose a job of this sweep, with what to set."""
+    if isinstance(error, OmegaConfBaseException):
+        return [sentence(error)]
+    return composition_problems(error, typed_overrides(master)) or [sentence(error)]
 
 
 def sentence(error: Exception) -> str:

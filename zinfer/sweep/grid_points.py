@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from zinfer.config import ConfigError, RunConfig, config_from_tree, parse_config
 from zinfer.sweep.compose import (
     as_hydra_config,
+    composing_problems,
     job_overrides,
     problems_of_interpolation,
-    sentence,
     typed_overrides,
 )
 
@@ -65,7 +65,7 @@ def composed_points(master: DictConfig, folder: Path) -> Iterator[GridPoint]:
             except ConfigError as error:
                 yield GridPoint(names=names, problems=tuple(error.problems))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([sentence(error)]) from error
+        raise ConfigError(composing_problems(error, master)) from error
 
 
 class GridComposer:
