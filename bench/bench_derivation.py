@@ -1,8 +1,8 @@
 """Compare tokens/s of zero=tuned with the published derivation, in turn. `make bench-derivation`.
 
 The published NVMe buffers page-lock 20 GiB. So on NVMe tuned is compared with itself less one
-thing:
-fetching module by module, and without huge pages.
+thing: fetching module by module, and without huge pages. Without offload it is also compared with
+itself fetching layers, and with plain transformers.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import io
 import statistics
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
+from bench_quantised import LLAMA_400M
 from hydra import compose, initialize_config_dir
 
 from zinfer.config import RunConfig, parse_config
@@ -30,9 +32,11 @@ SHARED = [
     "batch.warmup=1",
     "batch.repeats=3",
 ]
-MODELS = ("smollm2-135m",)
+MODELS = {"smollm2-135m": ["model=smollm2-135m"], "LLaMA, 400M": LLAMA_400M}
 MODES = (
     ("offload=none", "zero=paper"),
+    ("offload=none", "zero.leaf_layers=true zero.persistence_threshold_numel=1024"),
+    ("offload=none", "engine=resident"),
     ("offload=cpu", "zero=paper"),
     ("offload=nvme", "zero.leaf_layers=false"),
     ("offload=nvme", "offload.huge_pages=false"),
@@ -45,8 +49,8 @@ def config_of(*overrides: str) -> RunConfig:
     return parse_config(compose("config", overrides=[*SHARED, *overrides]))
 
 
-def tokens_per_s(config: RunConfig, job_dir: Path) -> float:
-    """Return the generated tokens/s of one job.
+def speed(config: RunConfig, job_dir: Path) -> tuple[float, float]:
+    """Return the generated tokens/s of one job, and the milliseconds of its decode step.
 
     Raises:
         RuntimeError: it did not end well.
@@ -56,7 +60,7 @@ def tokens_per_s(config: RunConfig, job_dir: Path) -> float:
     )
     if outcome.status != "ok":
         raise RuntimeError(f"{outcome.status}: {outcome.reason}")
-    return outcome.metrics["generated_tokens_per_s"]
+    return outcome.metrics["generated_tokens_per_s"], 1000 * outcome.metrics["decode_step_s"]
 
 
 def main() -> int:
@@ -64,6 +68,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--models", nargs="*", default=["smollm2-135m"], choices=list(MODELS))
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
+    parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument(
         "--only",
         default="",
@@ -75,30 +82,33 @@ def main() -> int:
         initialize_config_dir(conf_dir(), version_base="1.3"),
         tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as scratch,
     ):
-        shared = ("dtype=bfloat16", f"launcher.omp_threads={arguments.threads}")
+        shared = ("dtype.compute=bfloat16", f"launcher.omp_threads={arguments.threads}")
         facts = environment(config_of(*shared), None)
-        for model in MODELS:
-            for offload, other in (mode for mode in MODES if arguments.only in mode[1]):
-                for batch in BATCHES:
-                    point = (f"model={model}", offload, f"batch.batch_size={batch}", *shared)
-                    point = (
-                        (*point, f"offload.nvme_path={scratch}/swap")
-                        if offload == "offload=nvme"
-                        else point
-                    )
-                    ratios, after = [], []
-                    for pair in range(arguments.pairs):
-                        folder = Path(scratch) / f"{model}-{offload}-{other}-{batch}-{pair}"
-                        before = tokens_per_s(config_of(*point, other), folder / "before")
-                        after.append(tokens_per_s(config_of(*point), folder / "after"))
-                        ratios.append(after[-1] / before)
-                    lines.append(
-                        f"| {model} | {offload} | {batch} | {other} "
-                        f"| {statistics.median(after):.1f} "
-                        f"| {statistics.median(ratios):.2f} "
-                        f"({min(ratios):.2f} to {max(ratios):.2f}) |"
-                    )
-                    print(lines[-1], file=sys.stderr, flush=True)
+        chosen = [mode for mode in MODES if arguments.only in mode[1]]
+        for model, dtype, (offload, other) in product(arguments.models, arguments.dtypes, chosen):
+            for batch in arguments.batches:
+                weights = (*MODELS[model], f"dtype={dtype}")
+                point = (*weights, offload, f"batch.batch_size={batch}", *shared)
+                point = (
+                    (*point, f"offload.nvme_path={scratch}/swap")
+                    if offload == "offload=nvme"
+                    else point
+                )
+                before, after = [], []
+                for pair in range(arguments.pairs):
+                    folder = Path(scratch) / f"{len(lines)}-{pair}"
+                    compared = config_of(*point, *other.split())
+                    before.append(speed(compared, folder / "before"))
+                    after.append(speed(config_of(*point), folder / "after"))
+                ratios = [mine[0] / theirs[0] for mine, theirs in zip(after, before, strict=True)]
+                rate, step_ms = (statistics.median(each) for each in zip(*after, strict=True))
+                other_ms = statistics.median(step for _, step in before)
+                lines.append(
+                    f"| {model}, {dtype} | {offload} | {batch} | {other} | {rate:.1f} "
+                    f"| {step_ms:.1f} | {other_ms:.1f} | {statistics.median(ratios):.2f} "
+                    f"({min(ratios):.2f} to {max(ratios):.2f}) |"
+                )
+                print(lines[-1], file=sys.stderr, flush=True)
         Servers.close()
     checkout = facts["zinfer"]
     commit = (checkout["commit"] or "unknown")[:12] + (" (changed)" if checkout["dirty"] else "")
@@ -107,8 +117,8 @@ def main() -> int:
         f"{arguments.threads} thread a run; commit {commit}; {arguments.pairs} pairs\n"
     )
     print(
-        "| model | weights | batch | compared with | tuned, tokens/s | tuned / other |\n"
-        "| --- | --- | --- | --- | --- | --- |"
+        "| model | weights | batch | compared with | tuned, tokens/s | its step, ms | other's step "
+        "| tuned / other, tokens/s |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
     )
     print("\n".join(lines))
     return 0

@@ -37,6 +37,8 @@ def planned(*overrides: str, **changes: Any) -> Planned:
 def profile(**changes: Any) -> CalibrationProfile:
     """Make a machine where all is round: 10 GFLOP/s whatever the shape, 10 GB/s, 1 ms a layer.
 
+    That millisecond is ZeRO-3's, where it fetches weights.
+
     Args:
         changes: fields of the profile to replace.
     """
@@ -74,11 +76,18 @@ def profile(**changes: Any) -> CalibrationProfile:
         attention={"float32": ten},
         attention_flops={"float32": ten},
         families=(FamilyCost(model_type="*", dtype="float32", op_s=1e-6, value_s=0.0),),
-        modes=tuple(
-            ModeCost(
-                mode=Mode.read(mode), dtype="float32", step_s=0.002, layer_s=0.001, part_s=part_s
-            )
-            for mode, part_s in modes
+        modes=(
+            ModeCost(mode=Mode("resident"), dtype="float32", step_s=0.002, layer_s=0.0, part_s=0.0),
+            *(
+                ModeCost(
+                    mode=Mode.read(mode),
+                    dtype="float32",
+                    step_s=0.002,
+                    layer_s=0.001,
+                    part_s=part_s,
+                )
+                for mode, part_s in modes
+            ),
         ),
         stream=StreamCost(parameter_s=0.0005, bytes_per_s=1e9),
         load={"none": LoadCost(fixed_s=0.5, parameter_s=0.001, bytes_per_s=1e9)},

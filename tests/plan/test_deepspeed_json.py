@@ -207,9 +207,23 @@ LEAVES = [  # overrides, classes of the leaves
     (("model=llama-2-7b", "offload=cpu"), ["LlamaDecoderLayer"]),
     (("model=bloom-560m", "offload=nvme"), ["BloomBlock"]),
     (
-        ("model=mixtral-8x7b", "offload=none"),
+        ("model=mixtral-8x7b", "offload=cpu"),
         ["MixtralDecoderLayer"],
     ),  # its experts are fused: one parameter
+    (("model=mixtral-8x7b", "offload=none"), ["MixtralForCausalLM"]),
+    (("model=llama-2-7b", "offload=none", "dtype=int4"), ["LlamaForCausalLM"]),
+    (("model=deepseek-v3", "offload=none"), ["DeepseekV3ForCausalLM"]),
+    (("model=llama-2-7b", "offload=none", "zero=paper"), None),
+    (("model=llama-2-7b", "offload=none", "zero.leaf_layers=true"), ["LlamaDecoderLayer"]),
+    (("model=llama-2-7b", "offload=none", "zero.leaf_layers=false"), None),
+    (
+        ("model=llama-2-7b", "offload=none", "zero.persistence_threshold_numel=4096"),
+        ["LlamaDecoderLayer"],
+    ),
+    (
+        ("model=llama-2-7b", "offload=none", "launcher.ranks=2", "batch.batch_size=2"),
+        ["LlamaDecoderLayer"],
+    ),
     (("model=llama-2-7b", "offload=cpu", "dtype=int4"), ["LlamaDecoderLayer"]),
     (("model=llama-2-7b", "offload=cpu", "dtype=int4", "zero=paper"), None),
     (("model=llama-2-7b", "offload=cpu", "zero.leaf_layers=false"), None),

@@ -19,6 +19,7 @@ TINY = ("model=tiny-llama", "dtype=float32", "hardware.accelerator=cpu")
 def test_a_calibrated_prediction_is_the_sum_of_its_parts() -> None:
     run = planned(
         *TINY,
+        "zero.leaf_layers=true",
         profile=profile(),
         device_flops_per_s={},
         host_memory_bytes_per_s=None,

@@ -142,6 +142,9 @@ def test_planned_weight_and_kv_bytes_are_those_of_the_tensors(
             model["kv_cache_bytes"] * (9 + NEW_TOKENS - 1) // (9 + NEW_TOKENS)
         )  # the last token's is never computed
         assert metrics["kv_cache_bytes"] == held, offload
+        gathered = metrics["bytes_streamed_per_step"] * NEW_TOKENS / model["weight_bytes"]
+        passes = 1 if offload == "none" else NEW_TOKENS  # the first pass gathers them for good
+        assert gathered == pytest.approx(passes, rel=0.01), offload
 
 
 @pytest.mark.slow

@@ -76,12 +76,21 @@ def job_config(job: Job, config: RunConfig) -> RunConfig:
         ),
         dtype=DtypeConfig(weights=dtype, compute=dtype),
         batch=job.batch,
-        zero=ZeroConfig(derivation="tuned", leaf_layers=None if job.leaf else False),
+        zero=_fetching(job),
         tracking=TrackingConfig(store="none"),
         launcher=replace(
             config.launcher, ranks=1, timeout_s=config.launcher.timeout_s or JOB_TIMEOUT_S
         ),
         plan=replace(config.plan, enforce=False),
+    )
+
+
+def _fetching(job: Job) -> ZeroConfig:
+    """Let ZeRO-3 fetch weights in every job: without offload one rank would keep them gathered."""
+    if job.mode != "none":
+        return ZeroConfig(derivation="tuned", leaf_layers=None if job.leaf else False)
+    return ZeroConfig(
+        derivation="tuned", leaf_layers=job.leaf, persistence_threshold_numel=job.hidden
     )
 
 

@@ -258,7 +258,10 @@ class ZeroConfig:
     max_live_numel: Numel | None = None
     persistence_threshold_numel: Numel | None = None
     leaf_layers: bool | None = None
-    """Fetch and release whole decoder layers at once, not one module after the other."""
+    """Fetch and release whole decoder layers at once, not one module after the other.
+
+    None: also the whole model as one, where one rank has all weights on its device.
+    """
     aio_block_size_bytes: Annotated[int, Limits(1, 1 << 40)] | None = None
     aio_queue_depth: Annotated[int, Limits(1, 1 << 20)] | None = None
     aio_intra_op_parallelism: Threads | None = None

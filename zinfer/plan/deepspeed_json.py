@@ -127,7 +127,9 @@ def _tuned(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None) 
         zero["memory_efficient_linear"] = (
             False  # it saves memory in training; here it costs time at every product
         )
-    if leaf_layers(config, spec, staging_limit_bytes):
+    if model_is_leaf(config):
+        zero["leaf_module"] = {"classes": [spec.architecture]}
+    elif leaf_layers(config, spec, staging_limit_bytes):
         zero["leaf_module"] = {"classes": list(spec.layer_classes)}
     derived: Json = {
         "train_micro_batch_size_per_gpu": config.batch.batch_size
@@ -165,13 +167,37 @@ def _given(override: int | None, derived: int) -> int:
 
 
 def _persistence_threshold(config: RunConfig, spec: ModelSpec, layout: ZeroLayout) -> int:
-    """Return the threshold in elements; smaller parameters stay gathered.
+    """Return the threshold in elements; parameters up to it stay gathered.
 
-    Under NVMe it must stay below every swapped partition: else DeepSpeed returns wrong tokens on
-    one rank and crashes on two.
+    That is all of them where it costs no byte. Under NVMe it must stay below every swapped
+    partition: else DeepSpeed returns wrong tokens on one rank and crashes on two.
     """
-    wanted = _given(config.zero.persistence_threshold_numel, spec.hidden_size)
+    most = layout.largest_stored_numel if gathers_in_place(config) else spec.hidden_size
+    wanted = _given(config.zero.persistence_threshold_numel, most)
     return min(wanted, layout.swap_min_numel - 1) if config.offload.device == "nvme" else wanted
+
+
+def gathers_in_place(config: RunConfig) -> bool:
+    """Tell if a gathered weight is the partition itself, on a processor and on a GPU.
+
+    One rank without offload holds every partition whole, on its device: DeepSpeed makes a view of
+    it. Weights that DeepSpeed quantised are unpacked when they are gathered.
+    Source: NoGatherHandle in deepspeed/runtime/zero/partition_parameters.py.
+    """
+    launcher = config.launcher
+    alone = launcher.ranks * launcher.nodes == 1
+    return alone and config.offload.device == "none" and config.quantiser != "deepspeed"
+
+
+def model_is_leaf(config: RunConfig) -> bool:
+    """Tell if the whole model is one leaf of ZeRO-3, fetched once and never released.
+
+    Then DeepSpeed has two hooks in a pass, not two for each layer or module. It is so where weights
+    are gathered in place, unless a setting of the user's says what is fetched or kept.
+    """
+    zero = config.zero
+    given = zero.leaf_layers is not None or zero.persistence_threshold_numel is not None
+    return zero.derivation == "tuned" and gathers_in_place(config) and not given
 
 
 def leaf_layers(config: RunConfig, spec: ModelSpec, staging_limit_bytes: int | None = None) -> bool:

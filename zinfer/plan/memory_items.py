@@ -15,7 +15,7 @@ from zinfer.config import RunConfig
 from zinfer.config.engines import engine_of
 from zinfer.machine.hardware import Hardware
 from zinfer.model.spec import ModelSpec
-from zinfer.plan.deepspeed_json import derive
+from zinfer.plan.deepspeed_json import derive, gathers_in_place
 from zinfer.plan.kv_placement import KvBytes, kv_bytes
 from zinfer.plan.process_memory import kept_after_loading, kept_free_factor, process_memory
 from zinfer.plan.tiers import Item, ItemKind, Lifetime
@@ -64,9 +64,14 @@ class Demand:
 
     @property
     def uses_partition_in_place(self) -> bool:
-        """One CPU rank computes with its partition, or with the buffer that it was read into:
-        nothing is copied."""
-        return self.hardware.device_is_host and self.config.launcher.ranks == 1
+        """Tell if a rank computes with its partition, or with the buffer that it was read into.
+
+        So does one CPU rank, and one rank without offload on any device: nothing is copied.
+        """
+        launcher = self.config.launcher
+        alone = launcher.ranks * launcher.nodes == 1
+        alone_on_cpu = self.hardware.device_is_host and alone
+        return alone_on_cpu or gathers_in_place(self.config)
 
     @cached_property
     def kv(self) -> KvBytes | None:

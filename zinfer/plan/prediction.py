@@ -18,7 +18,7 @@ from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.binding import Binding, Resource
 from zinfer.plan.ceiling import Ceiling, ceiling
-from zinfer.plan.deepspeed_json import leaf_layers, staging_limit_bytes
+from zinfer.plan.deepspeed_json import leaf_layers, model_is_leaf, staging_limit_bytes
 from zinfer.plan.kv_seconds import (
     HOST_ATTENTION,
     KV_TO_DEVICE,
@@ -242,8 +242,13 @@ def layers_seconds(
 
 
 def fixed_mode(config: RunConfig, *, leaf: bool) -> Mode:
-    """Return the name of the run's ModeCost."""
-    return Mode(mode_of(config), by_module=not leaf and engine_of(config).zero3)
+    """Return the name of the run's ModeCost.
+
+    ZeRO-3 that never fetches a weight costs what plain transformers costs.
+    """
+    if not engine_of(config).zero3 or model_is_leaf(config):
+        return Mode("resident")
+    return Mode(mode_of(config), by_module=not leaf)
 
 
 def layer_parts(spec: ModelSpec, layout: ZeroLayout, mode: Mode) -> float:
