@@ -20,6 +20,7 @@ from zinfer.job.events import EventLog
 from zinfer.model.spec import model_spec
 from zinfer.plan.deepspeed_json import deepspeed_json
 from zinfer.worker.engines.zero import load
+from zinfer.worker.quantised import parts
 
 NEW_TOKENS = 8
 
@@ -53,6 +54,7 @@ def tokens(folder: Path, offload: str, events: EventLog) -> list[list[int]]:
 
 
 if __name__ == "__main__":
+    parts.WHOLE_BYTES = 512  # so that these small models are read in parts too
     root = Path(sys.argv[1])
     said = {}
     for argument in sys.argv[2:]:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,18 @@ def test_two_that_ask_together_make_them_once(
         make(take)
 
     found: list[Kept] = []
+    waited: list[bool] = []
+
+    def wait() -> None:
+        found.append(kept_weights(KEY, SIZES, make, events, waiting=lambda: waited.append(True)))
+
     first = threading.Thread(target=lambda: found.append(kept_weights(KEY, SIZES, slowly, events)))
     first.start()
     assert has_begun.wait(10)
-    second = threading.Thread(target=lambda: found.append(kept_weights(KEY, SIZES, make, events)))
+    second = threading.Thread(target=wait)
     second.start()
+    while not waited:
+        time.sleep(0.01)
     may_end.set()
     for thread in (first, second):
         thread.join(10)

@@ -171,6 +171,16 @@ def _layout_fault(header: Mapping[str, Any]) -> str | None:
     return None
 
 
+def read_into(target: memoryview, path: Path, begin: int) -> int:
+    """Fill memory with bytes of a file, so that its pages are nobody's; return how many came."""
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        while done < len(target) and (count := file.readinto(target[done:])):
+            done += count
+    return done
+
+
 def first_names(names: Iterable[str]) -> str:
     """Return the first names, in the order of their numbers, and how many more there are."""
     ordered = sorted(names, key=_natural)

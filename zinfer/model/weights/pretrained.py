@@ -179,11 +179,10 @@ def verify(
     """
     events.phase("verify")
     started_s = time.perf_counter()
-    is_first = events.rank == 0  # the others have read no value of the checkpoint
-    faults = weight_faults(
-        read.model, events, samples=read.samples if is_first else None, gather=gather
-    )
-    faults = _of_first_rank(faults, ranks)
+    samples = read.samples
+    if events.rank != 0 and samples is not None and samples.part is None:
+        samples = None  # the other ranks have read no value of the checkpoint
+    faults = _of_all_ranks(weight_faults(read.model, events, samples=samples, gather=gather), ranks)
     if faults:
         raise WrongWeights(f"the weights of {opened.source} cannot be used: {'; '.join(faults)}")
     tensors, size = counted(read.model)
@@ -208,13 +207,13 @@ def unreachable(model: ModelConfig, source: str, error: Exception) -> str:
     return f"the weights of {source} cannot be read: {said}. {make}, or set weights=dummy"
 
 
-def _of_first_rank(faults: list[str], ranks: int) -> list[str]:
-    """Return what rank 0 found, on every rank: it alone compared values."""
+def _of_all_ranks(faults: list[str], ranks: int) -> list[str]:
+    """Return what any rank found, on every rank, each fault once."""
     if ranks == 1:
         return faults
-    shared = [faults]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
+    shared: list[list[str]] = [[] for _ in range(ranks)]
+    torch.distributed.all_gather_object(shared, faults)
+    return list(dict.fromkeys(fault for found in shared for fault in found))
 
 
 def _refuse_quantised(source: str, config: PretrainedConfig) -> None:

@@ -65,18 +65,32 @@ class Samples:
     """Values of each tensor as it was read: parameter name -> elements at `windows`."""
 
     ranks: int
+    part: int | None = None
+    """The rank whose partition alone was read here, and is looked at; None: all were."""
     values: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
         """Keep the elements of a tensor that is about to be written into the model."""
-        self.values[name] = pick(tensor, self.ranks).clone()
+        self.values[name] = self.pick(tensor).clone()
+
+    def pick(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the elements that are compared, one window after the other."""
+        return pick(tensor, self.ranks, self.part)
 
 
-def windows(numel: int, parts: int) -> list[tuple[int, int]]:
+def windows(numel: int, parts: int, part: int | None = None) -> list[tuple[int, int]]:
     """Return where a tensor is compared: at the begin, middle and end of each rank's partition.
 
     ZeRO-3 cuts the flat tensor into `parts` equal pieces.
+
+    Args:
+        part: the only piece that is wanted; None: all.
     """
+    if part is not None:
+        each = -(-numel // parts)
+        first, last = min(numel, part * each), min(numel, (part + 1) * each)
+        clipped = [(max(start, first), min(stop, last)) for start, stop in windows(numel, parts)]
+        return [(start, stop) for start, stop in clipped if start < stop]
     if numel <= WHOLE_NUMEL:
         return [(0, numel)]
     each = -(-numel // parts)
@@ -90,10 +104,11 @@ def windows(numel: int, parts: int) -> list[tuple[int, int]]:
     return sorted(places)
 
 
-def pick(tensor: torch.Tensor, parts: int) -> torch.Tensor:
+def pick(tensor: torch.Tensor, parts: int, part: int | None = None) -> torch.Tensor:
     """Return the elements of all windows, one after the other."""
     flat = tensor.detach().reshape(-1)
-    return torch.cat([flat[start:stop] for start, stop in windows(flat.numel(), parts)])
+    found = [flat[start:stop] for start, stop in windows(flat.numel(), parts, part)]
+    return torch.cat(found) if found else flat[:0]
 
 
 @contextmanager
@@ -154,7 +169,7 @@ def weight_faults(
                 read = [samples.values[name] for name in aliases if name in samples.values]
                 if not read:
                     never.append(aliases[0])
-                elif not any(_agrees(parameter.data, values, samples.ranks) for values in read):
+                elif not any(_agrees(samples.pick(parameter.data), values) for values in read):
                     lost.append(aliases[0])
         done += size
         if (now_s := time.monotonic()) - reported_s >= REPORT_S or done == total:
@@ -215,9 +230,8 @@ def _numel(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _agrees(held: torch.Tensor, read: torch.Tensor, ranks: int) -> bool:
+def _agrees(mine: torch.Tensor, read: torch.Tensor) -> bool:
     """Compare what the model holds with what was read, in the model's dtype."""
-    mine = pick(held, ranks)
     if mine.numel() != read.numel():
         return False
     wanted = read.to(device=mine.device, dtype=mine.dtype)

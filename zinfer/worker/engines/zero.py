@@ -1,6 +1,7 @@
 """Run a model under DeepSpeed ZeRO stage 3, which keeps its weights on any tier.
 
-Besides it only weights/dummy.py (zero.Init) and native_ops.adopt import deepspeed.
+Besides it only zero_packed.py and weights/dummy.py (zero.Init) and native_ops.adopt import
+deepspeed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from zinfer.config import ConfigError, RunConfig
+from zinfer.config import RunConfig
 from zinfer.job.events import EventLog
 from zinfer.machine import native_ops
 from zinfer.machine.huge_pages import into_huge_pages
@@ -33,9 +34,7 @@ from zinfer.model.weights.pretrained import (
 )
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.worker.engines import Engine, tokenizer_for
-from zinfer.worker.quantised.building import dummy_packed
-from zinfer.worker.quantised.loading import packed_model
-from zinfer.worker.quantised.searched import searched_if_asked
+from zinfer.worker.engines.zero_packed import build_packed
 from zinfer.worker.skinny.choice import linear_choice
 from zinfer.worker.skinny.modules import use_own_products
 
@@ -115,43 +114,6 @@ def build_plain(
         return pretrained_model(opened, dtype, events, zero3_ranks=ranks), alive
     model = dummy_model_partitioned(config.model, spec, ds_json, dtype, events)
     return Read(model=model, samples=None), alive
-
-
-def build_packed(
-    config: RunConfig,
-    spec: ModelSpec,
-    ds_json: dict[str, Any],
-    opened: Opened | None,
-    events: EventLog,
-) -> tuple[Read, HfDeepSpeedConfig]:
-    """Build the model with packed weights, each partitioned and swapped before the next one.
-
-    Raises:
-        ConfigError: gathers would add bytes up.
-    """
-    if ds_json["zero_optimization"].get("stage3_use_all_reduce_for_fetch_params"):
-        raise ConfigError(
-            [
-                "stage3_use_all_reduce_for_fetch_params gathers weights by adding partitions up, "
-                "and packed weights are no numbers. Set it to false, or dtype=bfloat16"
-            ]
-        )
-    dtype = getattr(torch, spec.dtype)
-    partition = deepspeed.zero.Init(config_dict_or_path=ds_json)
-
-    def place(parameter: torch.nn.Parameter) -> None:
-        partition._convert_to_zero_parameters([parameter])
-
-    if opened is not None:
-        ranks = comm.get_world_size()
-        searched = searched_if_asked(opened, config, spec, events)
-        read = packed_model(
-            opened, config.dtype, dtype, place, events, ranks=ranks, searched=searched
-        )
-    else:
-        model = dummy_packed(config.model, config.dtype, spec, dtype, place, events)
-        read = Read(model=model, samples=None)
-    return read, HfDeepSpeedConfig(ds_json)
 
 
 def gather_in_one_thread() -> None:

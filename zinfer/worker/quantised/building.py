@@ -25,6 +25,7 @@ from zinfer.model.weights.dummy import DummyFiller
 from zinfer.model.weights.verified import Samples, is_finite
 from zinfer.worker.quantised.modules import SUFFIX, quantise_module
 from zinfer.worker.quantised.packing import Packing, pack, rounding_fault
+from zinfer.worker.quantised.parts import Part
 
 if TYPE_CHECKING:
     from zinfer.worker.quantised.searched import SearchedWeights
@@ -43,16 +44,17 @@ class PackedModel:
         dtype: torch.dtype,
         place: Place,
         *,
-        ranks: int = 1,
+        part: Part | None = None,
         searched: SearchedWeights | None = None,
     ) -> None:
         self.model = empty_model(hf_config, dtype)
         self.dtype = dtype
-        self.samples = Samples(ranks=ranks)
+        self.samples = Samples(ranks=part.ranks, part=part.rank) if part else Samples(ranks=1)
         self.aliases = _aliases(self.model)
         self.waiting = {names[0] for names in self.aliases.values()}
         """Names of the parameters that have no values yet."""
-        self._place, self._searched = place, searched
+        self._place, self._part, self._searched = place, part, searched
+        self._partly_read: set[str] = set()
         self._first = {name: names[0] for names in self.aliases.values() for name in names}
         self._packings = {
             each.name: Packing.of(each, bits, dtype_config)
@@ -72,6 +74,29 @@ class PackedModel:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter that has no values yet."""
         return tuple(self.model.get_parameter(self._first[name]).shape)
+
+    def read_partly(self, name: str) -> range | None:
+        """Return the part of a tensor's first dimension that is all this rank has to read.
+
+        None: the whole tensor. Whoever asks must hand over the tensor with that part filled.
+        """
+        first = self._first.get(name)
+        if first is None or self._part is None:
+            return None
+        packing = self._packings.get(first)
+        if packing is None:
+            found = self._part.slices(self.shape(first), self._kept_dtype(first))
+        elif len(packing.shape) == 2 and not packing.is_transposed:
+            found = self._part.rows(packing, self.dtype)
+        else:
+            found = None
+        if found is not None:
+            self._partly_read.add(first)
+        return found
+
+    def _kept_dtype(self, first: str) -> torch.dtype:
+        """Return the type of a parameter that is not packed."""
+        return self.model.get_parameter(first).dtype
 
     def take(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
         """Give a parameter its values, or return those of a buffer in the buffer's type.
@@ -100,23 +125,45 @@ class PackedModel:
         self.waiting.discard(first)
         packing = self._packings.get(first)
         if packing is not None and self._searched is not None and self.is_kept(first):
-            stored = packing.stored(self._searched.read(first), self.dtype)
-            self._store(first, stored, packing)
+            self._store(first, self._read_packed(first, packing, self._searched), packing)
             return
         if value.dtype == torch.float64:
             value = value.float()  # what is too large for it is infinity from here on
-        if not is_finite(value):
+        read: Any = ...
+        if first in self._partly_read and (part := self.read_partly(first)) is not None:
+            read = slice(part.start, part.stop)
+        if not is_finite(value[read]):
             raise WrongWeights(f"tensor {name} holds NaN or infinity")
         if packing is None:
-            stored = value.to(self.model.get_parameter(first).dtype, copy=True)
+            stored = torch.empty(value.shape, dtype=self._kept_dtype(first))
+            stored[read] = value[read]
         else:
-            stored = pack(value, packing, self.dtype)
-            if fault := rounding_fault(value, stored, packing):
-                raise WrongWeights(
-                    f"tensor {name} cannot be held in {packing.bits} bits: {fault}. "
-                    f"Set dtype.keep=[{first}]"
-                )
-        self._store(first, stored.contiguous(), packing)
+            stored = self._packed(name, value, packing)
+        self._store(first, stored, packing)
+
+    def _packed(self, name: str, value: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Pack a weight, or this rank's rows of it, and compare them with what was read."""
+        rows = self._part.rows(packing, self.dtype) if self._part else None
+        stored = pack(value, packing, self.dtype, rows)
+        if fault := rounding_fault(value, stored, packing, rows):
+            raise WrongWeights(
+                f"tensor {name} cannot be held in {packing.bits} bits: {fault}. "
+                f"Set dtype.keep=[{self._first[name]}]"
+            )
+        if self._part is not None and rows is not None:
+            self._part.share_scales(stored, packing)
+        return stored
+
+    def _read_packed(self, first: str, packing: Packing, searched: SearchedWeights) -> torch.Tensor:
+        """Read the kept bytes of a weight, or of this rank's part of it."""
+        if self._part is None:
+            return packing.stored(searched.read(first, 0, packing.bytes), self.dtype)
+        size = self.dtype.itemsize
+        span = self._part.span(packing.stored_numel(self.dtype))
+        begin, end = (min(packing.bytes, each * size) for each in span)
+        raw = torch.empty(packing.bytes, dtype=torch.uint8)
+        raw[begin:end] = searched.read(first, begin, end)
+        return packing.stored(raw, self.dtype)
 
     def _store(self, first: str, stored: torch.Tensor, packing: Packing | None) -> None:
         parameter = nn.Parameter(stored, requires_grad=False)

@@ -2,7 +2,8 @@
 
 A folder for each checkpoint, scheme and version: packed.safetensors holds the bytes of each weight,
 made.json their checksums. The folder gets its name when both are whole, so a half-written one is
-never met. A checksum is compared when its weight is read; a weight that fails it is made again.
+never met. A weight has checksums of its pieces. They are compared when pieces are read; a weight
+that fails one is made again. So a rank reads and checks only what it holds.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from zinfer.config import ConfigError
 from zinfer.job.events import EventLog
+from zinfer.model.weights.checkpoint import read_header, read_into
 from zinfer.paths import cache_dir
 from zinfer.units import format_bytes
 
 WEIGHTS, MADE = "packed.safetensors", "made.json"
-VERSION = 1
-"""Changes when the search makes other codes of the same weights."""
+VERSION = 2
+"""Changes when the search makes other codes of the same weights, or files another form."""
+PIECES = 64
+"""A weight has so many checksums, each of as many bytes: any number of ranks shares them well."""
 WAIT_S, SAY_S = 1.0, 60.0
 """Between two looks whether another process has finished, and between two words about it."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,31 +48,56 @@ class Kept:
     """Packed weights on disk; each is read when it is asked for."""
 
     folder: Path
-    checksums: Mapping[str, str]
-    """Name of the parameter -> SHA-256 of its bytes."""
+    checksums: Mapping[str, list[str]]
+    """Name of the parameter -> SHA-256 of each piece of its bytes."""
+    begins: Mapping[str, int]
+    """Name of the parameter -> where its bytes begin in the file."""
+    sizes: Mapping[str, int]
+
+    def fingerprint(self) -> str:
+        """Hash all checksums: equal ones mean equal weights."""
+        return hashlib.sha256(json.dumps(dict(self.checksums), sort_keys=True).encode()).hexdigest()
 
     def __contains__(self, name: object) -> bool:
         """Tell if this parameter is kept packed."""
         return name in self.checksums
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """Read a parameter's bytes, uint8 of one dimension. None: they are damaged."""
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor | None:
+        """Read bytes of a parameter, uint8 of one dimension. None: they are damaged.
+
+        Args:
+            begin, end: of the wanted bytes; no end means all. Whole pieces are read around them.
+        """
+        size = self.sizes[name]
+        end = size if end is None else end
+        each = piece_bytes(size)
+        first, last = begin // each, -(-end // each)
+        start = first * each
+        held = torch.empty(max(0, min(size, last * each) - start), dtype=torch.uint8)
+        target = memoryview(held.numpy())
         try:
-            with safe_open(self.folder / WEIGHTS, "pt") as file:
-                found: torch.Tensor = file.get_tensor(name).clone()  # the file is mapped
-        except (OSError, SafetensorError):
+            done = read_into(target, self.folder / WEIGHTS, self.begins[name] + start)
+        except OSError:
             return None
-        return found if _sha256(found) == self.checksums[name] else None
+        if done < len(held) or _checksums(held, each) != self.checksums[name][first:last]:
+            return None
+        return held[begin - start : end - start]
 
 
 def kept_weights(
-    key: Mapping[str, object], sizes: Mapping[str, int], make: Make, events: EventLog
+    key: Mapping[str, object],
+    sizes: Mapping[str, int],
+    make: Make,
+    events: EventLog,
+    *,
+    waiting: Callable[[], object] = lambda: None,
 ) -> Kept:
     """Find the packed weights of this key, or make them. Processes that ask together make one.
 
     Args:
         key: everything that the bytes depend on.
         sizes: parameter name -> bytes of the packed weight.
+        waiting: called when another process makes them just now.
 
     Raises:
         ConfigError: the cache folder is full, or cannot be written.
@@ -77,7 +105,7 @@ def kept_weights(
     everything = {**key, "version": VERSION}
     name = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir() / "quantised" / name
-    with _spoken(folder, sum(sizes.values())), _only_one(folder, events):
+    with _spoken(folder, sum(sizes.values())), _only_one(folder, events, waiting):
         found = _whole(folder, sizes, events)
         if found is None:
             _require_space(folder.parent, sum(sizes.values()))
@@ -99,14 +127,16 @@ def _whole(folder: Path, sizes: Mapping[str, int], events: EventLog) -> Kept | N
         return None
     try:
         checksums = json.loads((folder / MADE).read_text())["sha256"]
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            held = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        header, raw = read_header(folder / WEIGHTS)
+        held = {name: row["shape"][0] for name, row in header.items()}
+        begins = {name: 8 + len(raw) + row["data_offsets"][0] for name, row in header.items()}
+        counts = {name: len(each) for name, each in checksums.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = " ".join(str(error).split())
         events.warning(f"{folder} is damaged ({said}). The packed weights are made again")
     else:
-        if held == sizes and set(checksums) == set(sizes):
-            return Kept(folder=folder, checksums=checksums)
+        if held == sizes and counts == {name: _pieces(size) for name, size in sizes.items()}:
+            return Kept(folder=folder, checksums=checksums, begins=begins, sizes=sizes)
         events.warning(f"{folder} lacks some weights. The packed weights are made again")
     shutil.rmtree(folder)
     return None
@@ -114,7 +144,7 @@ def _whole(folder: Path, sizes: Mapping[str, int], events: EventLog) -> Kept | N
 
 def _made(folder: Path, key: Mapping[str, object], sizes: Mapping[str, int], make: Make) -> Kept:
     """Make the weights, and write each as it comes."""
-    checksums: dict[str, str] = {}
+    checksums: dict[str, list[str]] = {}
     started_s = time.perf_counter()
     with _unfinished(folder) as made:
         with open(made / WEIGHTS, "wb") as file:
@@ -124,7 +154,7 @@ def _made(folder: Path, key: Mapping[str, object], sizes: Mapping[str, int], mak
                 assert values.numel() == sizes[name], (name, values.numel(), sizes[name])
                 file.seek(begin + offsets[name])
                 file.write(memoryview(values.contiguous().numpy()))
-                checksums[name] = _sha256(values)
+                checksums[name] = _checksums(values, piece_bytes(sizes[name]))
 
             make(take)
             assert set(checksums) == set(sizes), sorted(set(sizes) - set(checksums))[:3]
@@ -135,7 +165,8 @@ def _made(folder: Path, key: Mapping[str, object], sizes: Mapping[str, int], mak
         }
         (made / MADE).write_text(json.dumps(document, indent=1) + "\n")
         made.rename(folder)
-    return Kept(folder=folder, checksums=checksums)
+    begins = {name: begin + offset for name, offset in offsets.items()}
+    return Kept(folder=folder, checksums=checksums, begins=begins, sizes=sizes)
 
 
 @contextmanager
@@ -171,12 +202,13 @@ def _write_header(file: Any, sizes: Mapping[str, int]) -> tuple[int, dict[str, i
 
 
 @contextmanager
-def _only_one(folder: Path, events: EventLog) -> Iterator[None]:
+def _only_one(folder: Path, events: EventLog, waiting: Callable[[], object]) -> Iterator[None]:
     """Wait until no other process makes the same folder, and keep others out meanwhile."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
         said_s = -math.inf
         while not _locked(lock):
+            waiting()
             if time.monotonic() - said_s >= SAY_S:  # the watchdog takes silence for a stall
                 events.phase("wait for another process that rounds these weights")
                 said_s = time.monotonic()
@@ -234,5 +266,16 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _sha256(values: torch.Tensor) -> str:
-    return hashlib.sha256(memoryview(values.contiguous().numpy())).hexdigest()
+def piece_bytes(size: int) -> int:
+    """Return the bytes of a piece of a weight; its last piece may be shorter."""
+    return max(1, -(-size // PIECES))
+
+
+def _pieces(size: int) -> int:
+    return -(-size // piece_bytes(size))
+
+
+def _checksums(values: torch.Tensor, each: int) -> list[str]:
+    """Hash so many bytes after the other."""
+    pieces = values.contiguous().split(each) if len(values) else ()
+    return [hashlib.sha256(memoryview(piece.numpy())).hexdigest() for piece in pieces]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,9 +31,11 @@ from zinfer.model.weights.checkpoint import (
     WrongWeights,
     first_names,
     read_header,
+    read_into,
 )
 from zinfer.model.weights.pretrained import Opened, Read
 from zinfer.worker.quantised.building import PackedModel, Place
+from zinfer.worker.quantised.parts import Part
 
 if TYPE_CHECKING:
     from zinfer.worker.quantised.searched import SearchedWeights
@@ -46,6 +48,8 @@ class StoredSlice:
 
     is_wanted = True
     """False where the values are known from elsewhere: then nothing is read."""
+    part: range | None = None
+    """Indices of the first dimension that are read; None: all. The rest is left as it comes."""
 
     def __init__(self, path: Path, name: str, begin: int, row: Mapping[str, Any]) -> None:
         self._path, self._name = path, name
@@ -69,16 +73,17 @@ class StoredSlice:
         """
         if not self.is_wanted:
             return torch.zeros(1, dtype=TORCH_DTYPES[self._dtype]).expand(self._shape)[index]
+        first, last = 0, self._bytes
+        if self.part is not None:
+            each = self._bytes // self._shape[0]
+            first, last = self.part.start * each, self.part.stop * each
         raw = torch.empty(self._bytes, dtype=torch.uint8)
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(self._begin)
-            view, done = memoryview(raw.numpy()), 0
-            while done < self._bytes and (count := file.readinto(view[done:])):
-                done += count
-        if done < self._bytes:
+        target = memoryview(raw.numpy())[first:last]
+        done = read_into(target, self._path, self._begin + first)
+        if done < len(target):
             raise WrongWeights(
-                f"{self._path} ends inside tensor {self._name}: {done} of {self._bytes} bytes are "
-                "there. Download it again"
+                f"{self._path} ends inside tensor {self._name}: {first + done} of {self._bytes} "
+                "bytes are there. Download it again"
             )
         return raw.view(TORCH_DTYPES[self._dtype]).view(self._shape)[index]
 
@@ -166,19 +171,21 @@ def packed_model(
     place: Place,
     events: EventLog,
     *,
-    ranks: int = 1,
+    part: Part | None = None,
     searched: SearchedWeights | None = None,
 ) -> Read:
     """Load the model with its published weights, packed.
 
     Args:
+        part: the piece that this rank holds of every weight: of others it reads as little as the
+            file and transformers allow, and places weights in which nothing else is filled.
         searched: packed weights that are kept already; their tensors are not read.
 
     Raises:
         ConfigError, WrongWeights: names file and tensor.
     """
     building = PackedModel(
-        opened.hf_config, dtype_config, dtype, place, ranks=ranks, searched=searched
+        opened.hf_config, dtype_config, dtype, place, part=part, searched=searched
     )
     model = building.model
     mapping = get_model_conversion_mapping(model, dict(opened.rehearsal.key_mapping) or None)
@@ -223,20 +230,36 @@ def tensors_of(opened: Opened, building: PackedModel, mapping: list[Any]) -> dic
     found = stored_slices(opened.checkpoint)
     found = {name: each for name, each in found.items() if name not in unused}
     for name, target in targets_of(found, building.model, mapping).items():
-        if building.is_kept(target) and isinstance(found[name], StoredSlice):
-            found[name].is_wanted = False
+        stored = found[name]
+        if not isinstance(stored, StoredSlice):
+            continue
+        if building.is_kept(target.name):
+            stored.is_wanted = False
+        elif target.is_renamed_only:
+            stored.part = building.read_partly(target.name)
     return found
 
 
-def targets_of(names: Iterable[str], model: Any, mapping: list[Any]) -> dict[str, str]:
-    """Return name in the checkpoint -> name of the model's tensor that it becomes part of."""
+class Target(NamedTuple):
+    """The model's tensor that one of a checkpoint becomes, or becomes part of."""
+
+    name: str
+    is_renamed_only: bool
+    """It is the very same tensor; else transformers fuses, splits or turns it."""
+
+
+def targets_of(names: Iterable[str], model: Any, mapping: list[Any]) -> dict[str, Target]:
+    """Return name in the checkpoint -> what becomes of it."""
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     ours = model.state_dict()
-    return {
-        name: rename_source_key(name, renamings, converters, model.base_model_prefix, ours)[0]
-        for name in names
-    }
+    found = {}
+    for name in names:
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, ours
+        )
+        found[name] = Target(target, is_renamed_only=pattern is None)
+    return found
 
 
 def _bytes(stored: Any) -> int:

@@ -51,7 +51,7 @@ class PartReader:
         Raises:
             WrongWeights: some of them are not in the checkpoint.
         """
-        sources = [key for key, target in self._sources.items() if wanted(target)]
+        sources = [key for key, target in self._sources.items() if wanted(target.name)]
         quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -105,12 +105,18 @@ class Packing:
         return codes[part], scales[part]
 
 
-def pack(weight: torch.Tensor, packing: Packing, dtype: torch.dtype) -> torch.Tensor:
-    """Pack a weight of the model's shape into one dimension of `dtype`."""
+def pack(
+    weight: torch.Tensor, packing: Packing, dtype: torch.dtype, rows: range | None = None
+) -> torch.Tensor:
+    """Pack a weight of the model's shape into one dimension of `dtype`.
+
+    Args:
+        rows: packs only these; the bytes of others are left as they come.
+    """
     packed = torch.empty(packing.stored_numel(dtype), dtype=dtype, device=weight.device)
     packed.view(torch.uint8)[packing.bytes :] = 0
     codes, scales = packing.split(packed)
-    for part, block in row_blocks(weight, packing):
+    for part, block in row_blocks(weight, packing, rows):
         codes[part], scales[part] = quantise(
             block, packing.bits, packing.group_size, symmetric=packing.symmetric,
             compiled=packing.route in ("auto", "compiled"),
@@ -118,21 +124,30 @@ def pack(weight: torch.Tensor, packing: Packing, dtype: torch.dtype) -> torch.Te
     return packed
 
 
-def row_blocks(weight: torch.Tensor, packing: Packing) -> Iterator[tuple[slice, torch.Tensor]]:
+def row_blocks(
+    weight: torch.Tensor, packing: Packing, chosen: range | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield rows of the packed layout and their values in float32, last groups filled up.
 
     They are filled with the row's last value, which leaves the group's range as it is.
+
+    Args:
+        chosen: yields only these rows, counted over all matrices.
     """
     matrices = weight.view(-1, *weight.shape[-2:])
     step = max(1, BLOCK_NUMEL // packing.inputs)
     missing = packing.groups * packing.group_size - packing.inputs
     for number, matrix in enumerate(matrices):
         rows = matrix.T if packing.is_transposed else matrix
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step].float()
+        before = number * packing.outputs
+        begin, end = 0, len(rows)
+        if chosen is not None:
+            begin, end = max(begin, chosen.start - before), min(end, chosen.stop - before)
+        for start in range(begin, end, step):
+            block = rows[start : min(start + step, end)].float()
             if missing:
                 block = torch.cat([block, block[:, -1:].expand(-1, missing)], 1)
-            first = number * packing.outputs + start
+            first = before + start
             yield slice(first, first + len(block)), block
 
 
@@ -177,13 +192,18 @@ def rows_of(
     return values[..., : packing.inputs]
 
 
-def rounding_fault(weight: torch.Tensor, packed: torch.Tensor, packing: Packing) -> str | None:
+def rounding_fault(
+    weight: torch.Tensor, packed: torch.Tensor, packing: Packing, rows: range | None = None
+) -> str | None:
     """Say where a packed weight is further from its source than rounding allows; None: nowhere.
 
     The bound is half a step of the group, and what float16 makes of its minimum.
+
+    Args:
+        rows: looks only at these.
     """
     codes, scales = packing.split(packed)
-    for part, block in row_blocks(weight, packing):
+    for part, block in row_blocks(weight, packing, rows):
         held = dequantise(
             codes[part], scales[part], packing.bits, packing.group_size, torch.float32
         )

@@ -70,39 +70,51 @@ class SearchedWeights:
             "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         }
         self.seconds = 0.0
-        """How long searching took; 0 where it was done before."""
+        """How long searching took, or waiting for another rank's; 0 where it was done before."""
+        self._made = False
         self._kept: Kept = self._find()
 
     def __contains__(self, name: object) -> bool:
         """Tell if this parameter is kept packed."""
         return name in self._kept
 
-    def read(self, name: str) -> torch.Tensor:
-        """Return a parameter's packed bytes, uint8 of one dimension.
+    def fingerprint(self) -> str:
+        """Hash all packed weights."""
+        return self._kept.fingerprint()
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Return a parameter's packed bytes, uint8 of one dimension; all, or from begin to end.
 
         Damaged ones are made again; they come out the same, so that those read before still fit.
         """
-        found = self._kept.read(name)
+        found = self._kept.read(name, begin, end)
         if found is None:  # another rank may have made them again meanwhile
             self._kept = self._find()
-            found = self._kept.read(name)
+            found = self._kept.read(name, begin, end)
         if found is None:
             remove(self._kept, self._events, name)
             self._kept = self._find()
-            found = self._kept.read(name)
+            found = self._kept.read(name, begin, end)
         if found is None:
             raise OSError(f"{self._kept.folder} does not give back what was written: {name}")
         return found
 
     def _find(self) -> Kept:
-        return kept_weights(self._key, self._sizes, self._make, self._events)
+        """Find them or make them, alone or by waiting for another rank that does."""
+        started_s, waited = time.perf_counter(), []
+        kept = kept_weights(
+            self._key, self._sizes, self._make, self._events, waiting=lambda: waited.append(True)
+        )
+        if waited or self._made:
+            self.seconds += time.perf_counter() - started_s
+            self._made = False
+        return kept
 
     def _make(self, take: Take) -> None:
+        self._made = True
         self._events.phase("round weights")
-        started_s = time.perf_counter()
         _require_memory(self._spec)
         pack_model(self._opened, self._dtype, self._spec.parameters, self._ids, take, self._events)
-        self.seconds += time.perf_counter() - started_s
 
 
 def searched_if_asked(
