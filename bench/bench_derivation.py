@@ -83,7 +83,7 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="bench-", dir=Path.cwd()) as scratch,
     ):
         shared = ("dtype.compute=bfloat16", f"launcher.omp_threads={arguments.threads}")
-        facts = environment(config_of(*shared), None)
+        facts = environment(config_of("dtype=bfloat16", *shared), None)
         chosen = [mode for mode in MODES if arguments.only in mode[1]]
         for model, dtype, (offload, other) in product(arguments.models, arguments.dtypes, chosen):
             for batch in arguments.batches:
