@@ -150,15 +150,15 @@ def test_a_plan_says_what_fewer_bits_gain_and_cost(monkeypatch: pytest.MonkeyPat
     assert "dtype=int8" in lines[1] and lines[1].endswith("perplexity unknown")
     assert "dtype=int4" in lines[2] and lines[2].endswith("perplexity unknown")
     assert lines[3].endswith("set weights=pretrained quality.enabled=true")
-    assert lines[4].startswith("  small (small models lose most): ")
-    assert lines[4].endswith("dtype=int4 perplexity x 1.2 with dtype.rounding=searched")
+    assert lines[4].startswith("  small (small models lose most): perplexity ")
+    assert lines[4].endswith("dtype=int4 x 1.2 searched")
 
 
 def test_a_plan_of_a_model_that_was_measured_says_its_own_perplexity() -> None:
     run = planned("model=smollm2-135m", "dtype=bfloat16", "offload=none", CPU)
     lines = list(fewer_bits_lines([vars(entry) for entry in fewer_bits(run)]))
     assert len(lines) == 3 and "perplexity unknown" not in "".join(lines)
-    assert "with dtype.rounding=searched" in lines[2] and "perplexity x " in lines[1]
+    assert lines[2].endswith(" searched") and "perplexity x " in lines[1]
 
 
 def test_a_box_without_a_calibration_gains_what_its_bandwidth_allows() -> None:

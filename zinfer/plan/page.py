@@ -158,9 +158,9 @@ def fewer_bits_lines(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for entry in options:
         gain = "unknown" if entry["gain"] is None else format_times(entry["gain"])
         stored = f"{format_bytes(entry['stored_bytes'])} ({entry['stored_share']:.2f} of now)"
-        text = _perplexities(entry) if entry["is_own_quality"] else "perplexity unknown"
+        text = f"perplexity {_times(entry)}" if entry["is_own_quality"] else "perplexity unknown"
         yield (
-            f"  {entry['override']:<13}{gain + ' as fast':<19}{stored:<27}{text}"
+            f"  {entry['override']:<13}{gain + ' as fast':<21}{stored:<27}{text}"
             f"{'' if entry['fits'] else '; does not fit'}"
         )
     yield from _other_models(options)
@@ -175,17 +175,16 @@ def _other_models(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "  This model's text was not scored: set weights=pretrained quality.enabled=true"
     if models:
         known = "; ".join(
-            f"{entry['override']} {_perplexities(entry)}" for entry in others if entry["quality"]
+            f"{entry['override']} {_times(entry)}" for entry in others if entry["quality"]
         )
-        yield f"  {' and '.join(models)} (small models lose most): {known}"
+        yield f"  {' and '.join(models)} (small models lose most): perplexity {known}"
 
 
-def _perplexities(entry: Mapping[str, Any]) -> str:
-    """Return the perplexities that were measured, by how the codes were chosen."""
-    return "perplexity " + ", ".join(
-        f"x {row['perplexity_ratio']:.3g}"
-        + ("" if row["rounding"] == "nearest" else f" with dtype.rounding={row['rounding']}")
-        for row in entry["quality"]
+def _times(entry: Mapping[str, Any]) -> str:
+    """Return the perplexities that were measured, over the unquantised model's: 'x 1.69'."""
+    searched = {"nearest": "", "searched": " searched"}
+    return ", ".join(
+        f"x {row['perplexity_ratio']:.3g}{searched[row['rounding']]}" for row in entry["quality"]
     )
 
 
