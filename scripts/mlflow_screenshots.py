@@ -24,9 +24,9 @@ PAGE_WAIT_S = 60.0
 SHOWN_COLUMNS = (
     "generated_tokens_per_s",
     "decode_step_s",
-    "model.name",
-    "offload.device",
     "batch.batch_size",
+    "dtype.weights",
+    "offload.device",
 )
 HIDDEN_COLUMNS = ("Dataset", "Source", "Models")
 CHECKBOX = "contains(@class, 'tree-checkbox') and not(contains(@class, 'inner'))"

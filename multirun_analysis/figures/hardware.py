@@ -6,12 +6,30 @@ from collections.abc import Sequence
 
 from multirun_analysis.configuration import LATENCY, Configuration
 from multirun_analysis.figures.axes import legend_below, scale
-from multirun_analysis.figures.canvas import COLOURS, LINES, MARKERS, Canvas, Figure, Panel
+from multirun_analysis.figures.canvas import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    OFFLOAD_COLOURS,
+    Canvas,
+    Figure,
+    Panel,
+)
 from multirun_analysis.figures.groups import MAX_BARS, Group, circumstances
 from multirun_analysis.spread import format_number
+from zinfer.plan.binding import BINDING_WORDS
 
 SHARES = (1.0, 0.5, 0.1)
 """Of the ceiling, drawn as lines."""
+RESOURCE_COLOURS = {
+    BINDING_WORDS["device_memory"]: OFFLOAD_COLOURS["none"],
+    BINDING_WORDS["device_compute"]: COLOURS[3],
+    BINDING_WORDS["host_device_link"]: OFFLOAD_COLOURS["cpu"],
+    BINDING_WORDS["host_memory"]: OFFLOAD_COLOURS["cpu"],
+    BINDING_WORDS["nvme"]: OFFLOAD_COLOURS["nvme"],
+    BINDING_WORDS["fixed_cost"]: COLOURS[4],
+}
+"""What binds -> the colour that other figures give to weights kept behind it."""
 LABELLED_PERCENT = 14
 """Smallest part of a bar that its seconds are written on."""
 
@@ -59,7 +77,7 @@ def _ceiling(canvas: Canvas, known: Group) -> Panel:
         axes.plot(
             *zip(*mine, strict=True),
             MARKERS[number % len(MARKERS)],
-            color=COLOURS[number % len(COLOURS)],
+            color=RESOURCE_COLOURS.get(resource, COLOURS[5]),
             alpha=0.75,
             label=f"bound by {resource}",
             markersize=4.5,
@@ -139,7 +157,7 @@ def _shares(
     rows: Sequence[tuple[str, Sequence[float]]],
 ) -> Panel:
     """Draw stacked bars of 100%, the seconds written on them."""
-    axes = canvas.axes(max(0.7, 0.115 * len(rows) + 0.3))
+    axes = canvas.axes(max(0.45, 0.115 * len(rows) + 0.3))
     for index, (_, values) in enumerate(rows):
         left, total = 0.0, sum(values)
         for number, value in enumerate(values):

@@ -49,7 +49,7 @@ def _panel(
     peak: str,
     rows: Sequence[tuple[str, Configuration]],
 ) -> Panel:
-    axes = canvas.axes(max(0.7, 0.115 * len(rows) + 0.3))
+    axes = canvas.axes(max(0.45, 0.115 * len(rows) + 0.3))
     longest = max(max(_gib(item, plan), _gib(item, peak)) for _, item in rows)
     for index, (_, item) in enumerate(rows):
         for place, metric, colour, label in (

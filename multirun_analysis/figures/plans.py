@@ -43,7 +43,7 @@ def plans(canvas: Canvas, found: Group, comparisons: Sequence[Comparison]) -> Fi
 
 
 def _panel(canvas: Canvas, rows: Sequence[tuple[Configuration, float | None]]) -> Panel:
-    axes = canvas.axes(max(0.6, 0.1 * len(rows) + 0.3))
+    axes = canvas.axes(max(0.4, 0.1 * len(rows) + 0.3))
     names = details([item for item, _ in rows])
     values = []
     for index, (item, published) in enumerate(rows):

@@ -59,7 +59,7 @@ def _matrix(canvas: Canvas, label: str, known: Sequence[Ratio], baseline: Baseli
         if key in rows:
             cell = rows.index(key), columns.index(item.candidate.chosen(baseline.name))
             best[cell] = max(item, best.get(cell, item), key=_median)
-    axes = canvas.axes(max(0.6, 0.085 * len(rows) + 0.3))
+    axes = canvas.axes(max(0.45, 0.085 * len(rows) + 0.3))
     for (row, number), item in best.items():
         assert item.ratio is not None
         _cell(axes, row, number, item.ratio)

@@ -74,7 +74,7 @@ def _bars(canvas: Canvas, label: str, group: Group) -> Panel:
     measured = sorted((item for item in group if item.measured), key=lambda item: -item.rate)
     shown = measured[:MAX_BARS]
     names = [name for name in varied(shown) if name != "model.name"] or ["offload.device"]
-    axes = canvas.axes(max(0.5, 0.09 * len(shown) + 0.28))
+    axes = canvas.axes(max(0.37, 0.09 * len(shown) + 0.28))
     for index, item in enumerate(shown):
         spread = item.rate_spread
         assert spread is not None

@@ -26,7 +26,9 @@ from zinfer.units import GIB
 
 Cost = Callable[[Configuration], float | None]
 """What a configuration costs, less is better; None where that was not measured."""
-FRONT = "No configuration beats those on the line in both."
+FRONT = "No configuration beats those in a ring in both."
+FRONT_SIZE = 10
+"""Points across the ring around a configuration of the Pareto front."""
 
 
 def latency_tradeoff(canvas: Canvas, groups: Sequence[Named]) -> Figure:
@@ -125,6 +127,14 @@ def _panel(canvas: Canvas, name: str, title: str, group: Group, label: str, cost
         where="post",
         color=COLOURS[5],
         linewidth=1.1,
+        zorder=0,
+    )
+    axes.plot(
+        *zip(*front, strict=True),
+        "o",
+        markersize=FRONT_SIZE,
+        markerfacecolor="none",
+        markeredgecolor=COLOURS[5],
         zorder=0,
         label="Pareto front",
     )

@@ -146,7 +146,7 @@ def _sentences(run: Run) -> list[tuple[str, str]]:
     found = [("warning", sentence) for sentence in run.warnings]
     if run.status == "ok" and run.stability not in (None, "stable"):
         reason = run.tags.get("zinfer.stability_reason") or "no reason was logged"
-        found.insert(0, (str(run.stability), reason))
+        found.insert(0, (str(run.stability), "; ".join(reason.splitlines())))
     return found
 
 

@@ -28,6 +28,7 @@ def test_a_search_survives_its_jobs_says_the_best_and_goes_on(tmp_path: Path) ->
     space = (f"batch.seed=1,{fate.KILLED}", "batch.batch_size=1,8,1048576")
     done = run(tmp_path, *SEARCH, *TINY, *space, misbehaving=True)
     assert done.returncode == 1, done.stderr
+    assert "[1/6]" in done.stderr and " left)" in done.stderr, "six trials are known to come"
     assert "best of" in done.stdout
     assert "batch.batch_size=" in done.stdout.partition("best of")[2]
     nothing_is_left(tmp_path)
