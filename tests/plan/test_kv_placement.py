@@ -12,7 +12,7 @@ from multirun_analysis.published.rows import read_published
 from tests.helpers.composing import composed
 from tests.helpers.planning import planned, profile
 from zinfer.config import ConfigError
-from zinfer.machine.measured import HostAttentionTime, PackingTime
+from zinfer.machine.measured import DeviceAttentionTime, HostAttentionTime, PackingTime
 from zinfer.model.kv_layout import KvLayer
 from zinfer.plan.advice import advice_document
 from zinfer.plan.fit import fitting_changes
@@ -193,6 +193,33 @@ def test_a_calibrated_kernel_predicts_attention_on_the_host(
     assert run.prediction.parts["attention on the host"] == pytest.approx(
         by * stored / 2 * (1 / rates[0] + 1 / rates[1]), rel=1e-2
     )
+
+
+def test_growing_and_attending_on_the_device_are_predicted_layer_by_layer() -> None:
+    measured = tuple(
+        DeviceAttentionTime(
+            dtype="float32", shared_by=by, kv_bytes=size, grow_s=size / 1e9,
+            attend_s=size * by / 1e8, spread=0.0,
+        )
+        for by in (1, 8)
+        for size in (10**3, 10**6)
+    )  # fmt: skip
+    found = profile(device_attention=measured)
+    base = (*TINY, "hardware.accelerator=cpu", "offload=none", "batch.prompt_tokens=500")
+    parts = {
+        placement: planned(*base, placement, profile=found).prediction.parts
+        for placement in ("kv_cache=device", "kv_cache=host", "kv_cache=host_attention")
+    }
+    kept = planned(*base, "kv_cache=host_attention", "kv_cache.device_layers=1", profile=found)
+    spec, batch = kept.spec, kept.config.batch
+    assert spec.kv_layers is not None and spec.num_attention_heads < 3 * spec.num_kv_heads
+    layer = 4 * spec.kv_layers[0].values_per_token * 4 * int(500 + batch.new_tokens / 2)
+    both = layer / 1e9 + layer / 1e8
+    assert parts["kv_cache=device"]["attention"] == pytest.approx(spec.num_layers * both)
+    attended = spec.num_layers * layer / 1e8
+    assert parts["kv_cache=host"]["attention"] == pytest.approx(attended), "a slot does not grow"
+    assert parts["kv_cache=host_attention"]["attention"] == 0
+    assert kept.prediction.parts["attention"] == pytest.approx(both)
 
 
 @pytest.mark.parametrize(("bits", "halves"), [("kv_cache.bits=8", 2), ("kv_cache.value_bits=8", 1)])

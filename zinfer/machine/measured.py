@@ -57,6 +57,23 @@ class PackedTime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceAttentionTime:
+    """Time of one layer's decode attention over a KV cache on the device."""
+
+    dtype: str
+    shared_by: int
+    """Query heads for each KV head."""
+    kv_bytes: int
+    """Keys and values of the layer."""
+    grow_s: float
+    """Copying them into tensors that are one token longer, as transformers' own cache does."""
+    attend_s: float
+    """Attending to them, where growing has left them."""
+    spread: float
+    """Of attend_s."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HostAttentionTime:
     """Time of one layer's decode attention over keys and values in host memory."""
 

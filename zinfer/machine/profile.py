@@ -12,6 +12,7 @@ from typing import TypeVar
 from zinfer.machine.measured import (
     ANY_FAMILY,
     DequantiseTime,
+    DeviceAttentionTime,
     FamilyCost,
     HostAttentionTime,
     KernelTime,
@@ -59,6 +60,8 @@ class CalibrationProfile:
     dequantise: tuple[DequantiseTime, ...] = ()
     packed: tuple[PackedTime, ...] = ()
     """Empty in profiles of before there was such a kernel: then it is not predicted."""
+    device_attention: tuple[DeviceAttentionTime, ...] = ()
+    """Empty in older profiles: then `attention` and `host_copy` are taken."""
     host_attention: tuple[HostAttentionTime, ...] = ()
     """Empty in older profiles: then shares of `host_read` are taken."""
     host_packing: tuple[PackingTime, ...] = ()
@@ -136,9 +139,25 @@ class CalibrationProfile:
         found = [row for row in self.host_attention if (row.bits, row.dtype) == (bits, dtype)]
         if not found or kv_bytes <= 0:
             return 0.0 if found else None
-        nearest = min({row.shared_by for row in found}, key=lambda by: abs(log(by / shared_by)))
-        points = sorted((row.kv_bytes, row.seconds) for row in found if row.shared_by == nearest)
-        return _interpolate(points, kv_bytes)
+        return _interpolate(
+            [(row.kv_bytes, row.seconds) for row in _as_shared(found, shared_by)], kv_bytes
+        )
+
+    def device_attention_s(
+        self, dtype: str, shared_by: float, kv_bytes: float
+    ) -> tuple[float, float] | None:
+        """Return seconds of one layer's decode attention on the device as (growing, attending).
+
+        None: it was not measured. The number of query heads counts as in host_attention_s.
+        """
+        found = [row for row in self.device_attention if row.dtype == dtype]
+        if not found or kv_bytes <= 0:
+            return (0.0, 0.0) if found else None
+        rows = _as_shared(found, shared_by)
+        return (
+            _interpolate([(row.kv_bytes, row.grow_s) for row in rows], kv_bytes),
+            _interpolate([(row.kv_bytes, row.attend_s) for row in rows], kv_bytes),
+        )
 
     def packing_s(self, bits: int, dtype: str, values: float) -> float:
         """Return seconds of packing so many values into codes; 0 where it was not measured."""
@@ -187,6 +206,16 @@ class CalibrationProfile:
     def mode_cost(self, mode: Mode, dtype: str) -> ModeCost | None:
         """Return the cost of this mode; None where it was not measured."""
         return next((cost for cost in self.modes if (cost.mode, cost.dtype) == (mode, dtype)), None)
+
+
+Attended = TypeVar("Attended", HostAttentionTime, DeviceAttentionTime)
+
+
+def _as_shared(rows: Sequence[Attended], shared_by: float) -> list[Attended]:
+    """Return, by rising bytes, those whose query heads for each KV head are nearest as a ratio."""
+    nearest = min({row.shared_by for row in rows}, key=lambda by: abs(log(by / shared_by)))
+    found = [row for row in rows if row.shared_by == nearest]
+    return sorted(found, key=lambda row: row.kv_bytes)
 
 
 Table = list[tuple[int, list[tuple[int, float]]]]

@@ -16,6 +16,7 @@ from typing import Any
 
 from zinfer.machine.measured import (
     DequantiseTime,
+    DeviceAttentionTime,
     FamilyCost,
     HostAttentionTime,
     KernelTime,
@@ -101,6 +102,9 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
     values["own_kernels"] = tuple(KernelTime(**row) for row in values.get("own_kernels", ()))
     values["dequantise"] = tuple(DequantiseTime(**row) for row in values["dequantise"])
     values["packed"] = tuple(PackedTime(**row) for row in values.get("packed", ()))
+    values["device_attention"] = tuple(
+        DeviceAttentionTime(**row) for row in values.get("device_attention", ())
+    )
     values["host_attention"] = tuple(
         HostAttentionTime(**row) for row in values.get("host_attention", ())
     )

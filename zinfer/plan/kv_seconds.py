@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from zinfer.config import ITEMSIZE_BYTES, RunConfig
 from zinfer.machine.measured import Rate
 from zinfer.machine.profile import CalibrationProfile
+from zinfer.model.kv_layout import KvLayer
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.kv_placement import moved_layers
 from zinfer.plan.kv_traffic import (
     host_attention_share,
-    kv_read_bytes,
     kv_traffic,
     moved_read_bytes,
 )
@@ -40,14 +42,54 @@ def attention_seconds(
     if new > 1:
         rate = profile.attention_flops.get(spec.dtype)
         return flops / rate.median if rate else 0.0
-    kv = kv_read_bytes(spec, rows, context)
-    attended = grown = kv
-    if config is not None and config.kv_cache.is_offloaded:
-        moved, _ = moved_read_bytes(spec, config, rows, context)
-        grown = max(0.0, kv - moved)
-        attended = grown if config.kv_cache.placement == "host_attention" else kv
+    where = _layers_by_place(spec, config)
+    measured = _measured_attention_s(spec, profile, rows, context, where)
+    if measured is not None:
+        return measured
+    size = ITEMSIZE_BYTES[spec.dtype]
+    layer_bytes = {
+        place: rows * size * sum(layer.grown_values(int(context)) for layer in layers)
+        for place, layers in where.items()
+    }
     rate = profile.attention.get(spec.dtype)
-    return (attended / rate.median if rate else 0.0) + grown / profile.host_copy.median
+    attended_s = sum(layer_bytes.values()) / rate.median if rate else 0.0
+    return attended_s + layer_bytes["device"] / profile.host_copy.median
+
+
+def _layers_by_place(spec: ModelSpec, config: RunConfig | None) -> dict[str, list[KvLayer]]:
+    """Return the layers whose attention the device computes, by where their cache is.
+
+    `device`: it grows there. `slot`: it is copied there for its turn.
+    """
+    layers = list(spec.kv_layers or ())
+    if config is None or not config.kv_cache.is_offloaded:
+        return {"device": layers, "slot": []}
+    moved = list(moved_layers(spec, config))
+    stay = [layer for layer in layers if not any(layer is other for other in moved)]
+    return {"device": stay, "slot": moved if config.kv_cache.placement == "host" else []}
+
+
+def _measured_attention_s(
+    spec: ModelSpec,
+    profile: CalibrationProfile,
+    rows: int,
+    context: float,
+    where: dict[str, list[KvLayer]],
+) -> float | None:
+    """Return the seconds of growing and attending, layer by layer; None: it was not measured."""
+    shared_by = spec.num_attention_heads / max(1, spec.num_kv_heads)
+    seconds = 0.0
+    for place, layers in where.items():
+        sizes = Counter(layer.grown_values(int(context)) for layer in layers)
+        for values, count in sizes.items():
+            found = profile.device_attention_s(
+                spec.dtype, shared_by or 1, rows * values * ITEMSIZE_BYTES[spec.dtype]
+            )
+            if found is None:
+                return None
+            grow_s, attend_s = found
+            seconds += count * (attend_s + (grow_s if place == "device" else 0.0))
+    return seconds
 
 
 def kv_copy_seconds(

@@ -25,6 +25,11 @@ from zinfer.machine.hardware import detect_hardware
 from zinfer.machine.huge_pages import into_huge_pages
 from zinfer.plan.own_products import MOST_ROWS
 from zinfer.units import MIB
+from zinfer.worker.device_attention import (
+    attention_flops,
+    attention_read,
+    device_attention_times,
+)
 from zinfer.worker.imports import import_everything
 from zinfer.worker.kv_cache.rates import host_attention_times, packing_times
 from zinfer.worker.quantised.rates import BITS, packed_times
@@ -80,6 +85,9 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     ]
     events.phase("attention")
     found["attention"] = {dtype: attention_read(dtype, device) for dtype in dtypes}
+    found["device_attention"] = [
+        row for dtype in dtypes for row in device_attention_times(dtype, device)
+    ]
     found["attention_flops"] = {dtype: attention_flops(dtype, device) for dtype in dtypes}
     events.phase("attention on the host")
     found["host_attention"] = [row for dtype in dtypes for row in host_attention_times(dtype)]
@@ -290,37 +298,6 @@ def dequantise_times(bits: int, dtype: str, device: Any) -> Iterator[dict[str, A
             "seconds": seconds,
             "spread": spread,
         }
-
-
-def attention_read(dtype: str, device: Any) -> dict[str, float]:
-    """Time one decode step's attention: bytes of keys and values per second."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    queries = torch.randn(4, 8, 1, 64, device=device).to(kind)
-    pairs = [
-        (
-            torch.randn(4, 8, 512, 64, device=device).to(kind),
-            torch.randn(4, 8, 512, 64, device=device).to(kind),
-        )
-        for _ in range(8)
-    ]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    seconds = samples_s(lambda index: attend(queries, *pairs[index % 8]), device, budget_s=0.2)
-    return rate(2 * pairs[0][0].numel() * kind.itemsize, seconds)
-
-
-def attention_flops(dtype: str, device: Any) -> dict[str, float]:
-    """Time a prefill's attention: operations per second, all pairs of tokens counted."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    queries, keys, values = (torch.randn(2, 8, 128, 64, device=device).to(kind) for _ in range(3))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    seconds = samples_s(
-        lambda _: attend(queries, keys, values, is_causal=True), device, budget_s=0.2
-    )
-    return rate(4 * 2 * 8 * 128 * 128 * 64, seconds)
 
 
 def nvme_rates(folder: Path, events: EventLog) -> dict[str, Any]:

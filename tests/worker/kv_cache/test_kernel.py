@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.planning import profile
 from zinfer.machine import cpp_library
-from zinfer.machine.measured import HostAttentionTime
+from zinfer.machine.measured import DeviceAttentionTime, HostAttentionTime, PackingTime
+from zinfer.machine.profile_files import document_of, profile_from_document
+from zinfer.worker.device_attention import device_attention_times
 from zinfer.worker.kv_cache import kernel as module
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.kv_cache.kernel import (
@@ -26,7 +29,7 @@ from zinfer.worker.kv_cache.kernel import (
     library,
     unsupported,
 )
-from zinfer.worker.kv_cache.rates import host_attention_times
+from zinfer.worker.kv_cache.rates import host_attention_times, packing_times
 
 ROWS, SPARE = 2, 3
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -284,3 +287,25 @@ def test_calibration_times_every_way_of_storing_keys_and_values() -> None:
         assert all(time.seconds > 0 for time in sizes)
     whole = next(time for time in times if time.bits == 16)
     assert whole.kv_bytes == 2 * 2 * 16 * 64 * 128
+
+
+@pytest.mark.slow
+def test_calibration_times_packing_and_a_cache_on_the_device() -> None:
+    packed = [PackingTime(**fields) for fields in packing_times("bfloat16")]
+    cached = [
+        DeviceAttentionTime(**fields)
+        for fields in device_attention_times("bfloat16", torch.device("cpu"))
+    ]
+    assert {(time.bits, time.values) for time in packed} == set(
+        itertools.product((8, 4), (2048, 16 * 2048, 1024 * 2048))
+    )
+    sizes = (64, 4 * 512, 16 * 512, 32 * 1024)
+    assert {(time.shared_by, time.kv_bytes) for time in cached} == set(
+        itertools.product((1, 8), (2 * 2 * 12 * 64 * size for size in sizes))
+    )
+    found = profile(host_packing=tuple(packed), device_attention=tuple(cached))
+    assert profile_from_document(document_of(found)) == found
+    for row in cached:
+        times = found.device_attention_s("bfloat16", row.shared_by, row.kv_bytes)
+        assert times == pytest.approx((row.grow_s, row.attend_s)) and min(times) > 0
+    assert found.packing_s(8, "bfloat16", 16 * 2048) == pytest.approx(packed[1].seconds)

@@ -23,7 +23,7 @@ struct Packing {
 namespace {
 
 constexpr float LARGEST_HALF = 65504.f, SMALLEST_SCALE = 5.9604644775390625e-08f;  // 2^-24
-constexpr int64_t TILE = 64;        // tokens of a head one after another, then those of the next
+constexpr int64_t TILE = 64;        // tokens that one thread packs before it looks for more work
 constexpr int64_t ALONE = 1 << 15;  // so few values are packed sooner by one thread than by two
 constexpr int64_t MOST_GROUP = 1024;
 
@@ -134,8 +134,8 @@ void pack_group(const typename E::T* from, const Packing& p, uint8_t* codes, uin
 template <class E>
 void pack_tile(const Packing& p, int64_t outer, int64_t from, int64_t to) {
     const int64_t groups = p.dim / p.group, code_bytes = p.group * p.bits / 8;
-    for (int64_t m = 0; m < p.middle; m++)
-        for (int64_t t = from; t < to; t++) {
+    for (int64_t t = from; t < to; t++)  // the heads of a token lie together, as a model makes them
+        for (int64_t m = 0; m < p.middle; m++) {
             auto at = [&](const int64_t* stride) {
                 return outer * stride[0] + m * stride[1] + t * stride[2];
             };
@@ -160,7 +160,7 @@ extern "C" int32_t zinfer_pack_codes(const Packing* packing) {
                                     : pack_tile<Float16>;
     const int64_t tiles = (p.inner + TILE - 1) / TILE;
     const int64_t numel = p.outer * p.middle * p.inner * p.dim;
-#pragma omp parallel for num_threads(p.threads) schedule(static) if (numel > ALONE)
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1) if (numel > ALONE)
     for (int64_t unit = 0; unit < p.outer * tiles; unit++) {
         const int64_t from = unit % tiles * TILE;
         pack(p, unit / tiles, from, std::min(p.inner, from + TILE));
