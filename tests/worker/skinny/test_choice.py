@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from zinfer.worker.quantised import native
 from zinfer.worker.skinny import choice as module
 from zinfer.worker.skinny import kept, trial
 from zinfer.worker.skinny.choice import LinearChoice, linear_choice, slowest
-from zinfer.worker.skinny.trial import Trial, timed_both, trials
+from zinfer.worker.skinny.trial import Trial, timed_both, trial_of, trials
 
 MODEL = ("model=tiny-llama", "dtype=bfloat16", "batch.batch_size=4")
 
@@ -160,6 +161,18 @@ def test_without_a_compiler_pytorch_multiplies_or_the_run_is_refused(
         chosen("dtype.kernel=compiled")
 
 
+def test_all_ranks_take_pytorchs_products_where_one_has_no_kernel() -> None:
+    def share(value: Any) -> list[Any]:
+        return [value, "no C++ compiler was found"]
+
+    config = composed(*MODEL, "launcher.ranks=2")
+    found = linear_choice(config, spec_of(config), on_cpu=True, share=share)
+    assert found is not None
+    assert (found.kernel, found.why, found.own) == (
+        "torch", "no C++ compiler was found", frozenset(),
+    )  # fmt: skip
+
+
 def test_compiled_is_refused_where_the_kernel_cannot_multiply() -> None:
     with pytest.raises(ConfigError, match=r"runs on the processor.*Set dtype\.kernel=auto"):
         chosen("dtype.kernel=compiled", on_cpu=False)
@@ -186,6 +199,26 @@ def test_ranks_decide_by_the_slowest_of_them() -> None:
     slow = Trial(out=8, inputs=4, own_s=3.0, torch_s=2.5)
     (found,) = slowest([[quick], [slow]])
     assert (found.own_s, found.torch_s, found.takes_ours) == (3.0, 2.5, False)
+
+
+def test_the_fastest_turn_counts_and_a_busy_machine_is_noticed() -> None:
+    busy = trial_of((8, 4), torch_s=[2.0, 9.0, 9.0], own_s=[1.0, 1.1, 1.2])
+    calm = trial_of((8, 4), torch_s=[2.0, 2.1, 9.0], own_s=[1.0, 1.1, 1.2])
+    assert (busy.torch_s, busy.own_s, busy.takes_ours) == (2.0, 1.0, True)
+    assert (busy.is_calm, calm.is_calm) == (False, True)
+    assert not slowest([[calm], [busy]])[0].is_calm
+
+
+def test_the_choice_of_a_busy_moment_is_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = faster_for(*all_shapes())
+    monkeypatch.setattr(
+        module, "trials", lambda *args: [replace(each, is_calm=False) for each in made(*args)]
+    )
+    found = chosen()
+    assert found is not None and found.why.endswith("on a busy machine")
+    assert not cache.exists()
 
 
 def test_a_gain_within_noise_is_none() -> None:

@@ -65,7 +65,9 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     if config.stages_in_huge_pages:
         stage_in_huge_pages(module, zero_layout(config, spec))
     if linear is not None:
-        use_own_products(module, linear.own, linear.rows)
+        layers = use_own_products(module, linear.own, linear.rows)
+        if events.rank == 0:
+            events.write("note", message=linear.sentence(layers))
     module._zinfer_keeps_alive = (engine, alive)
     require_partitions(module, config.launcher.ranks * config.launcher.nodes)
     verified = None

@@ -39,6 +39,10 @@ class LinearChoice:
     seconds: float = 0.0
     """Time that choosing took."""
 
+    def sentence(self, layers: int) -> str:
+        """Say it of a model so many of whose layers multiply by our kernel."""
+        return f"a few rows: {layers} linear layers multiply by zinfer's kernel ({self.why})"
+
     def document(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {
@@ -58,10 +62,11 @@ def linear_choice(
         ConfigError: dtype.kernel=compiled, and the kernel cannot multiply these weights.
     """
     started_s = time.perf_counter()
-    if config.dtype.kernel == "compiled" and config.dtype.bits is None:
-        _require_kernel(spec, on_cpu=on_cpu)
+    must_be_ours = config.dtype.kernel == "compiled" and config.dtype.bits is None
     shapes = linear_shapes(spec, config)
-    if not on_cpu or not config.chooses_products or spec.dtype not in SIXTEEN_BITS or not shapes:
+    if (reason := _unsuited(spec, on_cpu=on_cpu)) is not None and must_be_ours:
+        raise _no_kernel(reason)
+    if reason is not None or not config.chooses_products or not shapes:
         return None
     rows = own_rows(config, spec.dtype)
     if rows == 0:
@@ -69,8 +74,11 @@ def linear_choice(
         too_many = f"a decode step has more than {MOST_ROWS} rows"
         why = f"dtype.kernel={config.dtype.kernel}" if set_so else too_many
         return LinearChoice(rows=0, kernel="torch", why=why)
-    if isinstance(reason := native.library(), str):
-        return LinearChoice(rows=0, kernel="torch", why=reason)
+    lacking = [reason for reason in share(_lacking()) if reason is not None]
+    if lacking and must_be_ours:
+        raise _no_kernel(lacking[0])
+    if lacking:
+        return LinearChoice(rows=0, kernel="torch", why=lacking[0])
     if config.dtype.kernel == "compiled":
         why = "dtype.kernel=compiled"
         return LinearChoice(own=frozenset(shapes), rows=rows, kernel="compiled", why=why)
@@ -86,17 +94,23 @@ def linear_choice(
     )
 
 
-def _require_kernel(spec: ModelSpec, *, on_cpu: bool) -> None:
-    """Raise ConfigError where dtype.kernel=compiled was set and there is no such kernel."""
-    problem = None
+def _unsuited(spec: ModelSpec, *, on_cpu: bool) -> str | None:
+    """Say why our kernel cannot multiply this model's weights; None: it can."""
     if not on_cpu:
-        problem = "the compiled kernel runs on the processor, and the model is on a GPU"
-    elif spec.dtype not in SIXTEEN_BITS:
-        problem = f"{spec.name} computes in {spec.dtype}, and the compiled kernel in 16 bits"
-    elif isinstance(reason := native.library(), str):
-        problem = reason
-    if problem is not None:
-        raise ConfigError([f"dtype.kernel=compiled: {problem}. Set dtype.kernel=auto"])
+        return "the compiled kernel runs on the processor, and the model is on a GPU"
+    if spec.dtype not in SIXTEEN_BITS:
+        return f"{spec.name} computes in {spec.dtype}, and the compiled kernel in 16 bits"
+    return None
+
+
+def _lacking() -> str | None:
+    """Say why this rank has no compiled kernel; None: it has."""
+    reason = native.library()
+    return reason if isinstance(reason, str) else None
+
+
+def _no_kernel(reason: str) -> ConfigError:
+    return ConfigError([f"dtype.kernel=compiled: {reason}. Set dtype.kernel=auto"])
 
 
 def measured(
@@ -109,6 +123,8 @@ def measured(
         return kept, "measured by an earlier run"
     share(None)  # all ranks begin at once
     found = slowest(share(trials(shapes, rows, dtype)))
+    if not all(each.is_calm for each in found):
+        return found, "measured before the run, on a busy machine"
     keep_trials(key, found)
     return found, "measured before the run"
 
@@ -121,6 +137,7 @@ def slowest(by_rank: Sequence[Sequence[Trial]]) -> list[Trial]:
             inputs=each[0].inputs,
             own_s=max(trial.own_s for trial in each),
             torch_s=max(trial.torch_s for trial in each),
+            is_calm=all(trial.is_calm for trial in each),
         )
         for each in zip(*by_rank, strict=True)
     ]
