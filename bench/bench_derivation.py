@@ -76,7 +76,6 @@ def main() -> int:
         default="",
         help="compare with overrides only that contain this, such as huge_pages",
     )
-    parser.add_argument("--more", nargs="*", default=[], help="overrides of every run")
     arguments = parser.parse_args()
     lines = []
     with (
@@ -89,7 +88,7 @@ def main() -> int:
         for model, dtype, (offload, other) in product(arguments.models, arguments.dtypes, chosen):
             for batch in arguments.batches:
                 weights = (*MODELS[model], f"dtype={dtype}")
-                point = (*weights, offload, f"batch.batch_size={batch}", *shared, *arguments.more)
+                point = (*weights, offload, f"batch.batch_size={batch}", *shared)
                 point = (
                     (*point, f"offload.nvme_path={scratch}/swap")
                     if offload == "offload=nvme"

@@ -41,11 +41,13 @@ def multiply(
     group_size: int,
     bias: torch.Tensor | None = None,
     kernel: Kernel = "auto",
+    activation_bits: int = 16,
 ) -> torch.Tensor:
     """Multiply x with the transpose of a packed weight, and add the bias.
 
     The compiled kernel rounds activations to 16-bit integers: its error is at most
-    sum |w| * max |x| / 65534 over each sixteen groups, less than the rounding of a bfloat16 result.
+    sum |w| * max |x| / 65278 over each sixteen groups, less than the rounding of a bfloat16 result.
+    With 8 bits it is at most sum |w| * max |x| / 254 over each group.
     It gives NaN for a row that has a NaN or an infinity.
 
     Args:
@@ -56,6 +58,7 @@ def multiply(
         group_size: inputs that share a scale.
         bias: [out] or None.
         kernel: which way; "auto" takes the compiled kernel up to PACKED_ROWS rows.
+        activation_bits: 16 or 8; only where the compiled kernel multiplies packed weights.
 
     Returns:
         [rows, out] in the type of x.
@@ -76,7 +79,10 @@ def multiply(
     if y.numel() == 0:
         return y
     x, bias = in_rows(x), like(bias, x)
-    product = product_of(x, codes, scales, bias, y, bits=bits, group_size=group_size)
+    product = product_of(
+        x, codes, scales, bias, y,
+        bits=bits, group_size=group_size, activation_bits=activation_bits,
+    )  # fmt: skip
     refused = lib.zinfer_packed_product(ctypes.byref(product))
     assert refused == 0, "sizes are checked by unsupported"
     return y

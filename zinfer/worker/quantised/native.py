@@ -19,7 +19,7 @@ class Product(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "weights", "scales", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "out", "group")),
         *((name, ctypes.c_int64) for name in ("x_stride", "weight_stride", "scale_stride")),
-        *((name, ctypes.c_int32) for name in ("bits", "kind", "threads")),
+        *((name, ctypes.c_int32) for name in ("bits", "kind", "threads", "activation_bits")),
     ]
 
 
@@ -55,6 +55,7 @@ def product_of(
     *,
     bits: int = 16,
     group_size: int = 0,
+    activation_bits: int = 16,
 ) -> Product:
     """Describe one product: rows x of [rows, in] with weights of [out, ...], into y."""
     return Product(
@@ -73,4 +74,5 @@ def product_of(
         bits=bits,
         kind=KINDS[x.dtype],
         threads=torch.get_num_threads(),
+        activation_bits=activation_bits,
     )
