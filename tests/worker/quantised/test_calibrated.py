@@ -34,6 +34,10 @@ def text(rows: int = 4, tokens: int = 48, seed: int = 0) -> torch.Tensor:
 def opened_checkpoint(family: str, folder: Path) -> Opened:
     """Write a tiny checkpoint of a family, as published ones are, and open it."""
     tiny_model(family).save_pretrained(folder, max_shard_size="100KB")
+    return opened_in(folder)
+
+
+def opened_in(folder: Path) -> Opened:
     config = composed("model=custom", f"model.source={folder}").model
     return open_checkpoint(config, torch.float32, EventLog(folder))
 
@@ -92,6 +96,27 @@ def test_weights_are_searched_once_and_made_again_where_they_are_damaged(
     file.write_bytes(whole)
     assert torch.equal(second.read(name), bytes_of_first)
     assert f"{name} is not what was written" in (tmp_path / "events.jsonl").read_text()
+
+
+def test_weights_that_were_changed_are_searched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Change one value, which samples of the weights do not see; the file's time says it."""
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "cache"))
+    opened = opened_checkpoint("llama", tmp_path / "llama")
+    config = config_of(tmp_path / "llama", "dtype.group_size=32", "dtype.eight_bits=[]")
+    spec, events = model_spec(config.model), EventLog(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    before = SearchedWeights(opened, config.dtype, spec, text(), events).read(name)
+    assert opened.checkpoint is not None
+    stored = opened.checkpoint.tensors[name]
+    with (tmp_path / "llama" / stored.file).open("r+b") as file:
+        file.seek((stored.begin or 0) + 4 * 2000)
+        file.write(b"\0\0\0\x40")
+    again = opened_in(tmp_path / "llama")
+    assert not torch.equal(
+        SearchedWeights(again, config.dtype, spec, text(), events).read(name), before
+    )
 
 
 def never(*_: object) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,8 +27,8 @@ HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit on a header."""
 LFS_POINTER = b"version https://git-lfs"
 NAMES_SHOWN = 3
-SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Places of each file whose bytes are part of a fingerprint, and the bytes of each."""
+SAMPLES, SAMPLE_BYTES = 64, 1024
+"""Places of a file of unknown layout whose bytes are part of a fingerprint, and their size."""
 
 
 class WrongWeights(RuntimeError):
@@ -45,6 +44,15 @@ class StoredTensor:
     """In safetensors' spelling: F32, F16, BF16, F8_E4M3, I32, ..."""
     shape: tuple[int, ...]
     bytes: int
+    begin: int | None = None
+    """Where its bytes begin in the file; None in a pickle."""
+
+    def places(self) -> tuple[int, ...]:
+        """Return where SAMPLE_BYTES of it are read for a fingerprint."""
+        if self.begin is None:
+            return ()
+        middle, last = self.bytes // 2, max(0, self.bytes - SAMPLE_BYTES)
+        return (self.begin, self.begin + middle, self.begin + last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +69,34 @@ class Checkpoint:
     """
 
     def fingerprint(self) -> str:
-        """Hash the same and samples of the weights, evenly over each file."""
-        return sampled_hash((self.folder / name for name in self.files), self.sha256)
+        """Hash the same and samples of each tensor; of pickles, evenly over each file."""
+        places: dict[str, list[int]] = {name: [] for name in self.files}
+        for stored in self.tensors.values():
+            places[stored.file] += stored.places()
+        digest = hashlib.sha256(self.sha256.encode())
+        for name, found in places.items():
+            if found:
+                _hash_places(self.folder / name, sorted(found), digest)
+            else:
+                digest.update(sampled_hash([self.folder / name]).encode())
+        return digest.hexdigest()
 
 
 def sampled_hash(files: Iterable[Path], begin: str = "") -> str:
     """Hash samples of the bytes of files, evenly over each one."""
     digest = hashlib.sha256(begin.encode())
     for path in files:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            for number in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
+        last = max(0, path.stat().st_size - SAMPLE_BYTES)
+        places = [last * number // (SAMPLES - 1) for number in range(SAMPLES)]
+        _hash_places(path, places, digest)
     return digest.hexdigest()
+
+
+def _hash_places(path: Path, places: Iterable[int], digest: Any) -> None:
+    with path.open("rb") as file:
+        for place in places:
+            file.seek(place)
+            digest.update(file.read(SAMPLE_BYTES))
 
 
 def read_checkpoint(folder: Path, *, allow_pickle: bool) -> Checkpoint:
@@ -212,7 +234,9 @@ def _safetensors(folder: Path, files: list[str], placed: Mapping[str, str]) -> C
             if name in tensors:
                 twice[tensors[name].file, file].append(name)
             begin, end = row["data_offsets"]
-            tensors[name] = StoredTensor(file, row["dtype"], tuple(row["shape"]), end - begin)
+            tensors[name] = StoredTensor(
+                file, row["dtype"], tuple(row["shape"]), end - begin, 8 + len(raw) + begin
+            )
     for (first, second), names in twice.items():
         problems.append(
             f"{folder}: {first} and {second} both hold {len(names)} of the same tensors "

@@ -64,6 +64,7 @@ class SearchedWeights:
             )
         self._key = {
             "weights": checkpoint.fingerprint(),
+            "changed": [(checkpoint.folder / each).stat().st_mtime_ns for each in checkpoint.files],
             "group_size": dtype.group_size,
             "symmetric": dtype.symmetric,
             "bytes": self._sizes,
