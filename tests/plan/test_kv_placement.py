@@ -284,6 +284,7 @@ def test_a_shortfall_tries_the_cache_in_host_memory() -> None:
     [
         (("kv_cache=host",), "only costs time"),
         (("kv_cache=host_attention", "kv_cache.bits=4"), "keys in 4 bits suffer first"),
+        (("kv_cache=host_attention", "kv_cache.pin_memory=true"), "has no effect"),
     ],
 )
 def test_a_plan_warns_of_what_gains_nothing(overrides: tuple[str, ...], says: str) -> None:

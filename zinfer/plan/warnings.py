@@ -192,6 +192,11 @@ def _kv_placement(run: Planned) -> Iterator[str]:
             "host memory anyway, and each step copies it. Set kv_cache=host_attention, or "
             "kv_cache=device"
         )
+    if kv.pin_memory and run.hardware.device_is_host:
+        yield (
+            "kv_cache.pin_memory=true has no effect without an accelerator: nothing is copied over "
+            "a link. Drop kv_cache.pin_memory"
+        )
     if kv.bits_of_keys == 4:
         yield (
             "keys in 4 bits suffer first: greedy tokens of a small model differed after 2 to 15 "
