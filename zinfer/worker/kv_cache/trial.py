@@ -43,8 +43,13 @@ TINY = {
     "num_experts_per_tok": 2,
     "head_dim": 16,
     "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
 }
 """Sizes that a tiny model has where the real one has more."""
+LATENT = "kv_lora_rank"
+"""A configuration with it has head dimensions of its own (MLA), which are small already."""
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
 TINY_HEADS, TINY_LAYERS = 4, 4
@@ -138,10 +143,14 @@ def _tiny_model(real: PretrainedConfig) -> Any:
     for name in LAYERS:
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, TINY_LAYERS)
-    if kinds and not isinstance(getattr(type(small), "layer_types", None), property):
+    if getattr(small, "attn_layer_indices", None):
+        small.attn_layer_indices = [1]
+    elif kinds and not _is_derived(small, "layer_types"):
         small.layer_types = _few_of_each(kinds)
     for name, size in TINY.items():
         value = getattr(small, name, None)
+        if name == "head_dim" and hasattr(small, LATENT):
+            continue
         if isinstance(value, int) and not isinstance(value, bool) and value > size:
             setattr(small, name, size)
     small.pad_token_id, small.eos_token_id, small.bos_token_id = 0, None, 1
@@ -153,6 +162,12 @@ def _tiny_model(real: PretrainedConfig) -> Any:
                 parameter.normal_(0, 0.06)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     return model
+
+
+def _is_derived(config: PretrainedConfig, name: str) -> bool:
+    """Tell whether a field follows from others, so that it cannot be set."""
+    name = config.attribute_map.get(name, name)
+    return isinstance(getattr(type(config), name, None), property)
 
 
 def _few_of_each(kinds: list[str]) -> list[str]:
