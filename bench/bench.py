@@ -123,6 +123,7 @@ def against_bare_script(folder: Path, pairs: int, offload: str) -> list[Row]:
         "model=smollm2-135m", "weights=pretrained", "dtype=bfloat16", f"offload={offload}",
         f"batch.batch_size={BATCH}", f"batch.prompt_tokens={PROMPT_TOKENS}",
         f"batch.new_tokens={NEW_TOKENS}", f"batch.warmup={WARMUP}", f"batch.repeats={REPEATS}",
+        "dtype.kernel=torch",  # as the script multiplies
     )  # fmt: skip
     result, _, _ = zinfer(folder, *settings)  # the JSON, and everything warm: database, page cache
     ds = result["deepspeed"]

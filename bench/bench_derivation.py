@@ -87,7 +87,9 @@ def main() -> int:
         chosen = [mode for mode in MODES if arguments.only in mode[1]]
         for model, dtype, (offload, other) in product(arguments.models, arguments.dtypes, chosen):
             for batch in arguments.batches:
-                weights = (*MODELS[model], f"dtype={dtype}")
+                # zero=paper multiplies by PyTorch alone; packed weights are DeepSpeed's there
+                kernel = () if dtype.startswith("int") else ("dtype.kernel=torch",)
+                weights = (*MODELS[model], f"dtype={dtype}", *kernel)
                 point = (*weights, offload, f"batch.batch_size={batch}", *shared)
                 point = (
                     (*point, f"offload.nvme_path={scratch}/swap")

@@ -201,10 +201,12 @@ def test_ranks_decide_by_the_slowest_of_them() -> None:
     assert (found.own_s, found.torch_s, found.takes_ours) == (3.0, 2.5, False)
 
 
-def test_the_fastest_turn_counts_and_a_busy_machine_is_noticed() -> None:
-    busy = trial_of((8, 4), torch_s=[2.0, 9.0, 9.0], own_s=[1.0, 1.1, 1.2])
-    calm = trial_of((8, 4), torch_s=[2.0, 2.1, 9.0], own_s=[1.0, 1.1, 1.2])
-    assert (busy.torch_s, busy.own_s, busy.takes_ours) == (2.0, 1.0, True)
+def test_a_calm_turn_counts_and_a_busy_machine_is_noticed() -> None:
+    own_s = [0.5, 1.0, 1.0, 1.1, 1.1, 1.2, 1.2]
+    busy = trial_of((8, 4), torch_s=[0.9, 2.0, 3.0, 9.0, 9.0, 9.0, 9.0], own_s=own_s)
+    calm = trial_of((8, 4), torch_s=[0.9, 2.0, 2.0, 2.1, 2.1, 9.0, 9.0], own_s=own_s)
+    assert (calm.torch_s, calm.own_s, calm.takes_ours) == (2.0, 1.0, True)
+    assert (busy.torch_s, busy.own_s, busy.takes_ours) == (0.9, 0.5, True)
     assert (busy.is_calm, calm.is_calm) == (False, True)
     assert not slowest([[calm], [busy]])[0].is_calm
 

@@ -2,7 +2,8 @@
 
 Each product takes another piece of memory, as the layers of a model do: as much memory as the
 model's own layers have, up to what no usual cache holds. So a small model is timed in the cache.
-The fastest turn of each way counts: whatever else the machine does only adds.
+A calm turn of each way counts, the lower quartile: other work on the machine only adds, and the
+fastest turn of all found its matrix in a cache. On a busy machine only the fastest says anything.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from zinfer.worker.skinny.product import own_linear
 
 COLD_BYTES = 96 * MIB
 """Larger than the last-level cache of most processors' cores."""
-PART_BYTES = COLD_BYTES // 4
+PART_BYTES = COLD_BYTES // 12
 """Of a larger matrix a part of its outputs is timed: their time grows in proportion."""
-ROUNDS = 3
+ROUNDS = 5
 """How often each shape has its turns. A neighbour on the processor slows all for a moment."""
-BUDGET_S, LEAST, MOST = 0.008, 4, 200
+BUDGET_S, LEAST, MOST = 0.006, 5, 200
 """Seconds for one shape in a round, and bounds of how often each way has its turn."""
-CALM = 2.0
-"""A calm machine's median turn takes at most so many times as long as the fastest."""
+CALM = 2.5
+"""On a calm machine the median turn takes at most so many times as long as the fastest."""
 
 Times = tuple[list[float], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Seconds of one shape's product, both ways: the fastest turn of each."""
+    """Seconds of one shape's product, both ways: a calm turn, on a busy machine the fastest."""
 
     out: int
     inputs: int
@@ -82,15 +83,12 @@ def trials(shapes: Mapping[Shape, int], rows: int, dtype: torch.dtype) -> list[T
 
 def trial_of(shape: Shape, torch_s: Sequence[float], own_s: Sequence[float]) -> Trial:
     """Summarise the seconds of all turns."""
-    usual = [statistics.median(each) / min(each) for each in (torch_s, own_s)]
-    out, inputs = shape
-    return Trial(
-        out=out,
-        inputs=inputs,
-        own_s=min(own_s),
-        torch_s=min(torch_s),
-        is_calm=max(usual) <= CALM,
+    is_calm = all(statistics.median(each) <= CALM * min(each) for each in (torch_s, own_s))
+    torch_turn_s, own_turn_s = (
+        statistics.quantiles(each, n=4)[0] if is_calm else min(each) for each in (torch_s, own_s)
     )
+    out, inputs = shape
+    return Trial(out=out, inputs=inputs, own_s=own_turn_s, torch_s=torch_turn_s, is_calm=is_calm)
 
 
 def timed_both(pool: torch.Tensor, out: int, inputs: int, rows: int) -> Times:
