@@ -257,10 +257,10 @@ def refuse(problems: list[str], arguments: list[str]) -> int:
 
 def explain_settings(names: list[str]) -> int:
     """Print what each of these settings or groups is."""
-    from zinfer.config.explain import explain
+    from zinfer.config.explain import explain, overview
 
     try:
-        print("\n\n".join(explain(name) for name in names or ["task"]))
+        print("\n\n".join(explain(name) for name in names) if names else overview())
     except ValueError as error:
         return refuse([str(error)], names)
     return 0

@@ -22,7 +22,7 @@ from zinfer.config.command_line import (
     override_problems,
     wants_json,
 )
-from zinfer.config.explain import attribute_docstrings, explain
+from zinfer.config.explain import attribute_docstrings, explain, overview
 from zinfer.config.run_config import RunConfig
 from zinfer.config.sentences import settings
 from zinfer.config.tasks import TASKS
@@ -186,6 +186,9 @@ def test_an_explanation_has_type_bounds_default_and_words() -> None:
     assert "calibrate" in explain("task")
     assert all(f"dtype={choice}" in explain("dtype") for choice in choices("dtype"))
     assert "DeepSpeed ZeRO stage 3" in explain("engine=zero")
+    assert explain("batch.batch_size=4") == explain("batch.batch_size")
+    first_words = {line.split(" ")[0].rstrip(":") for line in overview().splitlines()}
+    assert {name.partition(".")[0] for name in settings()} <= first_words
     assert attribute_docstrings(RunConfig)["task"] == "One of TASKS."
     with pytest.raises(ValueError, match=r"Try zinfer --explain batch\.batch_size"):
         explain("batch.batchsize")

@@ -41,6 +41,19 @@ def explain(name: str) -> str:
     raise ValueError(f"{name} is not a setting of zinfer. {instead}")
 
 
+def overview() -> str:
+    """List every group and every setting that stands alone, a line each."""
+    lines = list(_setting("task"))
+    for name, kind in get_type_hints(RunConfig).items():
+        if is_dataclass(kind):
+            words = (inspect.getdoc(kind) or "").splitlines()
+        else:
+            words = (attribute_docstrings(RunConfig).get(name) or "").splitlines()
+        if name not in ("task", "from_environment"):
+            lines.append(f"{name:<12} {words[0] if words else _type(kind)}")
+    return "\n".join([*lines, "", "Try zinfer --explain batch, or zinfer --explain dtype=int4"])
+
+
 def _setting(name: str) -> Iterator[str]:
     group, _, field = name.rpartition(".")
     kind: Any = get_type_hints(RunConfig)[group] if group else RunConfig
