@@ -17,9 +17,8 @@ from zinfer.config.tasks import TASKS
     ("line", "found"),
     [
         ("zinfer pl", ["plan"]),
-        ("zinfer dtype=int", ["dtype=int4", "dtype=int8"]),
-        ("zinfer dtype=int4,", [f"dtype=int4,{name}" for name in
-                                ("auto", "bfloat16", "float16", "float32", "int8")]),
+        ("zinfer zero=", ["zero=paper", "zero=tuned"]),
+        ("zinfer zero=tuned,", ["zero=tuned,paper"]),
         ("zinfer -m offload=cpu,n", ["offload=cpu,none", "offload=cpu,nvme"]),
         ("zinfer +model=opt-125m,opt-1.", ["+model=opt-125m,opt-1.3b"]),
         ("zinfer experiment=tiny/flex", ["experiment=tiny/flexgen_t4",
