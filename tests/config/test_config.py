@@ -87,6 +87,8 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("model=tiny-opt", "weights=pretrained"), "no published checkpoint", "weights=dummy"),
     (("model=custom",), "model.source is not set", "model.source=/path/to/a/folder"),
     (("tracking=server",), "has no tracking.uri", "tracking.uri=http"),
+    (("tracking.uri=ftp://x",), "no store of kind ftp", "tracking=sqlite"),
+    (("tracking.uri=box:5000",), "no store of kind box", "tracking.uri=http://box:5000"),
     (("batch.prompt=file",), "no batch.prompt_file", "batch.prompt_file=/path"),
     (
         ("batch.prompt=file", "batch.prompt_file=absent.txt"),
@@ -107,6 +109,23 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("+batch.batchsize=4",), "batch.batchsize is not a setting", "Set batch.batch_size=4"),
     (("+batch.colour=red",), "batch.colour is not a setting", "zinfer --cfg job"),
 ]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://box:5000",
+        "sqlite:///a.db",
+        "postgresql+psycopg2://box/runs",
+        "databricks",
+        "databricks-uc",
+        "databricks://profile",
+        "file:///runs",
+        "runs",
+    ],
+)
+def test_every_kind_of_store_that_mlflow_has_is_accepted(uri: str) -> None:
+    assert composed(f"tracking.uri={uri}").tracking.uri == uri
 
 
 @pytest.mark.parametrize(("overrides", "says", "type_this"), REFUSED)

@@ -6,18 +6,26 @@ ends with the override to set, and names the settings that it is about.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from zinfer.config.engines import engine_of
 from zinfer.paths import given_file
+from zinfer.redact import redact
 
 if TYPE_CHECKING:
     from zinfer.config.run_config import RunConfig
 
 PLACES = {"none": "the device", "cpu": "host memory", "nvme": "disk"}
 """Value of `offload` -> the tier in words."""
+STORES = ("file", "sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "uc")
+"""Kinds of MLflow's own stores; a database may name its driver behind a plus sign.
+
+Source: mlflow/tracking/_tracking_service/utils.py, _register_tracking_stores.
+"""
 
 
 @dataclass(frozen=True)
@@ -337,3 +345,25 @@ def _tracking(config: RunConfig) -> Iterator[Problem]:
             "tracking.experiment is empty. Set tracking.experiment=zinfer",
             ("tracking.experiment",),
         )
+    if tracking.uri is not None:
+        yield from _store(tracking.uri)
+
+
+def _store(uri: str) -> Iterator[Problem]:
+    scheme = urlsplit(uri).scheme
+    if not scheme or _is_store(scheme):
+        return
+    host = redact(urlsplit(uri if "://" in uri else f"//{uri}").netloc)
+    yield Problem(
+        f"tracking.uri={redact(uri)}: MLflow has no store of kind {scheme}, only "
+        f"{', '.join(STORES)}. Set tracking.uri=http://{host} or tracking=sqlite",
+        ("tracking.uri",),
+    )
+
+
+def _is_store(scheme: str) -> bool:
+    """Tell if MLflow, or a plugin of it that is installed here, stores runs under this scheme."""
+    if scheme.partition("+")[0].removeprefix("databricks-") in STORES:
+        return True
+    plugins = importlib.metadata.entry_points(group="mlflow.tracking_store")
+    return scheme in {plugin.name for plugin in plugins}
