@@ -95,7 +95,7 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
         "is not a file",
         "batch.prompt_file=/path",
     ),
-    (("launcher.timeout_s=0",), "too small: more than 0", "launcher.timeout_s=VALUE"),
+    (("launcher.timeout_s=0",), "too small: more than 0", "launcher.timeout_s=null"),
     (("plan.headroom=1.5",), "too large: at most 0.99", "plan.headroom=0.99"),
     (("engine.name=vllm",), "is not one of zero, resident", "engine.name=zero"),
     (("model.name=''",), "model.name is empty", "model.name=my-model"),
@@ -107,7 +107,7 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
         "batch.batch_size=",
     ),
     (("+batch.batchsize=4",), "batch.batchsize is not a setting", "Set batch.batch_size=4"),
-    (("+batch.colour=red",), "batch.colour is not a setting", "zinfer --cfg job"),
+    (("+batch.colour=red",), "batch.colour is not a setting", "zinfer --explain batch"),
 ]
 
 
