@@ -153,6 +153,18 @@ def test_windows_lie_in_the_tensor_and_touch_both_ends_of_each_partition(
     assert pick(torch.arange(numel), ranks)[-1] == numel - 1
 
 
+@pytest.mark.parametrize(("numel", "ranks"), [(7, 3), (65_536, 2), (65_537, 4), (200_000, 150)])
+def test_what_the_ranks_compare_of_their_own_parts_is_what_one_would_of_all(
+    numel: int, ranks: int
+) -> None:
+    def places(part: int | None) -> set[int]:
+        return {each for first, last in windows(numel, ranks, part) for each in range(first, last)}
+
+    each = -(-numel // ranks)
+    for rank in range(ranks):
+        assert places(rank) == {place for place in places(None) if place // each == rank}
+
+
 def test_a_sum_that_overflows_is_not_taken_for_infinity() -> None:
     assert is_finite(torch.full((16,), 3e38))
     assert is_finite(torch.tensor([], dtype=torch.float16))

@@ -70,7 +70,13 @@ with torch.no_grad():
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16,
         eos_token_id=None, pad_token_id=0,
     )[:, 12:]
-torch.save({"logits": logits, "tokens": new}, Path(folder) / "answer.pt")
+gathered = [
+    each.data_ptr() == each.ds_tensor.data_ptr()
+    for each in engine.model.parameters()
+    if hasattr(each, "ds_tensor")
+]
+answer = {"logits": logits, "tokens": new, "is_partition": torch.tensor(gathered)}
+torch.save(answer, Path(folder) / "answer.pt")
 import os
 os._exit(0)
 """
@@ -114,3 +120,5 @@ def test_every_engine_has_the_logits_and_tokens_of_the_resident_model(
     for name, found in answers.items():
         torch.testing.assert_close(found["logits"], resident["logits"], rtol=1e-4, atol=1e-4)
         assert torch.equal(found["tokens"], resident["tokens"]), name
+    assert answers["none"]["is_partition"].all(), "each stays gathered, and has no second copy"
+    assert not answers["cpu"]["is_partition"].all(), "layers are released after their use"

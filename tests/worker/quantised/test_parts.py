@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.composing import composed
 from tests.helpers.tiny_models import tiny_model
-from zinfer.config import ModelConfig
+from zinfer.config import ConfigError, ModelConfig
 from zinfer.job.events import EventLog
 from zinfer.model.weights.checkpoint import WrongWeights
 from zinfer.model.weights.pretrained import Opened, Read, open_checkpoint
@@ -186,3 +186,23 @@ def test_two_ranks_read_half_of_a_checkpoint_each_and_say_what_one_says(
         assert rank["stored_bytes"] == pytest.approx(one["stored_bytes"] / 2, rel=0.01)
         assert rank["read_bytes"] < 0.65 * one["read_bytes"], "the last holds the scales"
     assert sum(rank["read_bytes"] for rank in two) < 1.1 * one["read_bytes"]
+
+
+def test_machines_with_other_files_are_refused_on_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zinfer.worker.engines import zero_packed
+
+    tiny_model("opt").save_pretrained(tmp_path)
+    opened = opened_in(tmp_path)
+    theirs: list[object] = [(opened.fingerprint(), None), ("another", None)]
+
+    def gathered(into: list[object], mine: object) -> None:
+        into[:] = theirs
+
+    monkeypatch.setattr(zero_packed.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    with pytest.raises(ConfigError, match=r"other weights on rank 1 than on rank 0"):
+        zero_packed.require_one_checkpoint(opened, None)
+    theirs[1] = theirs[0]
+    zero_packed.require_one_checkpoint(opened, None)
