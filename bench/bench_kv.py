@@ -26,6 +26,7 @@ import torch
 
 import zinfer
 from zinfer import __version__
+from zinfer.machine.memory import host_available_bytes
 from zinfer.machine.processor import cpu_model_name
 from zinfer.model.spec import ModelSpec
 from zinfer.worker.kv_cache.codes import quantise
@@ -89,8 +90,8 @@ RUN = [
 SMALL = ["model=tiny-llama", "batch.batch_size=1", "batch.prompt_tokens=8"]
 START_S = 14.0
 """Seconds of a run before its prefill: imports, random weights."""
-DEVICE_SHARE = 0.08
-"""Share of the read bandwidth at which the slowest placement reads its cache; on two cores."""
+READ_SHARE = 0.12
+"""Share of the read bandwidth at which placements read their caches, on average, on two cores."""
 
 
 def stored(values: torch.Tensor, kind: torch.dtype | int) -> Rows:
@@ -221,7 +222,9 @@ class Cell:
         """Estimate one run from the rates of a matrix product and of reading memory."""
         values = sum(layer.values_per_token for layer in self.spec.kv_layers or ())
         kv_bytes = 2 * values * self.rows * self.prompt_tokens
-        step_s = (2 * self.spec.num_parameters + kv_bytes / DEVICE_SHARE) / bytes_per_s
+        if kv_bytes > (host_available_bytes() or sys.maxsize):
+            return START_S  # refused
+        step_s = (2 * self.spec.num_parameters + kv_bytes / READ_SHARE) / bytes_per_s
         flops = 2 * self.spec.num_parameters * self.rows * self.prompt_tokens
         return START_S + flops / flops_per_s + NEW_TOKENS * step_s
 
@@ -260,6 +263,7 @@ def run_table(cells: list[Cell], rounds: int, names: list[str]) -> None:
 def say_how_long(cells: list[Cell], runs_of_each: int) -> None:
     """Estimate the minutes of all runs."""
     matrix = torch.randn(2048, 2048).bfloat16()
+    timed(lambda _: matrix @ matrix, 1)
     flops_per_s = 2 * 2048**3 / timed(lambda _: matrix @ matrix, 3)
     memory = torch.ones(ROTATED_BYTES // 8, dtype=torch.int64)
     bytes_per_s = memory.nbytes / timed(lambda _: memory.sum(), 3)
