@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_a_product_is_that_of_the_unpacked_weight(
     x, bias = weight((*rows, 96), 1.0, 1), weight((40,), 1.0, 2)
     plain = unpack(packed, layout, torch.float32)
     expected = x @ (plain if turned else plain.T) + bias
-    found = product(x, *layout.split(packed), layout, bias)
+    found = product(x, packed, layout, bias)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -122,3 +123,40 @@ def test_an_embedding_unpacks_the_rows_that_are_asked_for() -> None:
     ids = torch.tensor([[3, 49], [0, 3]])
     expected = unpack(packed, layout, torch.bfloat16)[ids]
     assert torch.equal(rows_of(packed, layout, ids, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_matrix_is_multiplied_wherever_its_bytes_lie(turned: bool, kind: torch.dtype) -> None:
+    """ZeRO-3 frees a weight after its use, and gives it another address for the next one."""
+    shape = (3, 128, 40) if turned else (3, 40, 128)
+    layout = packing(shape, turned, bits=4)
+    kept = pack(weight(shape), layout, kind)
+    plain = unpack(kept, layout, kind)
+    for number in (2, 0, 1):
+        packed = kept.clone()
+        for x in (weight((1, 1, 128), 1.0, number), weight((4, 128)).T.contiguous().T):
+            x = x.to(kind)
+            expected = x @ (plain[number] if turned else plain[number].T)
+            found = product(x, packed, layout, number=number)
+            assert found.shape == expected.shape and found.dtype == kind
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+        held = weakref.ref(packed)
+        del packed
+        assert held() is None
+
+
+def test_a_weight_that_is_not_there_as_expected_goes_the_general_way() -> None:
+    """Filled-up groups, other types and other routes have no product by address, or none here."""
+    assert packing((5, 96), False).direct is None
+    assert packing((5, 128), False, route="torch").direct is None
+    assert packing((5, 128), False, group_size=24).direct is None
+    direct = packing((5, 128), False).direct
+    assert direct is not None
+    packed = pack(weight((5, 128)), packing((5, 128), False), torch.float32)
+    x = weight((3, 128))
+    if direct(x, packed, 0, None) is None:
+        pytest.skip("needs the compiled kernel")
+    for other in (x.double(), x[:, :64], x[:0], x.T.contiguous().T, x.repeat(100, 1)):
+        assert direct(other, packed, 0, None) is None
+    assert direct(x, packed, 0, torch.zeros(5, dtype=torch.bfloat16)) is None

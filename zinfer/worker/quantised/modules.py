@@ -24,8 +24,8 @@ SUFFIX = "_packed"
 class PackedMatrix:
     """One matrix of a packed weight, such as an expert's, for a product."""
 
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor, packing: Packing) -> None:
-        self.codes, self.scales, self.packing = codes, scales, packing
+    def __init__(self, packed: torch.Tensor, packing: Packing, number: int) -> None:
+        self.packed, self.packing, self.number = packed, packing, number
 
     @property
     def shape(self) -> torch.Size:
@@ -34,7 +34,8 @@ class PackedMatrix:
 
     def plain(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Unpack it."""
-        rows = torch.cat([self.codes.flatten(), self.scales.view(torch.uint8).flatten()])
+        codes, scales = self.packing.matrix(self.packed, self.number)
+        rows = torch.cat([codes.flatten(), scales.view(torch.uint8).flatten()])
         one = Packing(
             shape=tuple(self.shape),
             is_transposed=self.packing.is_transposed,
@@ -47,7 +48,7 @@ class PackedMatrix:
         """Multiply, where the model has it as [in, out]."""
         if not self.packing.is_transposed:
             return x @ self.plain(x.dtype)
-        return product(x, self.codes, self.scales, self.packing)
+        return product(x, self.packed, self.packing, number=self.number)
 
     @classmethod
     def __torch_function__(
@@ -62,7 +63,7 @@ class PackedMatrix:
             matrix = args[1]
             bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
             if not matrix.packing.is_transposed:
-                return product(args[0], matrix.codes, matrix.scales, matrix.packing, bias)
+                return product(args[0], matrix.packed, matrix.packing, bias, matrix.number)
         if func in MATRIX_PRODUCTS and isinstance(args[1], cls):
             return args[1].__rmatmul__(args[0])
         dtype = next((each.dtype for each in args if isinstance(each, torch.Tensor)), torch.float32)
@@ -97,8 +98,7 @@ class PackedExperts:
 
     def __getitem__(self, index: int | torch.Tensor) -> PackedMatrix:
         """View one expert's matrix."""
-        codes, scales = self._packing.matrix(self._packed, int(index))
-        return PackedMatrix(codes, scales, self._packing)
+        return PackedMatrix(self._packed, self._packing, int(index))
 
 
 def quantise_module(module: nn.Module, own_name: str, packing: Packing, dtype: torch.dtype) -> None:
@@ -158,9 +158,7 @@ def _reader(name: str) -> Callable[[Any], Any]:
 
 def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
     """Compute nn.Linear's forward, and that of GPT-2's Conv1D."""
-    packing = module.packings["weight"]
-    codes, scales = packing.split(module.weight_packed)
-    return product(x, codes, scales, packing, module.bias)
+    return product(x, module.weight_packed, module.packings["weight"], module.bias)
 
 
 def _embedding(module: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from zinfer.model.parameters import Parameter
 from zinfer.model.quantisable import groups_of, packed_bytes
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.quantised import kernel
+from zinfer.worker.quantised.direct import DirectProduct, direct_product
 
 BLOCK_NUMEL = 1 << 20
 """Values that are packed at a time, so that their float32 copies stay small."""
@@ -38,6 +40,8 @@ class Packing:
     symmetric: bool = False
     route: Literal["auto", "compiled", "torch", "unpack"] = "auto"
     """As dtype.kernel."""
+    activation_bits: Literal[16, 8] = 16
+    """As dtype.activation_bits."""
 
     @classmethod
     def of(cls, parameter: Parameter, bits: int, dtype: DtypeConfig) -> Packing:
@@ -70,6 +74,19 @@ class Packing:
     def groups(self) -> int:
         """Return the groups of a row; the last one may be filled up."""
         return groups_of(self.inputs, self.group_size)
+
+    @cached_property
+    def direct(self) -> DirectProduct | None:
+        """Return the products by address; None where the kernel has none."""
+        return direct_product(
+            inputs=self.inputs,
+            outputs=self.outputs,
+            matrices=self.numel // (self.inputs * self.outputs),
+            bits=self.bits,
+            group_size=self.group_size,
+            activation_bits=self.activation_bits,
+            route=self.route,
+        )
 
     @property
     def code_bytes(self) -> int:
@@ -163,12 +180,21 @@ def unpack(packed: torch.Tensor, packing: Packing, dtype: torch.dtype) -> torch.
 
 def product(
     x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
+    packed: torch.Tensor,
     packing: Packing,
     bias: torch.Tensor | None = None,
+    number: int = 0,
 ) -> torch.Tensor:
-    """Multiply x [..., in] with one matrix, as nn.Linear does. Return [..., out]."""
+    """Multiply x [..., in] with one matrix, as nn.Linear does. Return [..., out].
+
+    Args:
+        number: which matrix, where there are several.
+    """
+    direct = packing.direct
+    y = None if direct is None else direct(x, packed, number, bias)
+    if y is not None:
+        return y
+    codes, scales = packing.matrix(packed, number)
     flat = x.reshape(-1, x.shape[-1])
     missing = packing.groups * packing.group_size - packing.inputs
     if missing:  # nothing is added by what fills a group up
@@ -178,8 +204,10 @@ def product(
         out = functional.linear(flat, dequantise(codes, scales, bits, group_size, x.dtype), bias)
     else:
         out = kernel.multiply(
-            flat, codes, scales, bits=bits, group_size=group_size, bias=bias, kernel=packing.route
-        )
+            flat, codes, scales,
+            bits=bits, group_size=group_size, bias=bias, kernel=packing.route,
+            activation_bits=packing.activation_bits,
+        )  # fmt: skip
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
