@@ -34,7 +34,7 @@ from zinfer.worker.skinny.product import skinny_linear
 HERE = Path(__file__).parent
 ROTATED_BYTES = 208 << 20
 """Memory over which copies of one matrix are spread."""
-SHAPES = ((4096, 4096), (2048, 2048), (11008, 4096))
+SHAPES = ((4096, 4096), (2048, 2048), (11008, 4096), (1024, 1024), (4096, 1024))
 """(out, in) of the matrices."""
 ROWS = (1, 4, 8, 32)
 GROUP_SIZE = 64
@@ -53,11 +53,14 @@ LLAMA_400M = [
     ),
 ]
 MODELS = {"LLaMA, 400M": LLAMA_400M, "OPT-1.3b": ["model=opt-1.3b"]}
+EIGHT = "dtype.activation_bits=8"
 DTYPES = {
     "bfloat16": ["dtype=bfloat16", "dtype.kernel=torch"],
     "bfloat16, auto": ["dtype=bfloat16"],
     "int8": ["dtype=int8", "dtype.compute=bfloat16"],
     "int4": ["dtype=int4", "dtype.compute=bfloat16"],
+    "int8, 8-bit activations": ["dtype=int8", "dtype.compute=bfloat16", EIGHT],
+    "int4, 8-bit activations": ["dtype=int4", "dtype.compute=bfloat16", EIGHT],
 }
 """Columns of the second table. The first is PyTorch's linear layer, which the others are over."""
 
@@ -91,18 +94,24 @@ def ways_for(out: int, inputs: int) -> dict[str, Way]:
     }
     for bits in (8, 4):
         packed = copies_of(*quantise(weight, bits, GROUP_SIZE))
-        made[f"own int{bits}"] = Way(packed_product(packed, bits), len(packed), size_of(packed[0]))
+        for activation_bits in (16, 8):
+            name = f"own int{bits}" + (", 8-bit activations" if activation_bits == 8 else "")
+            run = packed_product(packed, bits, activation_bits)
+            made[name] = Way(run, len(packed), size_of(packed[0]))
     return made | pytorchs_ways(weight)
 
 
 def packed_product(
-    packed: list[tuple[torch.Tensor, ...]], bits: int
+    packed: list[tuple[torch.Tensor, ...]], bits: int, activation_bits: int
 ) -> Callable[[torch.Tensor, int], object]:
     """Multiply with one of these matrices by the compiled kernel."""
 
     def run(x: torch.Tensor, at: int) -> object:
         codes, scales = packed[at]
-        return multiply(x, codes, scales, bits=bits, group_size=GROUP_SIZE, kernel="compiled")
+        return multiply(
+            x, codes, scales,
+            bits=bits, group_size=GROUP_SIZE, kernel="compiled", activation_bits=activation_bits,
+        )  # fmt: skip
 
     return run
 

@@ -61,6 +61,13 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("dtype=int8", "dtype.group_size=48"), "not one of 32, 64, 128", "dtype.group_size=32"),
     (("dtype=int4", "dtype.keep=[lm_head]", "zero=paper"), "does not read it", "zero=tuned"),
     (("dtype=int4", "dtype.symmetric=true", "zero=paper"), "does not read it", "zero=tuned"),
+    (("dtype=int4", "dtype.activation_bits=8", "zero=paper"), "does not read it", "zero=tuned"),
+    (("dtype=int4", "dtype.activation_bits=12"), "not one of 16, 8", "dtype.activation_bits=16"),
+    (
+        ("dtype=int4", "dtype.activation_bits=8", "dtype.kernel=torch"),
+        "dtype.kernel=torch does not round activations",
+        "dtype.kernel=auto",
+    ),
     (
         ("dtype=int4", "dtype.rounding=searched"),
         "weights=dummy are random",

@@ -203,6 +203,12 @@ def _dtype(config: RunConfig) -> Iterator[Problem]:
         )
     if dtype.bits is None:
         yield from _kernel_of_plain_weights(config)
+    elif dtype.activation_bits != 16 and dtype.kernel in ("torch", "unpack"):
+        yield Problem(
+            f"dtype.activation_bits={dtype.activation_bits} is of the compiled kernel, and "
+            f"dtype.kernel={dtype.kernel} does not round activations. Set dtype.kernel=auto",
+            ("dtype.activation_bits", "dtype.kernel"),
+        )
     if config.quantiser == "deepspeed":
         yield from _quantised_by_deepspeed(config)
     elif dtype.bits is not None and dtype.rounding == "searched":
@@ -267,6 +273,7 @@ def _quantised_by_deepspeed(config: RunConfig) -> Iterator[Problem]:
         "dtype.keep": bool(dtype.keep),
         "dtype.kernel": dtype.kernel != "auto",
         "dtype.rounding": dtype.rounding != "nearest",
+        "dtype.activation_bits": dtype.activation_bits != 16,
     }
     for name in (name for name, is_set in settings.items() if is_set):
         yield Problem(

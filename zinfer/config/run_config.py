@@ -167,6 +167,11 @@ class DtypeConfig:
     """
     rounding: Literal["nearest", "searched"] = "nearest"
     """Search of each group's scale. nearest: from its least and largest value, no search."""
+    activation_bits: Literal[16, 8] = 16
+    """Bits of the activations that the compiled kernel multiplies packed weights with.
+
+    16: one scale for sixteen groups. 8: one for each group; faster with AVX-512 VNNI, less exact.
+    """
 
     @property
     def bits(self) -> int | None:
@@ -519,10 +524,12 @@ def config_key(config: RunConfig) -> str:
     if not config.may_be_scored:
         tree.pop("quality")
     if config.dtype.bits is None:
-        for name in ("symmetric", "keep", "eight_bits", "rounding"):
+        for name in ("symmetric", "keep", "eight_bits", "rounding", "activation_bits"):
             tree["dtype"].pop(name)
         if config.dtype.kernel == "auto":
             tree["dtype"].pop("kernel")
+    elif config.dtype.activation_bits == 16:
+        tree["dtype"].pop("activation_bits")
     if not tree["profile"]:
         tree.pop("profile")
     tree["offload"].pop("nvme_path")

@@ -53,6 +53,7 @@ class Packing:
             group_size=dtype.group_size,
             symmetric=dtype.symmetric,
             route=dtype.kernel,
+            activation_bits=dtype.activation_bits,
         )
 
     @property
