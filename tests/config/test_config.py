@@ -45,6 +45,8 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
         "offload.nvme_path=/local_nvme",
     ),
     (("batch.batch_size=3", "launcher.ranks=2"), "cannot be split", "batch.batch_size=4"),
+    (("dtype.keep=lm_head",), "dtype.keep=lm_head is not a list", "dtype.keep=[lm_head]"),
+    (("dtype.eight_bits=null",), "dtype.eight_bits=null is not a list", "dtype.eight_bits=[]"),
     (("batch.batch_size=0",), "too small", "batch.batch_size=1"),
     (("batch.new_tokens=1",), "too small", "batch.new_tokens=2"),
     (("batch.repeats=0",), "too small", "batch.repeats=1"),

@@ -76,6 +76,9 @@ def validation_problem(detail: Any, given: str) -> str:
             return unknown_setting(path, given)
         case "missing" | "missing_keyword_only_argument" | "missing_argument":
             return no_value(path)
+        case "tuple_type":
+            entries = "" if given == "null" else given
+            return f"{name}={given} is not a list. Set {name}=[{entries}]"
         case kind if kind == NUMBER_ERROR:
             return f"{name}={given} {context['sentence']}. Set {name}={_instead(path, context)}"
     expected = KINDS.get(detail["type"].partition("_")[0])
