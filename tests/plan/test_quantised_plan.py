@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,6 +122,21 @@ def test_packed_products_take_what_their_kernel_takes() -> None:
         *TINY, "dtype.weights=int8", "dtype.keep=[lm_head]", profile=with_packed_kernel(4)
     )
     assert parts["matrix products"] < kept.prediction.parts["matrix products"]
+
+
+def test_activations_of_8_bits_have_times_of_their_own_where_they_were_measured() -> None:
+    sixteen = with_packed_kernel(4)
+    faster = tuple(
+        replace(row, activation_bits=8, seconds=row.seconds / 2) for row in sixteen.packed
+    )
+    times = [
+        planned(*TINY, "dtype.weights=int4", each, profile=machine).prediction.parts[
+            "matrix products"
+        ]
+        for machine in (sixteen, replace(sixteen, packed=(*sixteen.packed, *faster)))
+        for each in ("dtype.activation_bits=16", "dtype.activation_bits=8")
+    ]
+    assert times == pytest.approx([times[0], times[0], times[0], times[0] / 2])
 
 
 @pytest.mark.parametrize(

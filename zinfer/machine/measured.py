@@ -54,6 +54,8 @@ class PackedTime:
     weight_numel: int
     seconds: float
     spread: float
+    activation_bits: int = 16
+    """As dtype.activation_bits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,9 +125,16 @@ class CalibrationProfile:
         """Return seconds of one matrix product by our kernel for a few rows; None: not measured."""
         return _product_s(self._own_kernel_tables.get((dtype, wide)), rows, weight_numel)
 
-    def packed_s(self, bits: int, dtype: str, rows: float, weight_numel: int) -> float | None:
-        """Return seconds of one product with a packed matrix; None: it was not measured."""
-        return _product_s(self._packed_tables.get((bits, dtype)), rows, weight_numel)
+    def packed_s(
+        self, bits: int, dtype: str, rows: float, weight_numel: int, activation_bits: int = 16
+    ) -> float | None:
+        """Return seconds of one product with a packed matrix; None: it was not measured.
+
+        Products with activations of 8 bits that were not measured count as those of 16.
+        """
+        tables = self._packed_tables
+        table = tables.get((bits, dtype, activation_bits), tables.get((bits, dtype, 16)))
+        return _product_s(table, rows, weight_numel)
 
     def host_attention_s(
         self, bits: int, dtype: str, shared_by: float, kv_bytes: float
@@ -182,9 +189,9 @@ class CalibrationProfile:
         return _tables(((row.dtype, row.wide), row) for row in self.own_kernels)
 
     @cached_property
-    def _packed_tables(self) -> dict[tuple[int, str], Table]:
-        """Sort the products with packed matrices once: (bits, dtype) -> the same."""
-        return _tables(((row.bits, row.dtype), row) for row in self.packed)
+    def _packed_tables(self) -> dict[tuple[int, str, int], Table]:
+        """Sort products with packed matrices once: (bits, dtype, activation bits) -> the same."""
+        return _tables(((row.bits, row.dtype, row.activation_bits), row) for row in self.packed)
 
     def dequantise_s(self, bits: int, dtype: str, weight_numel: int) -> float | None:
         """Return seconds of unpacking one matrix, interpolated as kernel_s does.

@@ -50,13 +50,15 @@ def product_seconds(
     """Return the seconds of one product, by the kernel that multiplies the matrix as it is stored.
 
     None where that was not calibrated: profiles hold the packed product that dtype.kernel=auto
-    chooses, with activations of 16 bits.
+    chooses.
     """
     if matrix.bits is None:
         return plain_seconds(spec, config, profile, matrix, rows, wide=wide)
-    if config.dtype.kernel != "auto" or config.dtype.activation_bits != 16:
+    if config.dtype.kernel != "auto":
         return None
-    return profile.packed_s(matrix.bits, spec.dtype, rows, matrix.numel)
+    return profile.packed_s(
+        matrix.bits, spec.dtype, rows, matrix.numel, config.dtype.activation_bits
+    )
 
 
 def plain_seconds(

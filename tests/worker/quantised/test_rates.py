@@ -18,10 +18,10 @@ def test_every_size_and_number_of_rows_has_its_time(
     monkeypatch.setattr(rates, "COLD_BYTES", 1 << 16)
     monkeypatch.setattr(rates, "BUDGET_S", 0.0)
     found = [PackedTime(**row) for row in rates.packed_times(bits, "float32", torch.device("cpu"))]
-    assert [(row.weight_numel, row.rows) for row in found] == [
-        (4096, 1),
-        (4096, 4),
-        (16_384, 1),
-        (16_384, 4),
+    assert [(row.weight_numel, row.rows, row.activation_bits) for row in found] == [
+        (numel, rows, activation_bits)
+        for numel in (4096, 16_384)
+        for rows in (1, 4)
+        for activation_bits in (16, 8)
     ]
     assert all(row.seconds > 0 and row.bits == bits for row in found)

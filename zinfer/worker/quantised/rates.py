@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from zinfer.units import MIB
 
 BITS = (8, 4)
+ACTIVATION_BITS = (16, 8)
 ROWS = (1, 2, 4, 8, 32, 256)
 SQUARE_SIZES = (64, 256, 1024, 2048)
 GROUP_SIZE = 64
@@ -38,18 +40,22 @@ def packed_times(bits: int, dtype: str, device: Any) -> Iterator[dict[str, Any]]
             for start in range(0, COLD_BYTES - packed + 1, packed)
         ][:MOST_MATRICES]
         scales = torch.full((size, size // GROUP_SIZE, 2), 0.01, dtype=torch.float16, device=device)
-        for rows in ROWS:
+        for rows, activation_bits in product(ROWS, activation_bits_of(device)):
             inputs = torch.randn(rows, size, device=device).to(kind)
 
-            def product(
-                index: int, inputs: Any = inputs, matrices: Any = matrices, scales: Any = scales
+            def run(
+                index: int,
+                inputs: Any = inputs,
+                matrices: Any = matrices,
+                scales: Any = scales,
+                activation_bits: int = activation_bits,
             ) -> object:
-                codes = matrices[index % len(matrices)]
-                return multiply(inputs, codes, scales, bits=bits, group_size=GROUP_SIZE)
+                return multiply(
+                    inputs, matrices[index % len(matrices)], scales,
+                    bits=bits, group_size=GROUP_SIZE, activation_bits=activation_bits,
+                )  # fmt: skip
 
-            seconds, spread = median_and_spread(
-                samples_s(product, device, budget_s=BUDGET_S, least=2)
-            )
+            seconds, spread = median_and_spread(samples_s(run, device, budget_s=BUDGET_S, least=2))
             yield {
                 "bits": bits,
                 "dtype": dtype,
@@ -57,4 +63,10 @@ def packed_times(bits: int, dtype: str, device: Any) -> Iterator[dict[str, Any]]
                 "weight_numel": size * size,
                 "seconds": seconds,
                 "spread": spread,
+                "activation_bits": activation_bits,
             }
+
+
+def activation_bits_of(device: Any) -> tuple[int, ...]:
+    """Return the bits of activations that make a difference: a GPU rounds none."""
+    return ACTIVATION_BITS if device.type == "cpu" else (16,)
