@@ -64,7 +64,11 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("dtype=int4", "dtype.keep=[lm_head]", "zero=paper"), "does not read it", "zero=tuned"),
     (("dtype=int4", "dtype.symmetric=true", "zero=paper"), "does not read it", "zero=tuned"),
     (("dtype=int4", "dtype.activation_bits=8", "zero=paper"), "does not read it", "zero=tuned"),
-    (("dtype=int4", "dtype.activation_bits=12"), "not one of 16, 8", "dtype.activation_bits=16"),
+    (
+        ("dtype=int4", "dtype.activation_bits=12"),
+        "not one of auto, 16, 8",
+        "dtype.activation_bits=auto",
+    ),
     (
         ("dtype=int4", "dtype.activation_bits=8", "dtype.kernel=torch"),
         "dtype.kernel=torch does not round activations",
@@ -220,3 +224,19 @@ def test_quantised_weights_in_float16_need_the_kernel_that_unpacks_them(
     overrides: tuple[str, ...], expected: bool
 ) -> None:
     assert composed(*overrides).dtype.unpacks_to_float16 is expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bits"),
+    [
+        (("dtype=int4",), 8),
+        (("dtype=int8",), 16),
+        (("dtype=int4_searched", "weights=pretrained"), 16),
+        (("dtype=int4", "dtype.activation_bits=16"), 16),
+        (("dtype=int8", "dtype.activation_bits=8"), 8),
+    ],
+)
+def test_activations_have_8_bits_where_the_weights_lose_far_more(
+    overrides: tuple[str, ...], bits: int
+) -> None:
+    assert composed("model=smollm2-135m", *overrides).dtype.product_bits == bits

@@ -203,7 +203,7 @@ def _dtype(config: RunConfig) -> Iterator[Problem]:
         )
     if dtype.bits is None:
         yield from _kernel_of_plain_weights(config)
-    elif dtype.activation_bits != 16 and dtype.kernel in ("torch", "unpack"):
+    elif dtype.activation_bits == 8 and dtype.kernel in ("torch", "unpack"):
         yield Problem(
             f"dtype.activation_bits={dtype.activation_bits} is of the compiled kernel, and "
             f"dtype.kernel={dtype.kernel} does not round activations. Set dtype.kernel=auto",
@@ -273,7 +273,7 @@ def _quantised_by_deepspeed(config: RunConfig) -> Iterator[Problem]:
         "dtype.keep": bool(dtype.keep),
         "dtype.kernel": dtype.kernel != "auto",
         "dtype.rounding": dtype.rounding != "nearest",
-        "dtype.activation_bits": dtype.activation_bits != 16,
+        "dtype.activation_bits": dtype.activation_bits != "auto",
     }
     for name in (name for name, is_set in settings.items() if is_set):
         yield Problem(

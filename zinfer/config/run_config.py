@@ -167,16 +167,24 @@ class DtypeConfig:
     """
     rounding: Literal["nearest", "searched"] = "nearest"
     """Search of each group's scale. nearest: from its least and largest value, no search."""
-    activation_bits: Literal[16, 8] = 16
+    activation_bits: Literal["auto", 16, 8] = "auto"
     """Bits of the activations that the compiled kernel multiplies packed weights with.
 
     16: one scale for sixteen groups. 8: one for each group; faster with AVX-512 VNNI, less exact.
+    auto: 8 for int4 with rounding=nearest, which costs far more than that, and 16 otherwise.
     """
 
     @property
     def bits(self) -> int | None:
         """Bits of a quantised weight; None when weights are stored as computed."""
         return QUANTISED_BITS.get(self.weights)
+
+    @property
+    def product_bits(self) -> Literal[16, 8]:
+        """Bits of the activations in products with packed weights; see `activation_bits`."""
+        if self.activation_bits == "auto":
+            return 8 if self.bits == 4 and self.rounding == "nearest" else 16
+        return self.activation_bits
 
     @property
     def unpacks_to_float16(self) -> bool:
@@ -528,7 +536,7 @@ def config_key(config: RunConfig) -> str:
             tree["dtype"].pop(name)
         if config.dtype.kernel == "auto":
             tree["dtype"].pop("kernel")
-    elif config.dtype.activation_bits == 16:
+    elif config.dtype.activation_bits == "auto":
         tree["dtype"].pop("activation_bits")
     if not tree["profile"]:
         tree.pop("profile")

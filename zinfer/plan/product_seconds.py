@@ -56,9 +56,7 @@ def product_seconds(
         return plain_seconds(spec, config, profile, matrix, rows, wide=wide)
     if config.dtype.kernel != "auto":
         return None
-    return profile.packed_s(
-        matrix.bits, spec.dtype, rows, matrix.numel, config.dtype.activation_bits
-    )
+    return profile.packed_s(matrix.bits, spec.dtype, rows, matrix.numel, config.dtype.product_bits)
 
 
 def plain_seconds(

@@ -41,7 +41,7 @@ class Packing:
     route: Literal["auto", "compiled", "torch", "unpack"] = "auto"
     """As dtype.kernel."""
     activation_bits: Literal[16, 8] = 16
-    """As dtype.activation_bits."""
+    """As dtype.product_bits."""
 
     @classmethod
     def of(cls, parameter: Parameter, bits: int, dtype: DtypeConfig) -> Packing:
@@ -53,7 +53,7 @@ class Packing:
             group_size=dtype.group_size,
             symmetric=dtype.symmetric,
             route=dtype.kernel,
-            activation_bits=dtype.activation_bits,
+            activation_bits=dtype.product_bits,
         )
 
     @property
