@@ -13,7 +13,7 @@ from zinfer.units import MIB
 SHARED_BY = (1, 8)
 """Query heads for each KV head: as in multi-head attention, and as most shared ones have."""
 KV_HEADS, HEAD_DIM = 12, 64
-SIZES = ((1, 64), (4, 512), (16, 512), (32, 1024))
+SIZES = ((1, 64), (4, 512), (16, 512), (24, 1024))
 """(rows, tokens): what a call costs, a layer that caches hold, one that they do not, and one whose
 allocations the C library returns to the system each time (beyond 32 MB)."""
 COLD_BYTES, MOST_LAYERS = 96 * MIB, 12
@@ -59,7 +59,7 @@ def _steps_s(
     shape = (rows, KV_HEADS, tokens, HEAD_DIM)
     layer_bytes = 2 * rows * KV_HEADS * tokens * HEAD_DIM * kind.itemsize
     count = max(2, min(MOST_LAYERS, COLD_BYTES // layer_bytes))
-    made = [torch.randn(shape, device=device).to(kind) for _ in range(2 * count)]
+    made = [torch.full(shape, 0.01, dtype=kind, device=device) for _ in range(2 * count)]
     layers = list(zip(made[::2], made[1::2], strict=True))
     query = torch.randn(rows, KV_HEADS, shared_by, HEAD_DIM, device=device).to(kind)
     new = torch.randn(rows, KV_HEADS, 1, HEAD_DIM, device=device).to(kind)

@@ -299,7 +299,7 @@ def test_calibration_times_packing_and_a_cache_on_the_device() -> None:
     assert {(time.bits, time.values) for time in packed} == set(
         itertools.product((8, 4), (2048, 16 * 2048, 1024 * 2048))
     )
-    sizes = (64, 4 * 512, 16 * 512, 32 * 1024)
+    sizes = (64, 4 * 512, 16 * 512, 24 * 1024)
     assert {(time.shared_by, time.kv_bytes) for time in cached} == set(
         itertools.product((1, 8), (2 * 2 * 12 * 64 * size for size in sizes))
     )
