@@ -52,7 +52,7 @@ MEASURES: tuple[Measure, ...] = (
     metric(
         "plan_disk_needed_bytes",
         "disk GB written planned",
-        "Size of the swap files, which loading writes",
+        "Size of the swap files; loading may write them twice",
         scale=GB,
         optional=True,
     ),
