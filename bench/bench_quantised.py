@@ -53,14 +53,14 @@ LLAMA_400M = [
     ),
 ]
 MODELS = {"LLaMA, 400M": LLAMA_400M, "OPT-1.3b": ["model=opt-1.3b"]}
-EIGHT = "dtype.activation_bits=8"
+EIGHT, SIXTEEN = "dtype.activation_bits=8", "dtype.activation_bits=16"
 DTYPES = {
     "bfloat16": ["dtype=bfloat16", "dtype.kernel=torch"],
     "bfloat16, auto": ["dtype=bfloat16"],
     "int8": ["dtype=int8", "dtype.compute=bfloat16"],
     "int4": ["dtype=int4", "dtype.compute=bfloat16"],
     "int8, 8-bit activations": ["dtype=int8", "dtype.compute=bfloat16", EIGHT],
-    "int4, 8-bit activations": ["dtype=int4", "dtype.compute=bfloat16", EIGHT],
+    "int4, 16-bit activations": ["dtype=int4", "dtype.compute=bfloat16", SIXTEEN],
 }
 """Columns of the second table. The first is PyTorch's linear layer, which the others are over."""
 
