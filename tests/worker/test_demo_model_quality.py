@@ -41,7 +41,7 @@ WAYS: dict[str, tuple[tuple[str, ...], float, tuple[float, float], tuple[float, 
 
 Measured: 8 bits 0.996, 0.0016, 0.995; 4 bits 0.694, 0.425, 1.561; keys alone 0.694, 0.422, 1.373;
 values alone 0.927, 0.045, 1.026. So keys suffer first, and almost all of it is theirs.
-Weights: int8 0.964, 0.0042, 1.011; int4 0.601, 1.010, 2.053.
+Weights: int8 0.964, 0.0042, 1.011; int4 0.601, 1.005, 2.068.
 """
 
 
