@@ -143,7 +143,7 @@ def test_planned_weight_and_kv_bytes_are_those_of_the_tensors(
         )  # the last token's is never computed
         assert metrics["kv_cache_bytes"] == held, offload
         gathered = metrics["bytes_streamed_per_step"] * NEW_TOKENS / model["weight_bytes"]
-        passes = 1 if offload == "none" else NEW_TOKENS  # the first pass gathers them for good
+        passes = 2 if offload == "none" else NEW_TOKENS  # two in which DeepSpeed notes their order
         assert gathered == pytest.approx(passes, rel=0.01), offload
 
 
