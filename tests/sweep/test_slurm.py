@@ -90,9 +90,10 @@ def test_cancelled_requeued_and_node_failed_jobs_are_told_apart(
     slurm("scontrol", "requeue", f"{array}_1")
     wait_until(lambda: has_sample(folder / "2") and has_sample(folder / "3"), 180, "two more")
     slurm.node_fails()
-    wait_until(lambda: has_sample(folder / "1"), 400, "job 1 again")
+    again = folder / "1" / "earlier" / "1"  # the first attempt's files, once the next has begun
+    wait_until(lambda: again.is_dir() and has_sample(folder / "1"), 400, "job 1 again")
     slurm("scancel", "--signal=USR2", f"{array}_1")  # what comes before a preemption
-    wait_until((folder / "1" / "earlier" / "2").is_dir, 60, "third attempt at job 1")
+    wait_until((folder / "1" / "earlier" / "2").is_dir, 240, "third attempt at job 1")
     wait_until(lambda: has_sample(folder / "1"), 180, "job 1 once more")
     slurm("scancel", f"{array}_1")
     assert process.wait(600) == 1
