@@ -43,7 +43,7 @@ NOT_HERE = {  # what a command looks like: why no test runs it, or which other t
     r"(\S+ )?mlflow server": "tests/test_newcomer.py opens its page",
     r"make (demo|demo-model|setup|setup-nvme)$": "minutes; .ci/run sets up, as README says",
     r"make (test|check|docs|format)(?!-)": ".ci/run and tests/test_site.py do it",
-    r"make (bench|catalogue)": "minutes on a quiet machine",
+    r"make (bench|catalogue)|python bench": "minutes on a quiet machine",
     r"make test-|.*pytest .*slurm": "needs root and a Slurm, or minutes of attacks",
     r"(srun|sudo) ": "needs a Slurm or root",
     r"docker ": "needs a docker daemon; tests/test_containers.py reads the files",
