@@ -87,8 +87,8 @@ def test_no_number_takes_what_is_none(
         ("launcher.ranks=5000", "launcher.ranks=1024"),
         ("batch.seed=-1", "batch.seed=1"),
         ("launcher.master_port=70000", "launcher.master_port=65535"),
-        ("batch.repeats=2.5", "batch.repeats=VALUE"),
-        ("plan.enforce=maybe", "plan.enforce=True"),
+        ("batch.repeats=2.5", "batch.repeats=2"),
+        ("plan.enforce=maybe", "plan.enforce=true"),
         ("+hardware.device_flops_per_s.bfloat16=nan", "device_flops_per_s.bfloat16=VALUE"),
     ],
 )

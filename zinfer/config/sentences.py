@@ -197,16 +197,11 @@ def _instead(path: tuple[Any, ...], context: dict[str, Any]) -> str:
     if context.get("instead") is not None:
         return shown(context["instead"])
     value = usable_value(path)
-    if value is None:
-        return "null"
-    known = value is not MISSING and value != SOME_TEXT
-    return (
-        shown(value)
-        if known and isinstance(value, int | float)
-        else str(value)
-        if known
-        else "VALUE"
-    )
+    if value is MISSING or value == SOME_TEXT:
+        return "VALUE"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return shown(value) if isinstance(value, int | float) else str(value)
 
 
 def default_of(path: tuple[Any, ...]) -> Any:
