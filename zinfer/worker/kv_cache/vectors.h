@@ -87,38 +87,10 @@ inline vf codes_of_4(const void* from, bool high) {
 }
 #endif
 
-inline float sum(vf value) {
-    float total = 0;
-    for (int i = 0; i < W; i++) total += value[i];
-    return total;
-}
 inline float largest(vf value) {
     float most = value[0];
     for (int i = 1; i < W; i++) most = std::max(most, value[i]);
     return most;
-}
-// Eight sums of vectors at once.
-inline void sums8(const vf* value, float* to) {
-#if defined(__AVX2__)
-    __m256 a[8];
-    for (int i = 0; i < 8; i++) {
-#if defined(__AVX512F__)
-        __m512 wide = (__m512)value[i];
-        __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(wide), 1));
-        a[i] = _mm256_add_ps(_mm512_castps512_ps256(wide), high);
-#else
-        a[i] = (__m256)value[i];
-#endif
-    }
-    __m256 b0 = _mm256_hadd_ps(a[0], a[1]), b1 = _mm256_hadd_ps(a[2], a[3]);
-    __m256 b2 = _mm256_hadd_ps(a[4], a[5]), b3 = _mm256_hadd_ps(a[6], a[7]);
-    b0 = _mm256_hadd_ps(b0, b1);
-    b2 = _mm256_hadd_ps(b2, b3);
-    __m256 low = _mm256_permute2f128_ps(b0, b2, 0x20), high = _mm256_permute2f128_ps(b0, b2, 0x31);
-    _mm256_storeu_ps(to, _mm256_add_ps(low, high));
-#else
-    for (int i = 0; i < 8; i++) to[i] = sum(value[i]);
-#endif
 }
 
 // exp(x) for x <= 0, relative error 2e-7. Coefficients: Cephes, expf.c.
