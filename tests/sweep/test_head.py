@@ -19,7 +19,7 @@ SWEEP = ("-m", *TINY, "tracking=none")
     [
         (("model=glob(nothing*)",), ["model=glob(nothing*)", "Set model="]),
         (("batch.batch_size=range(3,3)",), ["batch.batch_size=range(3,3)"]),
-        (("model=tiny-llama,nope",), ["model/nope"]),
+        (("model=tiny-llama,nope",), ["model=nope does not exist"]),
         (("batch.batch_size=1,2", "batch.batchsize=3"), ["batchsize"]),
         (("batch.batch_size=1,2", "hydra.sweep.dir=${oc.env:NOPE}"), ["hydra.sweep.dir", "NOPE"]),
         (("batch.seed=1,2", "hydra.sweep.subdir=${oc.env:NOPE}"), ["hydra.sweep.subdir", "NOPE"]),
