@@ -63,3 +63,5 @@ if __name__ == "__main__":
     }
     (folder / f"{rank}.json").write_text(json.dumps(document))
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # as workers end: a thread of gloo that still runs would abort the process

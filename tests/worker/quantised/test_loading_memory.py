@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 MIB = 1 << 20
-WORK = 48 * MIB
+WORK = 64 * MIB
 """For float32 copies of a block, the model's modules and the allocator. A run may use 1 GB."""
 LLAMA = {
     "hidden_size": 512,
