@@ -47,7 +47,7 @@ MLFLOW_STATUS = {
 
 @dataclass
 class FakeRun:
-    """What goes into the tables for one run."""
+    """Make the tables' rows for one run."""
 
     name: str
     status: str

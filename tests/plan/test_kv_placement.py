@@ -1,4 +1,4 @@
-"""Where the KV cache lies decides bytes and speed: each number here is computed by hand."""
+"""Compare bytes and speed of each place of the KV cache with numbers computed by hand."""
 
 from __future__ import annotations
 

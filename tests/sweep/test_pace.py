@@ -1,4 +1,4 @@
-"""How far a sweep is: out of the files of its jobs, without refused and reused ones."""
+"""Say how far a sweep is from its jobs' files, without refused and reused ones."""
 
 from __future__ import annotations
 

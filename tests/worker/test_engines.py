@@ -1,4 +1,4 @@
-"""What the ZeRO engine arranges in its process before a model is loaded."""
+"""Check what the ZeRO engine arranges in its process before a model is loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ os._exit(0)  # as workers end: gloo's threads may not outlive the interpreter's 
 
 @pytest.mark.slow
 def test_gloo_s_threads_start_no_teams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many they start otherwise is PyTorch's affair; that is only printed."""
+    """Print only how many they start otherwise: that is PyTorch's affair."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 
     def threads(way: str) -> tuple[int, int]:

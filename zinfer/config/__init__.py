@@ -20,14 +20,20 @@ if TYPE_CHECKING:
         config_to_stored,
         parse_config,
     )
+    from zinfer.config.engines import OffloadDevice
     from zinfer.config.run_config import (
-        ITEMSIZE_BYTES,
         METHOD_VERSION,
-        QUANTISED_BITS,
         RUN_CONFIG,
+        ConfigError,
+        RunConfig,
+        config_key,
+        config_to_tree,
+    )
+    from zinfer.config.setting_groups import (
+        ITEMSIZE_BYTES,
+        QUANTISED_BITS,
         STRICT,
         BatchConfig,
-        ConfigError,
         DtypeConfig,
         EngineConfig,
         FloatDtype,
@@ -36,15 +42,11 @@ if TYPE_CHECKING:
         LauncherConfig,
         ModelConfig,
         OffloadConfig,
-        OffloadDevice,
         PlanConfig,
         QualityConfig,
-        RunConfig,
         SweepConfig,
         TrackingConfig,
         ZeroConfig,
-        config_key,
-        config_to_tree,
     )
 
 __all__ = [
@@ -86,14 +88,16 @@ CHECKING = (
     "config_to_stored",
     "parse_config",
 )
-"""Names of checking.py; all others are run_config.py's."""
+"""Names of checking.py."""
+RUN = ("METHOD_VERSION", "RUN_CONFIG", "ConfigError", "RunConfig", "config_key", "config_to_tree")
+"""Names of run_config.py; all others are setting_groups.py's."""
 
 
 def __getattr__(name: str) -> Any:
     """Load one of the names above."""
     if name not in __all__:
         raise AttributeError(f"module 'zinfer.config' has no attribute {name!r}")
-    module = "zinfer.config.checking" if name in CHECKING else "zinfer.config.run_config"
-    value = getattr(import_module(module), name)
+    module = "checking" if name in CHECKING else "run_config" if name in RUN else "setting_groups"
+    value = getattr(import_module(f"zinfer.config.{module}"), name)
     globals()[name] = value
     return value

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from zinfer.config import run_config
 from zinfer.config.limits import Limits, shown
 from zinfer.config.run_config import RunConfig
 from zinfer.config.sentences import choices_of, meant_setting, settings
@@ -85,7 +85,7 @@ def _group(name: str) -> Iterator[str]:
 
 def attribute_docstrings(kind: type) -> dict[str, str]:
     """Return the text under each field of a class; Python itself does not keep it."""
-    tree = ast.parse(inspect.getsource(run_config))
+    tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
     body = next(
         node.body
         for node in tree.body

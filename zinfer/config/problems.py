@@ -6,7 +6,6 @@ ends with the override to set, and names the settings that it is about.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -372,5 +371,7 @@ def _is_store(scheme: str) -> bool:
     """Tell if MLflow, or a plugin of it that is installed here, stores runs under this scheme."""
     if scheme.partition("+")[0].removeprefix("databricks-") in STORES:
         return True
+    import importlib.metadata  # slow to import, and rarely needed
+
     plugins = importlib.metadata.entry_points(group="mlflow.tracking_store")
     return scheme in {plugin.name for plugin in plugins}

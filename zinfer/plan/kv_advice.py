@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from zinfer.config import RunConfig
 from zinfer.config.engines import engine_of
-from zinfer.config.run_config import KvBits, KvPlacementName
+from zinfer.config.setting_groups import KvBits, KvPlacementName
 from zinfer.job.outcome import Json
 from zinfer.plan.binding import binding_words
 from zinfer.plan.kv_placement import kv_problems

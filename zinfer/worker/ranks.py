@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zinfer.worker.energy import Energy
 from zinfer.worker.process_use import MemoryUse
@@ -46,13 +46,17 @@ def gather_over_ranks(
         streamed_bytes_per_step=generation.streamed_bytes_per_step,
         token_ids=generation.token_ids,
     )
-    if engine.ranks == 1:
-        return (mine,)
-    import torch.distributed
+    return tuple(of_all_ranks(mine, engine.ranks))
 
-    everyone: list[RankResult] = [mine] * engine.ranks
-    torch.distributed.all_gather_object(everyone, mine)
-    return tuple(everyone)
+
+def of_all_ranks(value: Any, ranks: int) -> list[Any]:
+    """Return what each of so many ranks hands in, in their order. Every rank must call it."""
+    everyone = [value] * ranks
+    if ranks > 1:
+        import torch.distributed
+
+        torch.distributed.all_gather_object(everyone, value)
+    return everyone
 
 
 def rows_of_all(ranks: Sequence[RankResult]) -> list[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What multiplies a few rows: measured where dtype.kernel=auto, the same on all ranks, kept."""
+"""Choose what multiplies a few rows: by measuring, the same on all ranks, and kept."""
 
 from __future__ import annotations
 

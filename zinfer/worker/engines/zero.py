@@ -35,6 +35,7 @@ from zinfer.model.weights.pretrained import (
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.worker.engines import Engine, tokenizer_for
 from zinfer.worker.engines.zero_packed import build_packed
+from zinfer.worker.ranks import of_all_ranks
 from zinfer.worker.skinny.choice import linear_choice
 from zinfer.worker.skinny.modules import use_own_products
 
@@ -53,7 +54,8 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     gather_in_one_thread()
     gc.freeze()  # the collector need not walk the libraries again while the model is timed
     device = torch.device(accelerator.current_device_name())
-    linear = linear_choice(config, spec, on_cpu=device.type == "cpu", share=of_all_ranks)
+    share = partial(of_all_ranks, ranks=comm.get_world_size())
+    linear = linear_choice(config, spec, on_cpu=device.type == "cpu", share=share)
     dtype = getattr(torch, spec.dtype)
     opened = None if config.weights == "dummy" else open_checkpoint(config.model, dtype, events)
     build = build_packed if config.quantiser == "zinfer" else build_plain
@@ -90,14 +92,6 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         gathered_bytes=count_gathers(module),
         linear=linear,
     )
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """Return what every rank hands in, in their order. Every rank must call it."""
-    everyone = [value] * comm.get_world_size()
-    if len(everyone) > 1:
-        torch.distributed.all_gather_object(everyone, value)
-    return everyone
 
 
 def build_plain(

@@ -22,6 +22,7 @@ from zinfer.worker.quantised.building import dummy_packed
 from zinfer.worker.quantised.loading import packed_model
 from zinfer.worker.quantised.parts import Part
 from zinfer.worker.quantised.searched import SearchedWeights, searched_if_asked
+from zinfer.worker.ranks import of_all_ranks
 
 
 def build_packed(
@@ -103,13 +104,9 @@ def require_one_checkpoint(opened: Opened, searched: SearchedWeights | None) -> 
     """
     ranks = comm.get_world_size()
     if ranks == 1:
-        return
-    mine = (
-        opened.fingerprint(),
-        searched.fingerprint() if searched else None,
-    )
-    found: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(found, mine)
+        return  # a fingerprint reads files
+    mine = (opened.fingerprint(), searched.fingerprint() if searched else None)
+    found = of_all_ranks(mine, ranks)
     others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
     if others:
         raise ConfigError(

@@ -11,21 +11,21 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 
 import torch
 
-from zinfer.machine.cpp_library import DECODE_ATTENTION, CannotBuild, build_library
+from zinfer.machine.cpp_library import DECODE_ATTENTION
 from zinfer.plan.kv_placement import (
     KERNEL_DIM_MULTIPLE,
     KERNEL_GROUP_MULTIPLE,
     KERNEL_LARGEST_DIM,
 )
 from zinfer.worker.kv_cache.codes import dequantise
+from zinfer.worker.libraries import KINDS, load_library
 
 MASKED = -1e30
 """Added to the score of a token that must not be seen. Finite, so that no row becomes NaN."""
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODE_KINDS = {8: 3, 4: 4}
 
 
@@ -90,13 +90,8 @@ class _Problem(ctypes.Structure):
     ]
 
 
-@cache
-def library() -> ctypes.CDLL | str:
-    """Load the compiled kernel, compiling it the first time. Where it cannot be, say why."""
-    try:
-        return ctypes.CDLL(str(build_library(DECODE_ATTENTION)))
-    except (CannotBuild, OSError) as error:
-        return str(error)
+library = partial(load_library, DECODE_ATTENTION)
+"""Return the compiled kernel, or why there is none."""
 
 
 def unsupported(keys: Rows, values: Rows) -> str | None:

@@ -7,13 +7,13 @@ passes over float32 copies of the values.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import partial
 
 import torch
 
-from zinfer.machine.cpp_library import PACK_CODES, CannotBuild, build_library
+from zinfer.machine.cpp_library import PACK_CODES
+from zinfer.worker.libraries import KINDS, load_library
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GROUP_MULTIPLE, LARGEST_GROUP = 16, 1024
 Strides = ctypes.c_int64 * 3
 
@@ -29,13 +29,8 @@ class _Packing(ctypes.Structure):
     ]
 
 
-@cache
-def library() -> ctypes.CDLL | str:
-    """Load the compiled packer, compiling it the first time. Where it cannot be, say why."""
-    try:
-        return ctypes.CDLL(str(build_library(PACK_CODES)))
-    except (CannotBuild, OSError) as error:
-        return str(error)
+library = partial(load_library, PACK_CODES)
+"""Return the compiled packer, or why there is none."""
 
 
 def unsupported(values: torch.Tensor, group_size: int) -> str | None:

@@ -9,9 +9,10 @@ import ctypes
 
 import torch
 
+from zinfer.worker.libraries import KINDS
 from zinfer.worker.quantised import native
 from zinfer.worker.quantised.kernel import GROUP_SIZES, PACKED_ROWS
-from zinfer.worker.quantised.native import KINDS, Product
+from zinfer.worker.quantised.native import Product
 
 WITHOUT_LIMIT = 1 << 62
 

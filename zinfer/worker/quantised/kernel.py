@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from zinfer.worker.kv_cache.codes import dequantise
+from zinfer.worker.libraries import KINDS
 from zinfer.worker.quantised import native
-from zinfer.worker.quantised.native import KINDS, in_rows, like, product_of
+from zinfer.worker.quantised.native import in_rows, like, product_of
 
 Kernel = Literal["auto", "compiled", "torch", "unpack"]
 """Ways to multiply, as `dtype.kernel` names them.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import partial
 
 import torch
 
-from zinfer.machine.cpp_library import PRODUCTS, CannotBuild, build_library
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from zinfer.machine.cpp_library import PRODUCTS
+from zinfer.worker.libraries import KINDS, load_library
 
 
 class Product(ctypes.Structure):
@@ -23,13 +22,8 @@ class Product(ctypes.Structure):
     ]
 
 
-@cache
-def library() -> ctypes.CDLL | str:
-    """Load the compiled kernel, compiling it the first time. Where it cannot be, say why."""
-    try:
-        return ctypes.CDLL(str(build_library(PRODUCTS)))
-    except (CannotBuild, OSError) as error:
-        return str(error)
+library = partial(load_library, PRODUCTS)
+"""Return the compiled kernel, or why there is none."""
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:
