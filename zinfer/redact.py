@@ -65,9 +65,20 @@ AUTHORIZATION = re.compile(
     r"[^\s\"']+"
 )
 """Also as Hydra writes an override: `note=Authorization\\:\\ Bearer\\ abc`."""
+PATH_AND_SENTENCE = (
+    r"(?:^|(?<=[\s='\"(,\[]))(?:~|\.{0,2})/(?![^\s:\"']*(?i:secret))[^\s:\"'=,;&?@{}]+['\"]?:"
+    r"(?= (?:[a-z]+ing\b|[A-Za-z]+ [a-z(]))"
+)
+"""A path and its colon in `/etc/passwd: the folder is ...`: what follows tells of that file.
+
+Two words, or one such as `loading`, are a sentence. Where secrets are kept as files, the secret
+itself may follow: `/run/secrets/password: ...`.
+"""
 NAMED_SECRET = re.compile(
-    rf"(?i)((?:\b|_|(?-i:(?<=[a-z])(?=[A-Z]))){SECRET_WORDS}s?[\"']?\s*[:=]\s*[\"']?)"
-    r"(?!null\b|none\b|true\b|false\b|[\d.]+\b|\*\*\*|\$\{|(?:bearer|basic|token)\s)[^\s\"',}&;]+"
+    rf"(?P<path>{PATH_AND_SENTENCE})"
+    rf"|(?i:(?P<name>(?:\b|_|(?-i:(?<=[a-z])(?=[A-Z]))){SECRET_WORDS}s?[\"']?\s*[:=]\s*[\"']?)"
+    r"(?!null\b|none\b|true\b|false\b|[\d.]+\b|\*\*\*|\$\{|(?:bearer|basic|token)\s)"
+    r"(?:(?<=\")[^\"\n]+(?=\")|(?<=')[^'\n]+(?=')|[^\s\"',}&;]+))"
 )
 """`password: value` in YAML, `"api_key": "value"` in JSON, `pwd=value` in a connection string.
 
@@ -160,12 +171,17 @@ def redact_text(text: str, secrets: Mapping[str, str]) -> str:
     text = TOKEN_FORMS.sub(HIDDEN, text)
     text = PRIVATE_KEY.sub(rf"\1{HIDDEN}", text)
     text = AUTHORIZATION.sub(rf"\1{HIDDEN}", text)
-    return NAMED_SECRET.sub(rf"\1{HIDDEN}", text)
+    return NAMED_SECRET.sub(_hidden_value, text)
 
 
 def _hidden_credentials(found: re.Match[str]) -> str:
     """Hide the credentials of a URL; a name such as `${oc.env:NAME}@` is none."""
     return found.group() if "${" in found.group() else f"{HIDDEN}@"
+
+
+def _hidden_value(found: re.Match[str]) -> str:
+    """Hide what stands behind the name of a secret; a path that is named like one names a file."""
+    return found["path"] or f"{found['name']}{HIDDEN}"
 
 
 def _redact(value: Any, secrets: Mapping[str, str]) -> Any:

@@ -76,6 +76,8 @@ def test_what_stands_under_the_name_of_a_secret_is_hidden(given: Any, shown: Any
         ("+tracking.tags.db_pass=hunter2", "+tracking.tags.db_pass=***"),
         ("password: ${oc.env:PW}", "password: ${oc.env:PW}"),
         ("http://u:${oc.env:PW}@h/x", "http://u:${oc.env:PW}@h/x"),
+        ("password: 'correct, horse' x", "password: '***' x"),
+        ('{"pwd": "it\'s; so", "a": "b"}', '{"pwd": "***", "a": "b"}'),
         ("compass: north", "compass: north"),
         ("ghp_16C7e42F292c6912E7710c838347Ae178B4a", "***"),
         ("by github_pat_11ABCDEFG0abcdefghij_klmnop!", "by ***!"),
@@ -96,6 +98,40 @@ def test_what_stands_under_the_name_of_a_secret_is_hidden(given: Any, shown: Any
     ],
 )
 def test_secrets_are_known_by_their_form(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/etc/passwd: the folder of this job cannot be made",
+        "offload.nvme_path=/etc/passwd: it is not a folder",
+        "model.source=~/my-token: loading",
+        "'/home/me/api_key': Permission denied",
+        "[Errno 2] No such file (../db.password: no such file)",
+    ],
+)
+def test_a_sentence_about_a_file_that_is_named_like_a_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/etc/passwd=geheim", "/etc/passwd=***"),
+        ("/etc/passwd:geheim", "/etc/passwd:***"),
+        ("/etc/passwd: Geheim-7", "/etc/passwd: ***"),
+        ("/etc/passwd: 'two words'", "/etc/passwd: '***'"),
+        ("/run/secrets/passwd: correct horse", "/run/secrets/passwd: *** horse"),
+        ("/etc/passwd: the password: geheim", "/etc/passwd: the password: ***"),
+        ("password=/etc/passwd: the file", "password=*** the file"),
+        ("/x?password=a/passwd: the file", "/x?password=*** the file"),
+        ("https://host/passwd: the file", "https://host/passwd: *** file"),
+        ("my passwd: correct horse", "my passwd: *** horse"),
+        ('{"/etc/passwd": "correct horse"}', '{"/etc/passwd": "***"}'),
+    ],
+)
+def test_a_path_hides_no_secret(text: str, shown: str) -> None:
     assert redact(text) == shown
 
 
