@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from zinfer.config.command_line import (
     argument_problems,
-    composition_problems,
     is_completion,
     normalised,
     wants_json,
@@ -208,6 +207,8 @@ def compose_and_run(arguments: list[str]) -> int:
         if isinstance(DECIDED.get(), Started) and wanted != "1":
             print(launcher_stopped(error), file=sys.stderr)
             return end_of_sweep(interrupted=False) or 1
+        from zinfer.config.hydra_errors import composition_problems
+
         problems = None if wanted == "1" else composition_problems(error, arguments)
         if problems is None or Ended.outcome is not None:
             print(redacted(traceback.format_exc()), file=sys.stderr)

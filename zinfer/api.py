@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zinfer.config import ConfigError, RunConfig, parse_config
-from zinfer.config.command_line import composition_problems, with_own_key
+from zinfer.config.command_line import with_own_key
 from zinfer.job.outcome import Json, Outcome
 from zinfer.model.hf import load_model_config, load_tokenizer
 from zinfer.paths import conf_dir
@@ -75,6 +75,8 @@ def compose(
         with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
             composed = hydra.compose("config", overrides=words)
     except Exception as error:
+        from zinfer.config.hydra_errors import composition_problems
+
         problems = composition_problems(error, words)
         if problems is None:
             raise

@@ -1,15 +1,12 @@
-"""Understand what people type: rewrite words to overrides, and say what Hydra could not compose.
+"""Understand what people type: rewrite words to overrides, and find names that do not exist.
 
-Hydra's exceptions come in, sentences with the override to set go out. All overrides are looked at,
-so that one typing error does not hide the next.
+All overrides are looked at, so that one typing error does not hide the next.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,6 @@ from zinfer.config.sentences import (
 from zinfer.config.tasks import TASKS
 from zinfer.paths import conf_dir
 
-OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errors of a disk, which need not name a file."""
 FREE = ("tracking.tags.", "model.overrides.", "hardware.device_flops_per_s.")
 """Beginnings of settings whose rest is the user's own."""
 OWN_FLAGS = ("--version", "--explain")
@@ -121,52 +116,6 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
     return f"{flag} is no option: settings have no dashes. Set {setting}={value or 'VALUE'}"
 
 
-def composition_problems(error: Exception, arguments: list[str]) -> list[str] | None:
-    """Say what is wrong with these overrides; None where the error is not the user's."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_A_DISK):
-        return [_folder_problem(error)]
-    known = isinstance(error, HydraException | OmegaConfBaseException)
-    if not known and not (isinstance(error, ValueError) and "override must be" in str(error)):
-        return None
-    if spaced := _spaces(arguments, error):
-        return spaced
-    found = [
-        problem for override in overrides_in(arguments) for problem in override_problems(override)
-    ]
-    missing = getattr(error, "missing_cfg_file", None)
-    if missing and not any(f"{missing}".partition("/")[2] in problem for problem in found):
-        found.append(_no_choice(str(missing), list(getattr(error, "options", None) or [])))
-    return found or [_misused(error, arguments) or _sentence(error)]
-
-
-def _spaces(arguments: list[str], error: Exception) -> list[str]:
-    """Answer spaces where none belong: `model = opt-125m`, and 'model=opt-125m batch=paper'."""
-    found = []
-    for before, mark, after in zip(arguments, arguments[1:], arguments[2:], strict=False):
-        if mark == "=":
-            found.append(f"{before} = {after} has spaces. Set {before}={after}")
-    override = getattr(error, "override", None)
-    if isinstance(override, str) and re.search(r"=\S*\s+[+~]*[a-z][\w./]*=", override):
-        found.append(f"{override!r} is one word with two settings. Set {override} without quotes")
-    return found
-
-
-def _misused(error: Exception, arguments: list[str]) -> str | None:
-    """Answer several values without -m, and a plus before a setting that exists; else None."""
-    several = re.search(r"Ambiguous value for argument '(.+?)'\n", str(error))
-    if several:
-        command = " ".join(shlex.quote(word) for word in arguments)
-        return f"{several[1]} has several values, which make a sweep. Try zinfer -m {command}"
-    there = re.search(r"An item is already at '([\w.]+)'", str(error))
-    if there:
-        typed = next((word for word in arguments if word.startswith(f"+{there[1]}=")), None)
-        return f"{there[1]} exists, so it needs no plus. Set {(typed or there[1]).lstrip('+')}"
-    return None
-
-
 def overrides_in(arguments: list[str]) -> list[str]:
     """Return the overrides among arguments that Hydra can parse."""
     from hydra._internal.utils import get_args_parser
@@ -180,6 +129,8 @@ def override_problems(override: str) -> list[str]:
     if not equals:
         return [] if override.startswith("~") else [_bare_word(override)]
     name = key.lstrip("+~").partition("@")[0]
+    if not name:
+        return [f"{override} names no setting. Try zinfer --help"]
     if name.startswith("hydra") or name == "experiment":
         return _choice_problems(name, value) if name == "experiment" else []
     if choices_of(name):
@@ -200,13 +151,13 @@ def _choice_problems(group: str, value: str) -> list[str]:
             return []
         return [f"{group}={value} chooses nothing. {_one_of(group)}"]
     return [
-        _no_choice(f"{group}/{one.strip()}", choices_of(group))
+        no_choice(f"{group}/{one.strip()}", choices_of(group))
         for one in value.split(",")
         if re.fullmatch(r"[\w./:@-]+", one.strip()) and one.strip() not in choices_of(group)
     ]
 
 
-def _no_choice(path: str, options: list[str]) -> str:
+def no_choice(path: str, options: list[str]) -> str:
     """Say what to set for a missing choice: a catalogue name, model=custom, or the nearest one."""
     if path in PLUGINS:
         group, _, value = path.rpartition("/")
@@ -223,7 +174,7 @@ def _no_choice(path: str, options: list[str]) -> str:
     meant = meant_choice(group, value, options)
     if meant is None:
         return f"{group}={value} does not exist. {_one_of(group, options)}"
-    return f"{group}={value} does not exist. Did you mean it so? Set {group}={meant}"
+    return f"{group}={value} does not exist. Did you mean this? Set {group}={meant}"
 
 
 def _one_of(group: str, options: list[str] | None = None) -> str:
@@ -253,29 +204,3 @@ def _bare_word(word: str) -> str:
     if model is not None:
         return f"{word} is not setting=value. Set model={model}"
     return f"{word} is not setting=value. Try zinfer --help"
-
-
-def _folder_problem(error: OSError) -> str:
-    return (
-        f"{error.filename or 'hydra.run.dir'}: the folder of this job cannot be made or written to "
-        f"({error.strerror}). Set hydra.run.dir=/path/to/a/folder/that/you/own"
-    )
-
-
-def _sentence(error: Exception) -> str:
-    """Return Hydra's own words in one line, without its links and hints on how to read a stack."""
-    override = getattr(error, "override", None)
-    said = [f"{override}: {error}" if isinstance(override, str) else str(error)]
-    if error.__cause__ is not None and str(error.__cause__) not in said[0]:
-        said.append(str(error.__cause__))
-    lines = [
-        line.strip()
-        for text in said
-        for line in text.splitlines()
-        if line.strip()
-        and not line.strip().startswith(
-            ("See http", "Config search path", "full_key", "object_type", "^")
-        )
-    ]
-    text = " ".join(" ".join(lines).split())
-    return text if text.endswith((".", "!", "?")) else f"{text}. Try zinfer --help"

@@ -49,7 +49,6 @@ KINDS = {
     "finite": "a finite number",
     "bool": "true or false",
     "string": "text",
-    "dict": "a mapping such as {key: value}",
     "list": "a list such as [1, 2]",
     "dataclass": "a group of settings",
 }
@@ -79,6 +78,8 @@ def validation_problem(detail: Any, given: str) -> str:
         case "tuple_type":
             entries = "" if given == "null" else given
             return f"{name}={given} is not a list. Set {name}=[{entries}]"
+        case "dict_type":
+            return f"{name}={given} is not a mapping. Set {name}.KEY={given}"
         case kind if kind == NUMBER_ERROR:
             return f"{name}={given} {context['sentence']}. Set {name}={_instead(path, context)}"
     expected = KINDS.get(detail["type"].partition("_")[0])
@@ -91,7 +92,7 @@ def unknown_setting(path: tuple[Any, ...], given: str) -> str:
     name = ".".join(str(part) for part in path)
     said, meant = f"{name} is not a setting of zinfer", meant_setting(name)
     if meant is not None:
-        return f"{said}. Did you mean it so? Set {meant}={given}"
+        return f"{said}. Did you mean this? Set {meant}={given}"
     group = name.partition(".")[0]
     if group in groups():
         return f"{said}. Drop it; zinfer --explain {group} shows the settings of {group}"

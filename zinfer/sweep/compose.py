@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from zinfer.config import ConfigError, RunConfig, parse_config
-from zinfer.config.command_line import composition_problems
+from zinfer.config.hydra_errors import composition_problems
 from zinfer.sweep.folders import require_folders
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
