@@ -32,7 +32,7 @@ def assert_close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bia
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("leading", [(1,), (3, 1), (2, 1, 2), (40, 1), (1, 5)])
-@pytest.mark.parametrize(("out", "inputs"), [(1, 1), (5, 33), (130, 1000), (257, 64)])
+@pytest.mark.parametrize(("out", "inputs"), [(1, 1), (5, 33), (130, 1000), (257, 64), (7, 9001)])
 def test_results_are_those_of_the_product_in_float64(
     out: int, inputs: int, leading: tuple[int, ...], has_bias: bool, kind: torch.dtype
 ) -> None:
@@ -62,9 +62,10 @@ def test_a_bias_of_another_type_is_added_in_the_type_of_the_rows() -> None:
     assert torch.equal(skinny_linear(x, weight, bias), skinny_linear(x, weight, bias.bfloat16()))
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+@pytest.mark.parametrize("inputs", [256, 2077])
+def test_a_row_does_not_depend_on_the_rows_beside_it(inputs: int) -> None:
     torch.manual_seed(3)
-    x, weight = torch.randn(13, 256).bfloat16(), torch.randn(70, 256).bfloat16()
+    x, weight = torch.randn(13, inputs).bfloat16(), torch.randn(70, inputs).bfloat16()
     together = skinny_linear(x, weight)
     for row in range(13):
         assert torch.equal(skinny_linear(x[row : row + 1], weight)[0], together[row])

@@ -5,8 +5,10 @@
 
 namespace {
 
-constexpr int TILE = 12;  // rows of weights that every pass works on
-constexpr int64_t AHEAD_OF_SKINNY = 8192;  // bytes of weights that are prefetched
+constexpr int TILE = 24;  // rows of weights whose sums wait in the cache for the next block
+// Activations that many rows of weights are multiplied with before the next: they stay in the
+// first cache with the sums and the weights that come by. Longer ones are split into halves of it.
+constexpr int64_t BLOCK_BYTES = 16384;
 
 // Weights of 16 bits as they are. Activations: W floats, or pairs of bfloat16.
 #if defined(WIDE) && defined(__AVX512BF16__)
@@ -28,56 +30,84 @@ struct Floats {
     static vf get(const uint16_t* from) { return E::get(from); }
 };
 
-// x: [steps][M][STEP]
 template <class F, int M, int R>
-inline void skinny_rows(const uint16_t* const (&weights)[R], const typename F::X* x, int64_t in,
-                        float* y) {
-    vf acc[R][M] = {};
-    auto step = [&](const uint16_t* const(&from)[R]) {
-        decltype(F::get(nullptr)) w[R];
+inline void skinny_step(const uint16_t* const (&from)[R], const typename F::X* x,
+                        vf (&acc)[R][M]) {
+    decltype(F::get(nullptr)) w[R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) w[r] = F::get(from[r]);
+    for (int r = 0; r < R; r++) w[r] = F::get(from[r]);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++)
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) F::add(acc[r][m], w[r], x + m * F::STEP);
-        x += M * F::STEP;
-    };
+        for (int r = 0; r < R; r++) F::add(acc[r][m], w[r], x + m * F::STEP);
+}
+
+// Adds `count` products of R rows to sums[m][TILE]. x: [steps][M][STEP]. The bytes at `ahead`, as
+// many as are multiplied, go into the second cache: in the first they would push x out.
+template <class F, int M, int R>
+__attribute__((noinline)) void skinny_block(const uint16_t* const (&weights)[R], const char* ahead,
+                                            const typename F::X* x, int64_t count, vf* sums) {
+    vf acc[R][M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) acc[r][m] = sums[m * TILE + r];
     int64_t at = 0;
-    for (; at + F::STEP <= in; at += F::STEP) {
+    for (; at + F::STEP <= count; at += F::STEP, x += M * F::STEP) {
         const uint16_t* from[R];
-        for (int r = 0; r < R; r++) {
-            from[r] = weights[r] + at;
-            prefetch((const char*)from[r] + AHEAD_OF_SKINNY);
-        }
-        step(from);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) from[r] = weights[r] + at;
+#pragma GCC unroll 4
+        for (int line = 0; line < R * F::STEP * 2; line += 64)
+            __builtin_prefetch(ahead + line, 0, 2);
+        ahead += R * F::STEP * 2;
+        skinny_step<F, M, R>(from, x, acc);
     }
-    if (at < in) {
+    if (at < count) {
         alignas(64) uint16_t copy[R][F::STEP] = {};
         const uint16_t* from[R];
         for (int r = 0; r < R; r++) {
-            std::memcpy(copy[r], weights[r] + at, (in - at) * 2);
+            std::memcpy(copy[r], weights[r] + at, (count - at) * 2);
             from[r] = copy[r];
         }
-        step(from);
+        skinny_step<F, M, R>(from, x, acc);
     }
-    write_sums<R, M>(acc, y);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sums[m * TILE + r] = acc[r][m];
 }
 
+// Sums of the TILE rows from `first` on, into y[m][CHUNK]. Memory is read in its own order, a tile
+// ahead, however blocks are multiplied: `next` is the tile that comes after this one.
 template <class F, int M>
-void skinny_tile(const Product& p, const typename F::X* x, int64_t first, float* y) {
-    constexpr int R = W == 16 && M > 4 ? 3 : M <= 4 && W > 4 ? 4 : 2;
-    for (int from = 0; from < TILE; from += R) {
-        const uint16_t* weights[R];
-        for (int r = 0; r < R; r++)
-            weights[r] = (const uint16_t*)p.weights +
-                         std::min(p.out - 1, first + from + r) * p.weight_stride;
-        skinny_rows<F, M, R>(weights, x, p.in, y + from);
+void skinny_tile(const Product& p, const typename F::X* x, int64_t first, int64_t next, float* y) {
+    constexpr int R = W == 16 && M > 6 ? 3 : W > 4 && (M <= 4 || W == 16) ? 4 : 2;
+    constexpr int COUNT = TILE * M;
+    static_assert(TILE % R == 0 && COUNT % 8 == 0 && CHUNK % TILE == 0, "whole steps");
+    constexpr int64_t most = BLOCK_BYTES / (int64_t)sizeof(*x) / M / F::STEP * F::STEP;
+    const int64_t block = p.in <= most ? most : most / 2 / F::STEP * F::STEP;
+    auto row = [&](int64_t n) {
+        return (const uint16_t*)p.weights + std::min(p.out - 1, n) * p.weight_stride;
+    };
+    vf sums[COUNT] = {};
+    const char* ahead = (const char*)row(next);
+    for (int64_t start = 0; start < p.in; start += block) {
+        const int64_t count = std::min(block, p.in - start);
+        for (int from = 0; from < TILE; from += R) {
+            const uint16_t* weights[R];
+            for (int r = 0; r < R; r++) weights[r] = row(first + from + r) + start;
+            skinny_block<F, M, R>(weights, ahead, x + start * M, count, sums + from);
+            ahead += count * R * 2;
+        }
     }
+    alignas(64) float flat[COUNT];
+    for (int i = 0; i < COUNT; i += 8) sums8(sums + i, flat + i);
+    for (int m = 0; m < M; m++) std::memcpy(y + m * CHUNK, flat + m * TILE, TILE * 4);
 }
 
 template <class F>
-using SkinnyTile = void (*)(const Product&, const typename F::X*, int64_t, float*);
+using SkinnyTile = void (*)(const Product&, const typename F::X*, int64_t, int64_t, float*);
 template <class F>
 SkinnyTile<F> skinny_tile_for(int rows) {
     switch (rows) {
@@ -107,13 +137,14 @@ void skinny_product(const Product& p) {
         if (m >= rows) return;
         const uint16_t* from = (const uint16_t*)p.x + std::min(row, p.rows - 1) * p.x_stride;
         X* to = x.get() + pass * room + m * F::STEP;
-        for (int64_t at = 0; at < room; at += F::STEP, to += rows * F::STEP)
-            for (int64_t i = 0; i < F::STEP; i++) {
-                if (at + i >= p.in)
-                    to[i] = 0;
-                else
-                    to[i] = sizeof(X) == 2 ? X(from[at + i]) : X(E::one(from[at + i]));
-            }
+        int64_t at = 0;
+        for (; at + F::STEP <= p.in; at += F::STEP, to += rows * F::STEP)
+            store(to, F::get(from + at));
+        if (at < p.in) {
+            uint16_t copy[F::STEP] = {};
+            std::memcpy(copy, from + at, (p.in - at) * 2);
+            store(to, F::get(copy));
+        }
     };
     if (p.threads <= ALONE)
         for (int64_t row = 0; row < padded_rows; row++) prepare(row);
@@ -127,10 +158,13 @@ void skinny_product(const Product& p) {
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t chunk = 0; chunk < (p.out + CHUNK - 1) / CHUNK; chunk++) {
             const int64_t start = chunk * CHUNK, stop = std::min(p.out, start + CHUNK);
-            for (int64_t first = start; first < stop; first += TILE)
+            for (int64_t first = start; first < stop; first += TILE) {
+                // After this chunk the threads have most likely taken one each.
+                const int64_t next = first + TILE < stop ? first + TILE : start + p.threads * CHUNK;
                 for (int64_t row = 0; row < p.rows; row += MOST)
-                    skinny_tile_for<F>(rows_of(row))(p, x.get() + row * room, first,
+                    skinny_tile_for<F>(rows_of(row))(p, x.get() + row * room, first, next,
                                                      sums.get() + row * CHUNK + first - start);
+            }
             write_chunk<E>(p, sums.get(), start, stop);
         }
     }
