@@ -94,6 +94,22 @@ def test_packed_products_equal_those_of_the_unpacked_weights(
                 assert error_of(found, exact) < LARGEST_ERROR[kind], (group, rows, kind)
 
 
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_many_rows_are_multiplied_like_few(vectors: int, activation_bits: int) -> None:
+    """The kernel takes 256 rows at a time."""
+    torch.manual_seed(5)
+    codes, scales, _ = packed(20, 192, 4, 64)
+    x, bias = torch.randn(600, 192), torch.randn(20)
+    together, *parts = (
+        multiply(
+            rows, codes, scales,
+            bits=4, group_size=64, bias=bias, kernel="compiled", activation_bits=activation_bits,
+        )
+        for rows in (x, *x.split(200))
+    )  # fmt: skip
+    assert torch.equal(together, torch.cat(parts))
+
+
 def test_the_error_stays_below_half_a_step_of_the_largest_activation(vectors: int) -> None:
     """Each activation is off by at most half of (the largest of its sixteen groups / 32639)."""
     torch.manual_seed(1)

@@ -11,8 +11,8 @@ import torch
 
 from zinfer.worker.libraries import KINDS
 from zinfer.worker.quantised import native
-from zinfer.worker.quantised.kernel import GROUP_SIZES, PACKED_ROWS
-from zinfer.worker.quantised.native import Product
+from zinfer.worker.quantised.kernel import GROUP_SIZES
+from zinfer.worker.quantised.native import Product, packed_rows
 
 WITHOUT_LIMIT = 1 << 62
 
@@ -103,5 +103,5 @@ def direct_product(
         bits=bits,
         group_size=group_size,
         activation_bits=activation_bits,
-        most_rows=PACKED_ROWS if route == "auto" else WITHOUT_LIMIT,
+        most_rows=packed_rows(activation_bits) if route == "auto" else WITHOUT_LIMIT,
     )

@@ -16,7 +16,7 @@ constexpr float MOST8 = 127.f;
 struct Pass {
     int rows;                  // as computed: zeros fill up to a size that there is a kernel for
     int16_t* words;            // [blocks][rows][BLOCK]
-    int8_t* bytes;             // [units][rows][2 or 1][vectors][64]: high bytes, low bytes
+    int8_t* bytes;             // [blocks][rows][2 or 1][codes of a block]: high bytes, low bytes
     float* x_scales;           // [segments][rows]; 1 for 8 bits
     float* x_sums;             // [segments][rows][SEGMENT]: sums of each group's integers;
                                // for 8 bits times its scale
@@ -46,18 +46,29 @@ inline void round_all(const typename E::T* x, int64_t count, float by, int16_t* 
     }
 }
 
-// The largest magnitude; NaN where a number is NaN or infinite.
+inline int32_t largest_of(vi value) {
+#if defined(WIDE)
+    return _mm512_reduce_max_epi32((__m512i)value);
+#else
+    int32_t most = 0;
+    for (int i = 0; i < W; i++) most = std::max(most, value[i]);
+    return most;
+#endif
+}
+
+// The largest magnitude; NaN where a number is NaN or infinite. Magnitudes have the order of their
+// bits as integers, and above all of them are infinity and NaN.
 template <class E>
 inline float largest_of(const typename E::T* x, int64_t count) {
-    vf largest = {}, nothing = {};  // `nothing` becomes NaN where x is NaN or infinite
+    vi largest = {};
     for (int64_t i = 0; i < count; i += W) {
-        const vf value = E::get(x + i), size = (vf)((vi)value & 0x7fffffff);
+        const vi size = (vi)E::get(x + i) & 0x7fffffff;
         largest = size > largest ? size : largest;
-        nothing += value * 0.f;
     }
-    float most = 0;
-    for (int i = 0; i < W; i++) most = std::max(most, largest[i]);
-    return sum(nothing) == 0.f ? most : NAN;
+    const int32_t most = largest_of(largest);
+    float value;
+    std::memcpy(&value, &most, 4);
+    return most < 0x7f800000 ? value : NAN;
 }
 
 inline float sum_of(const int16_t* whole, int64_t count) {

@@ -2,8 +2,8 @@
 
 The packed layout is that of kv_cache/codes.py, in groups along the input dimension.
 A few rows are multiplied packed, by our own C++ kernel: it reads each weight once and is as fast
-as memory. From PACKED_ROWS on arithmetic is the limit: weights are unpacked, a part at a time, and
-PyTorch multiplies. docs/quantised.md has the measurements.
+as memory. With many rows arithmetic is the limit. Where PyTorch's is faster, weights are unpacked,
+a part at a time, and PyTorch multiplies. docs/quantised.md has the measurements.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ packed products take other schemes (docs/quantised.md); `unpack` makes a plain m
 where that is possible, however few rows there are.
 """
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
-PACKED_ROWS = 64
-"""Rows up to which packed weights are multiplied packed."""
 UNPACKED_NUMEL = 1 << 22
 """Weights that are unpacked at a time: they stay in the cache until they are multiplied."""
 
@@ -58,7 +56,7 @@ def multiply(
         bits: 8 or 4.
         group_size: inputs that share a scale.
         bias: [out] or None.
-        kernel: which way; "auto" takes the compiled kernel up to PACKED_ROWS rows.
+        kernel: which way; "auto" takes the compiled kernel up to `native.packed_rows`.
         activation_bits: 16 or 8; only where the compiled kernel multiplies packed weights.
 
     Returns:
@@ -74,7 +72,9 @@ def multiply(
         return by_unpacking(x, codes, scales, bits=bits, group_size=group_size, bias=bias)
     lib = native.library()
     assert isinstance(lib, ctypes.CDLL), "checked by unsupported"
-    if kernel == "unpack" or (x.shape[0] > PACKED_ROWS and kernel == "auto"):
+    if kernel == "unpack" or (
+        kernel == "auto" and x.shape[0] > native.packed_rows(activation_bits)
+    ):
         return _by_parts(lib, x, codes, scales, bits, group_size, bias)
     y = x.new_empty(x.shape[0], codes.shape[0])
     if y.numel() == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -24,6 +24,16 @@ class Product(ctypes.Structure):
 
 library = partial(load_library, PRODUCTS)
 """Return the compiled kernel, or why there is none."""
+
+
+@cache
+def packed_rows(activation_bits: int) -> int:
+    """Return up to how many rows packed weights are multiplied packed here; 0 without kernel."""
+    lib = library()
+    if isinstance(lib, str):
+        return 0
+    lib.zinfer_packed_rows.restype = ctypes.c_int64
+    return int(lib.zinfer_packed_rows(activation_bits))
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@
 // its segment / 32639), or of (the largest of its group / 127).
 // NaN or infinity makes all outputs of its row NaN.
 //
-// bytes.h multiplies where the processor has AVX-512 VNNI, words.h everywhere.
+// lanes.h multiplies where the processor has AVX-512 VNNI, words.h elsewhere.
 // Weights of 16 bits are multiplied as they are (skinny.h).
 
-#include "bytes.h"
+#include "lanes.h"
 #include "skinny.h"
 #include "words.h"
 
@@ -52,18 +52,19 @@ struct Integers {
     }
 };
 
+#if defined(USES_LANES)
+using Tiles = Lanes;
+#else
+using Tiles = Words;
+#endif
+
 template <class E>
 void packed_product(const Product& p) {
     using T = typename E::T;
     const int64_t group = p.group, groups = (p.in + group - 1) / group;
     const Integers integers(p, groups);
     const int64_t segments = integers.segments, length = integers.length;
-#if defined(USES_BYTES)
-    const Units units = units_of(groups, group, p.bits, p.activation_bits);
-    const Copies copies(p, units);
-#endif
-    const Shape shape = shape_of(p, groups);
-    const Order order(p, shape);
+    const Tiles tiles(p, groups);
     auto prepare = [&](int64_t unit, int16_t* whole) {
         const int64_t row = unit / segments, segment = unit % segments, m = row % MOST;
         const Pass pass = integers.pass(p, row / MOST);
@@ -73,23 +74,7 @@ void packed_product(const Product& p) {
         float* own = pass.group_scales ? pass.group_scales + at * SEGMENT : nullptr;
         pass.x_scales[at] = to_integers<E>(source, count, group, p.activation_bits, whole,
                                            pass.x_sums + at * SEGMENT, own);
-#if defined(USES_BYTES)
-        if (in_bytes(p.activation_bits, pass.rows)) {
-            arrange_bytes(units, pass, segment, (int)m, group, p.bits, whole);
-            return;
-        }
-#endif
-        arrange_words(shape, order, pass, segment, (int)m, whole);
-    };
-    auto multiply = [&](int64_t first, int64_t number, float* y) {
-        const Pass pass = integers.pass(p, number);
-#if defined(USES_BYTES)
-        if (in_bytes(p.activation_bits, pass.rows)) {
-            byte_tile_for(p, pass.rows)(p, units, copies.codes, pass, first, y);
-            return;
-        }
-#endif
-        tile_for(p, pass.rows)(p, shape, pass, first, y);
+        tiles.arrange(pass, segment, (int)m, whole);
     };
     const int64_t count = integers.rows * segments;
     if (p.threads <= ALONE) {
@@ -108,9 +93,16 @@ void packed_product(const Product& p) {
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t chunk = 0; chunk < (p.out + CHUNK - 1) / CHUNK; chunk++) {
             const int64_t start = chunk * CHUNK, stop = std::min(p.out, start + CHUNK);
+            // the chunk that this thread probably takes next
+            const int64_t after = start + p.threads * CHUNK;
             for (int64_t first = start; first < stop; first += PACKED_TILE)
-                for (int64_t number = 0; number < integers.passes; number++)
-                    multiply(first, number, sums.get() + number * MOST * CHUNK + first - start);
+                for (int64_t number = 0; number < integers.passes; number++) {
+                    const int64_t next = number                       ? first
+                                         : first + PACKED_TILE < stop ? first + PACKED_TILE
+                                                                      : after;
+                    tiles.multiply(integers.pass(p, number), first, next,
+                                   sums.get() + number * MOST * CHUNK + first - start);
+                }
             write_chunk<E>(p, sums.get(), start, stop);
         }
     }
@@ -150,21 +142,32 @@ bool bad_groups(const Product& p) {
 
 extern "C" int32_t zinfer_vector_bits() { return W == 4 ? 0 : W * 32; }
 
+// Rows up to which these products are faster than unpacking the weights and PyTorch's product, as
+// measured (docs/quantised.md).
+extern "C" int64_t zinfer_packed_rows(int32_t activation_bits) {
+#if defined(USES_LANES)
+    return activation_bits == 8 ? INT64_MAX : 192;
+#else
+    return activation_bits == 8 || activation_bits == 16 ? 64 : 0;
+#endif
+}
+
 // Each returns 0, or 1 where a size is not supported.
 extern "C" int32_t zinfer_packed_product(const Product* problem) {
-    const Product& p = *problem;
-    if (bad_groups(p)) return 1;
-    switch (p.kind) {
-        case FLOAT32:
-            packed_product<Float32>(p);
-            return 0;
-        case BFLOAT16:
-            packed_product<BFloat16>(p);
-            return 0;
-        default:
-            packed_product<Float16>(p);
-            return 0;
+    if (bad_groups(*problem)) return 1;
+    // The integers of so many rows stay in the caches, and take little memory.
+    constexpr int64_t AT_ONCE = 256;
+    for (int64_t row = 0; row < problem->rows; row += AT_ONCE) {
+        Product p = *problem;
+        const int64_t size = p.kind == FLOAT32 ? 4 : 2;
+        p.x = (const char*)p.x + row * p.x_stride * size;
+        p.y = (char*)p.y + row * p.out * size;
+        p.rows = std::min(AT_ONCE, p.rows - row);
+        (p.kind == FLOAT32    ? packed_product<Float32>
+         : p.kind == BFLOAT16 ? packed_product<BFloat16>
+                              : packed_product<Float16>)(p);
     }
+    return 0;
 }
 
 extern "C" int32_t zinfer_unpack(const Product* problem) {

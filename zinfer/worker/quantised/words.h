@@ -2,7 +2,7 @@
 // products are added to 32-bit sums. A block is what four vectors of 16-bit integers hold.
 #pragma once
 
-#include "bytes.h"
+#include "integers.h"
 
 namespace {
 
@@ -93,30 +93,6 @@ Shape shape_of(const Product& p, int64_t groups) {
     shape.row_bytes = groups * p.group * p.bits / 8;
     shape.scale_stride = p.scale_stride;
     return shape;
-}
-
-// `order_of` for every block of a group, where rows of this number need it.
-struct Order {
-    Memory<int32_t> of;
-    Order(const Product& p, const Shape& shape) {
-        if (in_bytes(p.activation_bits, padded(std::min<int64_t>(MOST, p.rows)))) return;
-        of = memory<int32_t>(shape.per_group * BLOCK);
-        for (int64_t part = 0; part < shape.per_group; part++)
-            order_of(p.bits, p.group, part, of.get() + part * BLOCK);
-    }
-};
-
-// Put a segment's integers where the kernel reads them.
-void arrange_words(const Shape& shape, const Order& order, const Pass& pass, int64_t segment,
-                   int m, const int16_t* whole) {
-    for (int64_t block = 0; block < shape.per_segment; block++) {
-        const int64_t part = block % shape.per_group;
-        const int16_t* base = whole + (block - part) * BLOCK;
-        const int32_t* which = order.of.get() + part * BLOCK;
-        int16_t* to =
-            pass.words + ((segment * shape.per_segment + block) * pass.rows + m) * BLOCK;
-        for (int i = 0; i < BLOCK; i++) to[i] = base[which[i]];
-    }
 }
 
 // Scales of up to sixteen groups as floats; returns their minima in `least`.
@@ -259,7 +235,7 @@ Tile tile_for(int rows) {
     }
 }
 template <int BITS, int X>
-Tile tile_for(int64_t group, int rows) {
+Tile tile_for([[maybe_unused]] int64_t group, int rows) {
 #if defined(WIDE)
     if (group == 32) return tile_for<BITS, 4, X>(rows);
     if (group == 64) return tile_for<BITS, 2, X>(rows);
@@ -268,10 +244,42 @@ Tile tile_for(int64_t group, int rows) {
 #endif
     return tile_for<BITS, 1, X>(rows);
 }
-Tile tile_for(const Product& p, int rows) {
-    if (p.activation_bits == 8 && !in_bytes(8, rows))
-        return p.bits == 8 ? tile_for<8, 8>(p.group, rows) : tile_for<4, 8>(p.group, rows);
-    return p.bits == 8 ? tile_for<8, 16>(p.group, rows) : tile_for<4, 16>(p.group, rows);
-}
+
+// How products.cpp uses these products.
+struct Words {
+    const Product& p;
+    const Shape shape;
+    Memory<int32_t> order;  // of every block of a group
+
+    Words(const Product& p, int64_t groups) : p(p), shape(shape_of(p, groups)) {
+        order = memory<int32_t>(shape.per_group * BLOCK);
+        for (int64_t part = 0; part < shape.per_group; part++)
+            order_of(p.bits, p.group, part, order.get() + part * BLOCK);
+    }
+
+    // Put a segment's integers where the kernel reads them.
+    void arrange(const Pass& pass, int64_t segment, int m, const int16_t* whole) const {
+        for (int64_t block = 0; block < shape.per_segment; block++) {
+            const int64_t part = block % shape.per_group;
+            const int16_t* base = whole + (block - part) * BLOCK;
+            const int32_t* which = order.get() + part * BLOCK;
+            int16_t* to =
+                pass.words + ((segment * shape.per_segment + block) * pass.rows + m) * BLOCK;
+            for (int i = 0; i < BLOCK; i++) to[i] = base[which[i]];
+        }
+    }
+
+    // Multiply the tile of weights that begins with row `first`.
+    void multiply(const Pass& pass, int64_t first, int64_t, float* y) const {
+        Tile tile;
+        if (p.activation_bits == 8)
+            tile = p.bits == 8 ? tile_for<8, 8>(p.group, pass.rows)
+                               : tile_for<4, 8>(p.group, pass.rows);
+        else
+            tile = p.bits == 8 ? tile_for<8, 16>(p.group, pass.rows)
+                               : tile_for<4, 16>(p.group, pass.rows);
+        tile(p, shape, pass, first, y);
+    }
+};
 
 }  // namespace
