@@ -105,7 +105,10 @@ def test_the_examples_of_the_documentation_run_as_they_stand(tmp_path: Path) -> 
 def test_the_notebook_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    needs = "needs pip install nbformat nbclient ipykernel"
+    nbformat, nbclient = (
+        pytest.importorskip(name, reason=needs) for name in ("nbformat", "nbclient")
+    )
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own shows figures in the page
     path = ROOT / "examples" / "first_sweep.ipynb"

@@ -168,7 +168,9 @@ def test_a_launcher_that_hydra_cannot_have_is_refused(target: str, said: str, fo
 
 @pytest.mark.slow
 def test_a_launcher_preset_of_ones_own_runs_a_sweep(folder: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'zinfer[launchers]'"
+    )
     done = run(
         folder, "-m", "--config-dir=my_conf", "hydra/launcher=two_at_a_time", "task=plan",
         "batch.batch_size=1,2", *TINY,

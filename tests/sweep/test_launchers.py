@@ -143,7 +143,10 @@ def test_slurm_is_refused_where_there_is_no_sbatch(monkeypatch: pytest.MonkeyPat
     assert "sbatch, which is not on PATH" in refused.value.problems[0]
 
 
-@pytest.mark.skipif(installed("hydra_submitit_launcher"), reason="the launcher is installed here")
+@pytest.mark.skipif(
+    installed("hydra_submitit_launcher"),
+    reason="needs an environment without zinfer[launchers]: make test",
+)
 def test_a_launcher_that_is_not_installed_is_refused_with_what_to_type(tmp_path: Path) -> None:
     done = run(tmp_path, "-m", "hydra/launcher=slurm_gpu", *TINY, "batch.seed=1,2", "format=json")
     assert done.returncode == 2
