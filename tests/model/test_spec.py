@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from zinfer.config import ModelConfig
-from zinfer.model import config_reading, hub
+from zinfer.model import hub
 from zinfer.model.hf import (
     check_pinned,
     load_checkpoint_config,
@@ -549,7 +549,6 @@ def test_tokenizer_pads_on_the_left_with_the_end_of_sequence(tmp_path: Path) -> 
 def test_without_a_tokenizer_there_is_a_reason(
     folder_with: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_reading, "hub_reachable", lambda: False)
     monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     assert find_tokenizer(catalogue("tiny-llama")) == (None, "model=tiny-llama names no tokenizer")
     tokenizer, reason = find_tokenizer(folder_with({"model_type": "llama", **GQA}))
@@ -623,7 +622,6 @@ REFUSALS = [  # model, what the sentence says
 def test_refusal_says_what_to_type_instead(
     model: ModelConfig, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_reading, "hub_reachable", lambda: False)
     monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     with pytest.raises(ValueError, match=message) as refusal:
         model_spec(model)

@@ -9,13 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zinfer.model.config_reading import (
-    CATALOGUE_HINT,
-    ROPE_KEYS,
-    pinned_config,
-    read_config,
-    refuse_impossible_together,
-)
+from zinfer.model.config_checks import ROPE_KEYS, refuse_impossible_together
+from zinfer.model.config_reading import pinned_config, read_config
+from zinfer.model.config_refusals import CATALOGUE_HINT
 from zinfer.model.foreign import whole_sentence
 from zinfer.model.named import named_model
 from zinfer.model.tokenizer import find_tokenizer
