@@ -76,7 +76,7 @@ def tidy(runs: Iterable[Run]) -> list[Row]:
 
 
 def tidy_row(run: Run) -> Row:
-    """Name -> value: facts of the run, then its choices, metrics and tags.
+    """Map names to values: facts of the run, then its choices, metrics and tags.
 
     Choices have a dot in their names and metrics have none; `task` and `weights` are choices.
     """

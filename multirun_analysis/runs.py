@@ -94,5 +94,5 @@ class Selection:
 
 
 def started_s(run: Run) -> float:
-    """Start of a run as seconds since 1970, for sorting; 0 where it is not known."""
+    """Return the start of a run in seconds since 1970, for sorting; 0 where it is not known."""
     return run.started.timestamp() if run.started else 0.0

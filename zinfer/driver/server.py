@@ -176,7 +176,7 @@ class WorkerServer:
 
 
 def _exit_code(fields: list[str]) -> int:
-    """Exit code of an ended process from /proc/PID/stat. Source: proc(5), field 52, exit_code."""
+    """Read an ended process's exit code in /proc/PID/stat. Source: proc(5), field 52."""
     if fields[0] != "Z" or len(fields) < 50:
         return -signal.SIGKILL
     return os.waitstatus_to_exitcode(int(fields[49]))

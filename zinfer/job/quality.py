@@ -42,7 +42,7 @@ class Quality:
     unquantised with kv_cache=device, and so its own reference."""
 
     def metrics(self) -> dict[str, float]:
-        """Name -> value of what is logged as a metric; what is no number is left out."""
+        """Map names to values of what is logged as a metric; what is no number is left out."""
         values = (
             self.token_agreement,
             self.kl_divergence,

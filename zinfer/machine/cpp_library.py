@@ -125,7 +125,7 @@ def _version(compiler: str) -> str:
 
 @cache
 def _processor() -> tuple[str, ...]:
-    """Name and instruction sets: what `-march=native` stands for."""
+    """Return name and instruction sets: what `-march=native` stands for."""
     return (cpu_model_name() or "unknown", *sorted(cpu_flags()))
 
 

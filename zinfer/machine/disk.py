@@ -50,13 +50,13 @@ def mount_of(path: Path, root: Path = ROOT) -> Mount | None:
 
 
 def filesystem_of(path: Path, root: Path = ROOT) -> str | None:
-    """Name of the file system of `path`: ext4, xfs, overlay, tmpfs, nfs4, ..."""
+    """Name the file system of `path`: ext4, xfs, overlay, tmpfs, nfs4, ..."""
     mount = mount_of(path, root)
     return mount.filesystem if mount else None
 
 
 def disk_bytes(path: Path) -> tuple[int, int]:
-    """Free (for this user) and total bytes of the file system that `path` is, or will be, on."""
+    """Return free (to this user) and total bytes of the file system of `path`, existing or not."""
     status = os.statvfs(existing_parent(path))
     return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 

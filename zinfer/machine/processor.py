@@ -64,7 +64,7 @@ def emulated_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
 
 
 def cpu_description(root: Path = ROOT) -> str | None:
-    """Name and instruction sets: 'AMD EPYC 9R14 (avx512f, avx512_bf16)'. None: neither is known."""
+    """Describe it: 'AMD EPYC 9R14 (avx512f, avx512_bf16)'. None: nothing is known of it."""
     name, sets = cpu_model_name(root), instruction_sets(cpu_flags(root))
     return name if sets is None else f"{name or 'CPU'} ({sets})"
 

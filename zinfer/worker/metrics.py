@@ -137,7 +137,7 @@ class Metrics:
     """Keys and values that attention on the host reads, over the time that it takes; all ranks."""
 
     def known(self) -> dict[str, float]:
-        """Name -> value of every number that is known."""
+        """Map names to values of every number that is known."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -83,5 +83,5 @@ def filesystem_type(path: Path) -> str:
 
 
 def _last_change_s(folder: Path) -> float:
-    """Time of the newest change in the folder, in seconds since the epoch."""
+    """Return the time of the newest change in the folder, in seconds since the epoch."""
     return max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()])

@@ -211,7 +211,7 @@ def first_names(names: Iterable[str]) -> str:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which layers.2 comes before layers.10."""
+    """Return a key that sorts layers.2 before layers.10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 

@@ -51,7 +51,7 @@ class VerifiedWeights:
         return {"tensors": self.tensors, "bytes": self.bytes, "sha256": self.sha256}
 
     def metrics(self) -> dict[str, float]:
-        """Name -> value of what is logged as a metric."""
+        """Map names to values of what is logged as a metric."""
         return {
             "weights_verified_tensors": self.tensors,
             "weights_verified_bytes": self.bytes,
