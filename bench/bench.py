@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zinfer import __version__
+from heading import heading
+
 from zinfer.machine import native_ops
 from zinfer.model.weights.demo_model import make_demo_model
 
@@ -203,14 +204,7 @@ def main() -> None:
         help="start: only what must answer at once; loads no model and compiles nothing",
     )
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    print(f"\nzinfer {__version__}, commit {commit or 'unknown'}, {os.cpu_count()} cores")
+    print("\n" + heading(f"{os.cpu_count()} cores"))
     print("median (min to max)\n")
     print("| what | goal | measured |\n| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench_quantised import LLAMA_400M
+from heading import heading
 from hydra import compose, initialize_config_dir
 
-from zinfer import __version__
 from zinfer.config import RunConfig, parse_config
 from zinfer.job.events import EventLog
 from zinfer.machine import native_ops
-from zinfer.machine.processor import cpu_model_name
 from zinfer.paths import conf_dir
 
 if TYPE_CHECKING:
@@ -63,12 +61,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     from zinfer.worker.run import load_engine, prepare
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    print(f"zinfer {__version__}, commit {commit or 'unknown'}, {cpu_model_name()}, "
-          f"{arguments.threads} threads, PyTorch {torch.__version__}\n")  # fmt: skip
+    print(heading(f"{arguments.threads} threads", f"PyTorch {torch.__version__}") + "\n")
     print("| rows | PyTorch, ms | auto, ms | times as fast (lowest to highest) | ours |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(prefix="bench-few-rows-") as folder:

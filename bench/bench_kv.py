@@ -23,11 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from heading import heading
 
 import zinfer
-from zinfer import __version__
 from zinfer.machine.memory import host_available_bytes
-from zinfer.machine.processor import cpu_model_name
 from zinfer.model.spec import ModelSpec
 from zinfer.worker.kv_cache.codes import quantise
 from zinfer.worker.kv_cache.kernel import Rows, Scoring, by_sdpa, compiled, library
@@ -308,15 +307,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32, 64])
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 2048])
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    print(f"zinfer {__version__}, commit {commit or 'unknown'}, {cpu_model_name()}, "
-          f"{os.cpu_count()} cores")  # fmt: skip
+    print(heading(f"{os.cpu_count()} cores"))
     if arguments.only != "runs":
         shapes = [SHAPES[at] for at in arguments.shapes] if arguments.shapes else SHAPES
         kernel_table(arguments.repeats, arguments.threads, shapes)

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heading import heading
 from torch.nn.functional import linear
 
-from zinfer import __version__
-from zinfer.machine.processor import cpu_model_name
 from zinfer.worker.kv_cache.codes import quantise
 from zinfer.worker.quantised.kernel import multiply
 from zinfer.worker.quantised.native import library
@@ -288,12 +287,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--offloads", nargs="*", default=["none", "nvme"])
     arguments = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=HERE, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    print(f"zinfer {__version__}, commit {commit or 'unknown'}, {cpu_model_name()}, "
-          f"{os.cpu_count()} cores, PyTorch {torch.__version__}")  # fmt: skip
+    print(heading(f"{os.cpu_count()} cores", f"PyTorch {torch.__version__}"))
     torch.set_grad_enabled(False)
     if arguments.only != "runs":
         shapes = [SHAPES[at] for at in arguments.shapes] if arguments.shapes else list(SHAPES)
