@@ -73,19 +73,29 @@ def sweep_times(folder: Path, *settings: str) -> tuple[float, list[float], float
     return total_s, [after - before for before, after in pairwise(ends_s)], again_s
 
 
-def driver_share(folder: Path) -> tuple[float, float]:
-    """Return the driver's CPU time over wall time while its worker generates, and the wall time."""
-    driver = subprocess.Popen(
+def started(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the driver of one long job."""
+    return subprocess.Popen(
         [sys.executable, "-m", "zinfer", *LONG_JOB],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not any('"warm-up"' in path.read_text() for path in folder.rglob("events.jsonl")):
+
+
+def has_event(folder: Path, word: str) -> bool:
+    """Tell if the job's worker has written an event with this word."""
+    return any(f'"{word}"' in path.read_text() for path in folder.rglob("events.jsonl"))
+
+
+def driver_share(folder: Path) -> tuple[float, float]:
+    """Return the driver's CPU time over wall time while its worker generates, and the wall time."""
+    driver = started(folder)
+    while not has_event(folder, "warm-up"):
         time.sleep(0.05)
     cpu_s, started_s = cpu_seconds(driver.pid), time.monotonic()
     last_cpu_s, last_s = cpu_s, started_s
-    while not any('"result"' in path.read_text() for path in folder.rglob("events.jsonl")):
+    while not has_event(folder, "result"):
         last_cpu_s, last_s = cpu_seconds(driver.pid), time.monotonic()
         time.sleep(0.05)
     driver.wait()
@@ -94,13 +104,8 @@ def driver_share(folder: Path) -> tuple[float, float]:
 
 def interruption_s(folder: Path) -> float:
     """Return the wall seconds from Ctrl-C, in the middle of a job, to the end of the driver."""
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "zinfer", *LONG_JOB],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not any('"sample"' in path.read_text() for path in folder.rglob("events.jsonl")):
+    driver = started(folder)
+    while not has_event(folder, "sample"):
         time.sleep(0.05)
     started_s = time.monotonic()
     driver.send_signal(signal.SIGINT)

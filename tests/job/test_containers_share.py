@@ -8,20 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.claiming import CLAIM, ID
 from tests.helpers.sweeping import environment
 from zinfer.job.swap import swap_folder
 
 NAMESPACES = ["unshare", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc"]
-ID = "0123456789abcdef"
-CLAIM = """
-import sys, time
-from pathlib import Path
-from zinfer.job.swap import claimed_swap_folder
-with claimed_swap_folder(sys.argv[1], sys.argv[2], Path("job")) as folder:
-    (folder / "weights.bin").write_bytes(bytes(4096))
-    print(1, flush=True)
-    time.sleep(60)
-"""
 INSIDE = 'mount --bind "$0" "$1" && exec "$2" -c "$3" "$1" "$4"'
 SWEEP = """
 import sys

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.claiming import CLAIM, ID
 from tests.helpers.sweeping import environment
 from zinfer.job.swap import (
     Life,
@@ -23,17 +24,6 @@ from zinfer.job.swap import (
     remove_swap_folder,
     swap_folder,
 )
-
-ID = "0123456789abcdef"
-CLAIM = """
-import sys, time
-from pathlib import Path
-from zinfer.job.swap import claimed_swap_folder
-with claimed_swap_folder(sys.argv[1], sys.argv[2], Path("job")) as folder:
-    (folder / "weights.bin").write_bytes(bytes(4096))
-    print(1, flush=True)
-    time.sleep(60)
-"""
 
 
 def owner(path: Path, attempt: str) -> subprocess.Popen[bytes]:

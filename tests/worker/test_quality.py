@@ -13,60 +13,28 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.helpers.composing import composed
+from tests.helpers import scoring
 from tests.helpers.planning import planned
-from tests.helpers.tiny_models import VOCAB, tiny_model
+from tests.helpers.scoring import NEW, PREFILLED, pieces
+from tests.helpers.tiny_models import tiny_model
 from zinfer.config import ConfigError, QualityConfig
 from zinfer.job.events import EventLog
 from zinfer.model.weights.checkpoint import read_checkpoint
-from zinfer.worker.engines import Engine
-from zinfer.worker.kv_cache.session import KvSession, host_cache
 from zinfer.worker.quality import (
     ROWS,
     TEXT_FILE,
-    Pieces,
     compared,
     cut,
     keep_scores,
     no_reference,
-    read_text,
 )
 from zinfer.worker.quality_scores import Scores, divergence, read_scores, scores_of, write_scores
 from zinfer.worker.run import text_to_score
 
-PREFILLED, NEW = 9, 12
-
-
-def pieces() -> Pieces:
-    """Make a text of random tokens for tiny models."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(2, VOCAB, (ROWS, PREFILLED + NEW), generator=generator)
-    return Pieces(ids=ids, prefilled=PREFILLED)
-
 
 def read(tmp_path: Path, family: str, *overrides: str, reference: Scores | None = None) -> Scores:
-    """Read the pieces with a tiny model of this family and this KV cache."""
-    text = pieces()
-    config = composed("model=tiny-llama", *overrides).changed(
-        batch={"batch_size": ROWS, "prompt_tokens": PREFILLED, "new_tokens": NEW}
-    )
-    model = tiny_model(family)
-    engine = Engine(
-        model=model,
-        tokenizer=None,
-        device=torch.device("cpu"),
-        rank=0,
-        ranks=1,
-        weight_stored_bytes=0,
-    )
-    events = EventLog(tmp_path, 0, "a")
-    if not config.kv_cache.is_offloaded:
-        return read_text(engine, text, config, KvSession(), events, reference)
-    from zinfer.worker.kv_cache.routes import attached
-
-    cache = host_cache(model, config, on_gpu=False)
-    with attached(model, cache):
-        return read_text(engine, text, config, KvSession(cache), events, reference)
+    """Read the pieces with a tiny model of this family."""
+    return scoring.read(tmp_path, tiny_model(family), *overrides, reference=reference)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_oss", "bloom"])

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 from torch import nn
 
-from tests.helpers.composing import composed
 from tests.helpers.running import results
-from tests.helpers.tiny_models import VOCAB, tiny_model
+from tests.helpers.scoring import NEW, read
+from tests.helpers.tiny_models import tiny_model
 from zinfer.config import QualityConfig
-from zinfer.job.events import EventLog
-from zinfer.worker.engines import Engine
-from zinfer.worker.kv_cache.session import KvSession
-from zinfer.worker.quality import ROWS, Pieces, compared, read_text
-from zinfer.worker.quality_scores import Scores
+from zinfer.worker.quality import ROWS, compared
 from zinfer.worker.quantised import native
 from zinfer.worker.skinny import modules
 from zinfer.worker.skinny.modules import own_products_up_to, use_own_products
@@ -31,7 +25,6 @@ BATCH = ("batch.batch_size=2", "batch.prompt_tokens=9", "batch.new_tokens=8", "b
 COMMON = (
     *WIDE, *BATCH, "batch.repeats=2", "dtype=bfloat16", "tracking=none", "launcher.omp_threads=1",
 )  # fmt: skip
-PREFILLED, NEW = 9, 12
 
 
 @pytest.fixture(autouse=True)
@@ -60,26 +53,6 @@ def test_tokens_are_the_same_on_every_tier_and_the_result_says_what_multiplied(
     assert json.loads((tmp_path / "auto" / "0" / "result.json").read_text())["linear"] == measured
 
 
-def scores(model: Any, tmp_path: Path, reference: Scores | None) -> Scores:
-    """Read random tokens with this model."""
-    ids = torch.randint(
-        2, VOCAB, (ROWS, PREFILLED + NEW), generator=torch.Generator().manual_seed(3)
-    )
-    config = composed("model=tiny-llama").changed(
-        batch={"batch_size": ROWS, "prompt_tokens": PREFILLED, "new_tokens": NEW}
-    )
-    engine = Engine(
-        model=model,
-        tokenizer=None,
-        device=torch.device("cpu"),
-        rank=0,
-        ranks=1,
-        weight_stored_bytes=0,
-    )
-    text = Pieces(ids=ids, prefilled=PREFILLED)
-    return read_text(engine, text, config, KvSession(), EventLog(tmp_path, 0, "a"), reference)
-
-
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_guard_finds_our_products_within_the_tolerance_of_16_bits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,10 +64,10 @@ def test_the_guard_finds_our_products_within_the_tolerance_of_16_bits(
     layers = use_own_products(model, {tuple(each.weight.shape) for each in linear}, rows=1)  # type: ignore[misc]
     assert layers == len(linear)
     with own_products_up_to(0, model):
-        reference = scores(model, tmp_path, None)
+        reference = read(tmp_path, model)
     assert products.call_count == 0
     with own_products_up_to(ROWS, model):
-        mine = scores(model, tmp_path, reference)
+        mine = read(tmp_path, model, reference=reference)
     # The head sees the last token of the prefill too: eight rows.
     assert products.call_count == layers * (NEW - 1) + 1
     quality = compared(reference, mine, QualityConfig())
