@@ -162,19 +162,35 @@ def test_a_plan_says_what_fewer_bits_gain_and_cost(monkeypatch: pytest.MonkeyPat
     assert four.is_predicted and (four.gain or 0) > 1.1
     assert four.stored_share < eight.stored_share < 0.35
     lines = list(fewer_bits_lines([vars(eight), vars(four)]))
-    assert lines[0].startswith("weights in fewer bits (tokens/s as predicted")
+    assert lines[0].startswith("weights in fewer bits, over dtype=float32 (tokens/s as predicted")
     assert "dtype=int8" in lines[1] and lines[1].endswith("perplexity unknown")
     assert "dtype=int4" in lines[2] and lines[2].endswith("perplexity unknown")
     assert lines[3].endswith("set weights=pretrained quality.enabled=true")
     assert lines[4].startswith("  small (small models lose most): perplexity ")
-    assert lines[4].endswith("dtype=int4 x 1.2 searched")
+    assert lines[4].endswith("dtype=int4 x 1.2 with dtype=int4_searched")
 
 
 def test_a_plan_of_a_model_that_was_measured_says_its_own_perplexity() -> None:
     run = planned("model=smollm2-135m", "dtype=bfloat16", "offload=none", CPU)
     lines = list(fewer_bits_lines([vars(entry) for entry in fewer_bits(run)]))
     assert len(lines) == 3 and "perplexity unknown" not in "".join(lines)
-    assert lines[2].endswith(" searched") and "perplexity x " in lines[1]
+    assert lines[2].endswith(" with dtype=int4_searched") and "perplexity x " in lines[1]
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_packed_plan_says_what_it_gained_over_the_plain_one(weights: str) -> None:
+    opt = ("model=opt-125m", *TINY[1:])
+    plain = planned(*opt, "dtype.weights=float32", profile=with_packed_kernel(4))
+    packed = planned(*opt, f"dtype.weights={weights}", profile=with_packed_kernel(4))
+    mine, theirs = list(fewer_bits(packed)), list(fewer_bits(plain))
+    assert [replace(entry, is_this_run=False) for entry in mine] == theirs
+    assert [entry.override for entry in mine if entry.is_this_run] == [f"dtype={weights}"]
+    found = packed.prediction.generated_tokens_per_s or 0
+    before = plain.prediction.generated_tokens_per_s or 0
+    gain = next(entry.gain for entry in mine if entry.is_this_run)
+    assert gain == pytest.approx(found / before)
+    lines = list(fewer_bits_lines([vars(entry) for entry in mine]))
+    assert [f"dtype={weights}" in line for line in lines if line.endswith("; this run")] == [True]
 
 
 def test_a_box_without_a_calibration_gains_what_its_bandwidth_allows() -> None:
@@ -187,7 +203,7 @@ def test_a_box_without_a_calibration_gains_what_its_bandwidth_allows() -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [("dtype=int8",), ("dtype=float32", "zero=paper"), ("zero=paper", "weights=pretrained")],
+    [("dtype=float32", "zero=paper"), ("zero=paper", "weights=pretrained")],
 )
 def test_what_cannot_be_quantised_gets_no_advice(overrides: tuple[str, ...]) -> None:
     run = planned("model=opt-125m", *overrides, "offload=none", CPU)

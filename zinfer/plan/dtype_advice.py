@@ -33,13 +33,17 @@ class FewerBits:
     """Weights of 8 or 4 bits, with what they would bring here and what they cost elsewhere."""
 
     override: str
+    over: str
+    """The unquantised dtype that it is compared with."""
+    is_this_run: bool
+    """The plan at hand has these weights already."""
     gain: float | None
-    """Ratio of tokens/s to the plan at hand; of ceilings where nothing is calibrated."""
+    """Ratio of tokens/s to the same run unquantised; of ceilings where nothing is calibrated."""
     is_predicted: bool
     """The gain comes from calibrated kernels, not from the ceilings alone."""
     stored_bytes: int
     stored_share: float
-    """Bytes of the stored weights over those of now."""
+    """Bytes of the stored weights over those unquantised."""
     fits: bool
     quality: tuple[Json, ...]
     """Rows of QUALITY_FILE of this model, else of the models that were measured."""
@@ -56,26 +60,36 @@ def measured_quality(model: str, weights: str) -> tuple[Json, ...]:
 
 
 def fewer_bits(run: Planned) -> Iterator[FewerBits]:
-    """Plan the same run with weights of 8 and of 4 bits; nothing where it cannot have them."""
-    if not can_quantise(run.config, run.spec):
+    """Plan the same run unquantised, and with weights of 8 and of 4 bits.
+
+    Nothing is yielded where it cannot have them.
+    """
+    plain = _unquantised(run)
+    if not can_quantise(plain.config, plain.spec):
         return
-    now = run.plan.weight_stored_bytes
-    for weights, config in quantised_configs(run.spec, run.config):
-        other = plan_run(config, run.hardware, run.spec)
-        mine, theirs = run.prediction, other.prediction
+    for weights, config in quantised_configs(plain.spec, plain.config):
+        other = plan_run(config, plain.hardware, plain.spec)
+        mine, theirs = plain.prediction, other.prediction
         predicted = ratio(theirs.generated_tokens_per_s, mine.generated_tokens_per_s)
         at_best = ratio(theirs.ceiling.generated_tokens_per_s, mine.ceiling.generated_tokens_per_s)
         quality = measured_quality(run.config.model.name, weights)
         yield FewerBits(
             override=f"dtype={weights}",
+            over=f"dtype={plain.spec.dtype}",
+            is_this_run=run.config.dtype.weights == weights,
             gain=at_best if predicted is None else predicted,
             is_predicted=predicted is not None,
             stored_bytes=other.plan.weight_stored_bytes,
-            stored_share=other.plan.weight_stored_bytes / now,
+            stored_share=other.plan.weight_stored_bytes / plain.plan.weight_stored_bytes,
             fits=other.fits,
             quality=quality,
             is_own_quality=any(row["model"] == run.config.model.name for row in quality),
         )
+
+
+def _unquantised(run: Planned) -> Planned:
+    """Return the same run with its weights in the type that it computes in."""
+    return run if run.config.dtype.bits is None else _planned_in(run, run.spec.dtype)
 
 
 def quantised_configs(spec: ModelSpec, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

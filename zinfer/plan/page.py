@@ -149,19 +149,21 @@ def kv_lines(advice: Mapping[str, Any] | None) -> Iterator[str]:
 def fewer_bits_lines(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Return a table of weights in fewer bits: what they gain here, and what the text loses.
 
-    A perplexity is given as a multiple of the unquantised model's.
+    All is given as a multiple of what the unquantised model has.
     """
     if not options:
         return
     rates = "as predicted" if options[0]["is_predicted"] else "at best"
-    yield f"weights in fewer bits (tokens/s {rates}; stored bytes; perplexity over that of now):"
+    over = options[0]["over"]
+    yield f"weights in fewer bits, over {over} (tokens/s {rates}; stored bytes; perplexity):"
     for entry in options:
         gain = "unknown" if entry["gain"] is None else format_times(entry["gain"])
-        stored = f"{format_bytes(entry['stored_bytes'])} ({entry['stored_share']:.2f} of now)"
+        stored = f"{format_bytes(entry['stored_bytes'])} ({entry['stored_share']:.2f} of it)"
         text = f"perplexity {_times(entry)}" if entry["is_own_quality"] else "perplexity unknown"
         yield (
             f"  {entry['override']:<13}{gain + ' as fast':<21}{stored:<27}{text}"
             f"{'' if entry['fits'] else '; does not fit'}"
+            f"{'; this run' if entry['is_this_run'] else ''}"
         )
     yield from _other_models(options)
 
@@ -182,9 +184,9 @@ def _other_models(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _times(entry: Mapping[str, Any]) -> str:
     """Return the perplexities that were measured, over the unquantised model's: 'x 1.69'."""
-    searched = {"nearest": "", "searched": " searched"}
+    how = {"nearest": "", "searched": f" with {entry['override']}_searched"}
     return ", ".join(
-        f"x {row['perplexity_ratio']:.3g}{searched[row['rounding']]}" for row in entry["quality"]
+        f"x {row['perplexity_ratio']:.3g}{how[row['rounding']]}" for row in entry["quality"]
     )
 
 
