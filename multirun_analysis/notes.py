@@ -92,10 +92,17 @@ def quality_notes(runs: Sequence[Run]) -> list[str]:
     found = [run for run in runs if run.tags.get("zinfer.quality") == "beyond_limits"]
     if not found:
         return []
-    reasons = [run.tags.get("zinfer.quality_reason") or "no reason was logged" for run in found]
-    said = "; ".join(dict.fromkeys("; ".join(reasons).splitlines()))
+    reasons = [
+        "; ".join((run.tags.get("zinfer.quality_reason") or "no reason was logged").splitlines())
+        for run in found
+    ]
+    said = list(
+        dict.fromkeys(f"{run.name}: {why}" for run, why in zip(found, reasons, strict=True))
+    )
+    if len(said) > NAMED:
+        said[NAMED:] = [f"{len(said) - NAMED} more are in the table of warnings"]
     return [
-        f"{counted(len(found), 'run')} beyond the limits of quality: {said}. "
+        f"{counted(len(found), 'run')} beyond the limits of quality. {'. '.join(said)}. "
         "Their speed is shown; their text is not the unquantised model's."
     ]
 

@@ -43,6 +43,10 @@ CAPTION = (
 )
 MAX_LINES = 6
 BARS_CAPTION = "Generated tokens/s, median ± standard deviation."
+REACH = 1.25
+"""Where the mark of a deviation ends at most, over the fastest bar: the number stands behind it."""
+ROOM = 1.3
+"""Width of the frame over the end of the longest mark."""
 
 
 def throughput(canvas: Canvas, groups: Sequence[Named]) -> Figure:
@@ -75,20 +79,24 @@ def _bars(canvas: Canvas, label: str, group: Group) -> Panel:
     shown = measured[:MAX_BARS]
     names = [name for name in varied(shown) if name != "model.name"] or ["offload.device"]
     axes = canvas.axes(max(0.37, 0.09 * len(shown) + 0.28))
+    reach = REACH * max(item.rate for item in shown)
+    ends = []
     for index, item in enumerate(shown):
         spread = item.rate_spread
         assert spread is not None
+        deviation = spread.stddev or 0.0
+        ends.append(min(reach, spread.median + deviation))
         axes.barh(
             index,
             spread.median,
-            xerr=spread.stddev or None,
+            xerr=[[min(deviation, spread.median)], [ends[-1] - spread.median]],
             height=0.62,
             color=colour_of(item.offload),
             error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": INK},
         )
         axes.annotate(
             f" {format_spread(spread)}",
-            (spread.median + (spread.stddev or 0), index),
+            (ends[-1], index),
             va="center",
             fontsize=8.5,
             xytext=(3, 0),
@@ -96,7 +104,7 @@ def _bars(canvas: Canvas, label: str, group: Group) -> Panel:
         )
     axes.set_yticks(range(len(shown)), [in_two_lines(_bar_name(item, names)) for item in shown])
     axes.invert_yaxis()
-    axes.set_xlim(0, max(item.rate for item in shown) * 1.3)
+    axes.set_xlim(0, ROOM * max(ends))
     axes.set_xlabel(f"generated tokens/s{_batch_of(shown)}")
     axes.grid(axis="y", visible=False)
     return canvas.panel(f"throughput-{label}", axes, label)
@@ -111,6 +119,8 @@ def _bar_name(item: Configuration, names: Sequence[str]) -> str:
     parts = []
     for name in names:
         value = item.chosen(name)
+        if name not in item.choices:
+            continue
         parts.append(WEIGHTS_ON.get(value, value) if name == "offload.device" else value)
     return ", ".join(parts)
 

@@ -143,11 +143,13 @@ def warnings_table(found: Sequence[Configuration]) -> Table:
 
 
 def _sentences(run: Run) -> list[tuple[str, str]]:
-    found = [("warning", sentence) for sentence in run.warnings]
-    if run.status == "ok" and run.stability not in (None, "stable"):
-        reason = run.tags.get("zinfer.stability_reason") or "no reason was logged"
-        found.insert(0, (str(run.stability), "; ".join(reason.splitlines())))
-    return found
+    """Return (kind, sentence) of a run: its verdict once, though it is a warning too."""
+    if run.status != "ok" or run.stability in (None, "stable"):
+        return [("warning", sentence) for sentence in run.warnings]
+    reason = "; ".join(run.tags.get("zinfer.stability_reason", "").splitlines())
+    others = [each for each in run.warnings if not (reason and reason in each)]
+    verdict = (str(run.stability), reason or "no reason was logged")
+    return [verdict, *(("warning", sentence) for sentence in others)]
 
 
 def _named(items: Sequence[Configuration], names: Sequence[str]) -> str:

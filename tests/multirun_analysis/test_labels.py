@@ -17,6 +17,7 @@ from multirun_analysis.figures.plans import plans
 from multirun_analysis.figures.quality import quality
 from multirun_analysis.figures.throughput import throughput
 from multirun_analysis.figures.tradeoff import latency_tradeoff, memory_tradeoff, quality_tradeoff
+from multirun_analysis.notes import quality_notes
 from multirun_analysis.runs import Run
 from multirun_analysis.tables.outcomes import warnings_table
 from tests.helpers.invented_runs import run
@@ -104,6 +105,39 @@ def test_a_warning_names_its_configuration_by_what_differs() -> None:
     ]
     (row,) = warnings_table(configurations(runs)).rows
     assert "rounding nearest; " in row[3].text and row[3].text.endswith("rounding searched")
+
+
+def test_a_bar_is_named_by_the_choices_that_it_has_and_always_has_its_number(
+    tmp_path: Path,
+) -> None:
+    plain = run(20.0, weights="pretrained", dtype_weights="bfloat16")
+    wild = packed(0, INT4[1], generated_tokens_per_s_stddev=400.0)
+    texts = drawn(
+        lambda canvas, found: throughput(canvas, same_circumstances(found)), [plain, wild], tmp_path
+    )
+    assert "bfloat16" in texts, "it has no rounding"
+    assert any("± 400" in text for text in texts), "its mark is cut, its number is not"
+
+
+def test_a_verdict_is_one_row_and_says_which_runs_text_is_worse() -> None:
+    tags = {
+        "zinfer.stability": "disturbed",
+        "zinfer.stability_reason": "others took a core\nthe pace changed",
+        "zinfer.warnings": "this measurement is disturbed: others took a core; the pace changed. "
+        "Run it again\nthe disk is slow",
+        "zinfer.quality": "beyond_limits",
+        "zinfer.quality_reason": "0.6 agree\nthe perplexity is 1.7 times",
+    }
+    one = replace(packed(0, INT4[1]), name="opt int4_searched", tags=tags)
+    rows = [row[:2] for row in warnings_table(configurations([one])).rows]
+    assert [[cell.text for cell in row] for row in rows] == [
+        ["disturbed", "others took a core; the pace changed"],
+        ["warning", "the disk is slow"],
+    ]
+    assert quality_notes([one] * 2) == [
+        "2 runs beyond the limits of quality. opt int4_searched: 0.6 agree; the perplexity is 1.7 "
+        "times. Their speed is shown; their text is not the unquantised model's."
+    ]
 
 
 def test_more_kinds_than_there_are_marks_share_them() -> None:

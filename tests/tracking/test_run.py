@@ -183,6 +183,12 @@ def test_dtype_auto_is_named_after_what_it_became() -> None:
     assert stored(run).info.run_name == "opt-125m cpu float16 b1"
 
 
+def test_searched_codes_are_named_as_their_preset_is() -> None:
+    config = config_of("dtype=int4_searched", "weights=pretrained")
+    assert tracking.run_name(config) == "opt-125m none int4_searched b1"
+    assert tracking.run_name(config_of("dtype=int4")) == "opt-125m none int4 b1"
+
+
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     opened(config_of()).finish(OUTCOME)
     assert capfd.readouterr().out == ""

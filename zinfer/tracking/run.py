@@ -245,9 +245,12 @@ def run_name(config: RunConfig, dtype: str | None = None) -> str:
     """Return a name such as 'opt-125m nvme bfloat16 b4'.
 
     An engine without offload stands in the place of the tier: 'opt-125m resident bfloat16 b4'.
+    Searched codes are named as their preset is: 'opt-125m nvme int4_searched b4'.
     """
     where = config.offload.device if engine_of(config).offloads_to else config.engine.name
     weights = dtype if dtype and config.dtype.weights == "auto" else config.dtype.weights
+    if config.dtype.bits is not None and config.dtype.rounding == "searched":
+        weights += "_searched"
     return f"{config.model.name} {where} {weights} b{config.batch.batch_size}"
 
 
