@@ -205,8 +205,18 @@ def _shifted(header: dict[str, Any]) -> None:
     header[NORM]["data_offsets"] = [each - 4 for each in header[NORM]["data_offsets"]]
 
 
-def _no_shape(header: dict[str, Any]) -> None:
-    del header[NORM]["shape"]
+def _described(**fields: Any) -> Callable[[Path], Path]:
+    """Change fields of one tensor in the header; None takes one away."""
+
+    def change(header: dict[str, Any]) -> None:
+        header[NORM].update(fields)
+        header[NORM] = {name: value for name, value in header[NORM].items() if value is not None}
+
+    return lambda to: _header(to, change)
+
+
+def _no_fields(header: dict[str, Any]) -> None:
+    header[NORM] = 128
 
 
 def _training(folder: Path) -> Path:
@@ -430,8 +440,36 @@ FAULTY: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"damaged: tensor \S+ lies at bytes \d+ to \d+, and should begin at \d+",
     ),
     "header_without_a_shape": (
-        lambda to: _header(to, _no_shape),
-        r"damaged: tensor model\.norm\.weight has no dtype, no shape or no place",
+        _described(shape=None),
+        r"damaged: tensor model\.norm\.weight has no shape in the header\. Download it again",
+    ),
+    "header_without_places": (
+        _described(data_offsets=None, dtype=None),
+        r"damaged: tensor model\.norm\.weight has no dtype and no data_offsets in the header",
+    ),
+    "header_with_one_place": (
+        _described(data_offsets=[128]),
+        r"weight has data_offsets \[128\], which are no two places, in the header",
+    ),
+    "header_with_a_broken_shape": (
+        _described(shape=[-32]),
+        r"weight has shape \[-32\], which are no sizes, in the header",
+    ),
+    "header_with_a_numbered_dtype": (
+        _described(dtype=3),
+        r"weight has dtype 3, which is no name, in the header",
+    ),
+    "header_without_fields": (
+        lambda to: _header(to, _no_fields),
+        r"damaged: tensor model\.norm\.weight has no fields but 128 in the header",
+    ),
+    "header_that_is_a_list": (
+        lambda to: _bytes(to, lambda _: (8).to_bytes(8, "little") + b"[1, 2]  "),
+        r"is not a safetensors file: its header is no JSON object",
+    ),
+    "header_that_is_no_json": (
+        lambda to: _bytes(to, lambda _: (8).to_bytes(8, "little") + b"{1, 2]  "),
+        r"is not a safetensors file: its header is no JSON$",
     ),
     "llava_without_a_layer": (lambda to: _llava_cut(to), r"lacks 13 tensors of llama"),
     "truncated": (

@@ -151,36 +151,34 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
         )
     try:
         header = json.loads(raw)
-        ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: its header is no JSON") from error
-    if (fault := _layout_fault(header)) is not None:
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is no JSON object")
+    rows = {name: row for name, row in header.items() if name != "__metadata__"}
+    if (fault := _layout_fault(rows)) is not None:
         raise ValueError(f"{path} is damaged: {fault}. Download it again")
-    whole = 8 + length + max(ends, default=0)
+    ends = {name: row["data_offsets"][1] for name, row in rows.items()}
+    whole = 8 + length + max(ends.values(), default=0)
     if size < whole:
-        cut = next(
-            name
-            for name, row in header.items()
-            if name != "__metadata__" and 8 + length + row["data_offsets"][1] > size
-        )
+        cut = next(name for name, end in ends.items() if 8 + length + end > size)
         raise ValueError(
             f"{path} is cut short: {size} of {whole} bytes, from tensor {cut} on. Download it again"
         )
     return header, raw
 
 
-def _layout_fault(header: Mapping[str, Any]) -> str | None:
-    """Say which tensor a header describes in two ways; None: each has the bytes that it needs.
+def _layout_fault(rows: Mapping[str, Any]) -> str | None:
+    """Say which tensor a header describes wrongly; None: each has the bytes that it needs.
 
     Tensors follow one another without gaps, as the format demands.
     """
+    for name, row in rows.items():
+        if (fault := _row_fault(row)) is not None:
+            return f"tensor {name} has {fault} in the header"
     end = 0
-    rows = [(name, row) for name, row in header.items() if name != "__metadata__"]
-    for name, row in sorted(rows, key=lambda each: each[1]["data_offsets"]):
-        try:
-            kind, shape, (first, last) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            return f"tensor {name} has no dtype, no shape or no place"
+    for name, row in sorted(rows.items(), key=lambda each: each[1]["data_offsets"]):
+        kind, shape, (first, last) = row["dtype"], row["shape"], row["data_offsets"]
         if first != end or last < first:
             return f"tensor {name} lies at bytes {first} to {last}, and should begin at {end}"
         bits = SAFETENSORS_BITS.get(kind)
@@ -190,6 +188,24 @@ def _layout_fault(header: Mapping[str, Any]) -> str | None:
                 f"{math.prod(shape) * bits // 8} bytes, and its place has {last - first}"
             )
         end = last
+    return None
+
+
+def _row_fault(row: Any) -> str | None:
+    """Say which field one tensor's description lacks, or holds wrongly; None: none."""
+    if not isinstance(row, dict):
+        return f"no fields but {json.dumps(row)[:40]}"
+    missing = [name for name in ("dtype", "shape", "data_offsets") if name not in row]
+    if missing:
+        return f"no {' and no '.join(missing)}"
+    if not isinstance(row["dtype"], str):
+        return f"dtype {json.dumps(row['dtype'])[:40]}, which is no name,"
+    for name in ("shape", "data_offsets"):
+        found = row[name]
+        counts = isinstance(found, list) and all(type(each) is int and each >= 0 for each in found)
+        if not counts or (name == "data_offsets" and len(found) != 2):
+            what = "two places" if name == "data_offsets" else "sizes"
+            return f"{name} {json.dumps(found)[:40]}, which are no {what},"
     return None
 
 
