@@ -69,6 +69,8 @@ def test_words_stand_for_overrides(typed: list[str], meant: list[str]) -> None:
         ("kv_cache=cpu", "Set kv_cache=host"),
         ("dtype=4bit", "Set dtype=int4"),
         ("dtype=8-bit", "Set dtype=int8"),
+        ("dtype.bits=4", "Set dtype=int4"),
+        ("dtype.bits=3", "Set dtype=int4 or dtype=int8 or dtype=bfloat16"),
         ("engine=deepspeed", "Set engine=zero"),
         ("batch=8", "Set batch.batch_size=8"),
         ("batch.size=8", "Set batch.batch_size=8"),

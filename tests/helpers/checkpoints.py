@@ -396,7 +396,8 @@ FAULTY: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "fp8_without_config": (
         lambda to: write(to, _quantised(_fp8)),
-        r"has 14 tensors.*weight_scale_inv[\s\S]*14 weights of .* are stored as F8_E4M3",
+        r"has 14 tensors.*weight_scale_inv[\s\S]*14 weights of .* are stored as F8_E4M3"
+        r".*quantised by another tool\. Take the unquantised checkpoint: dtype=int8 and dtype=int4",
     ),
     "awq": (
         lambda to: write(

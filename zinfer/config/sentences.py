@@ -37,6 +37,8 @@ OTHER_NAMES: dict[str, dict[str, str]] = {
     "task": {"benchmark": "run", "bench": "run", "generate": "run", "dryrun": "plan"},
 }
 """Group or setting -> what people call its choices -> the choice."""
+GROUP_BY_VALUE = {"dtype.bits": {"4": "dtype=int4", "8": "dtype=int8", "16": "dtype=bfloat16"}}
+"""Setting that does not exist -> what people want of it -> the choice of a group that does it."""
 MAIN_SETTINGS = {"batch": "batch.batch_size"}
 """Group -> its setting that a bare number is meant for: batch=8."""
 ALIKE = 0.6
@@ -91,6 +93,8 @@ def unknown_setting(path: tuple[Any, ...], given: str) -> str:
     """Name the setting that was probably meant: batch.batchsize -> batch.batch_size."""
     name = ".".join(str(part) for part in path)
     said, meant = f"{name} is not a setting of zinfer", meant_setting(name)
+    if choices := GROUP_BY_VALUE.get(name):
+        return f"{said}. Set {choices.get(given) or ' or '.join(choices.values())}"
     if meant is not None:
         return f"{said}. Did you mean this? Set {meant}={given}"
     group = name.partition(".")[0]

@@ -229,8 +229,8 @@ def _refuse_quantised(source: str, config: PretrainedConfig) -> None:
             raise ConfigError(
                 [
                     f"{source} was quantised by another tool ({method}: {name} in config.json), "
-                    "which zinfer does not run. Take the unquantised checkpoint, "
-                    "or set weights=dummy"
+                    "which zinfer does not run. Take the unquantised checkpoint, which dtype=int8 "
+                    "and dtype=int4 pack while it is read, or set weights=dummy"
                 ]
             )
 

@@ -322,7 +322,7 @@ def _sentences(found: Differences, checkpoint: Checkpoint, config: PretrainedCon
         problems.append(
             f"{len(found.not_floats)} weights of {where} are stored as {dtype} ({name}), not as "
             "floating point numbers: they were quantised by another tool. Take the unquantised "
-            "checkpoint, and set dtype=int8 or dtype=int4 with weights=dummy to measure those"
+            "checkpoint: dtype=int8 and dtype=int4 pack its weights while they are read"
         )
     for first, second in found.doubled[:1]:
         problems.append(
