@@ -75,6 +75,21 @@ def test_a_parameter_larger_than_the_pool_is_tiled_and_lending_equals_filling(
     assert not (filled == 0).all(dim=1).any()
 
 
+@pytest.mark.parametrize("part", [range(150), range(150, 300), range(299, 300), range(7, 7)])
+def test_a_part_of_a_weight_has_the_values_of_the_whole(part: range, tmp_path: Path) -> None:
+    shape = (300, 9001)  # more than two pools
+    whole = torch.empty(shape)
+    filler(tmp_path).fill("weight", whole)
+    one = filler(tmp_path)
+    one._scratch = torch.full((whole.numel(),), 7.0)
+    lent = torch.empty(shape)
+    one.lend("weight", lent, part)
+    rows = slice(part.start, part.stop)
+    assert torch.equal(lent[rows], whole[rows])
+    others = torch.cat([lent[: part.start], lent[part.stop :]])
+    assert (others == 7.0).all(), "nothing else is made"
+
+
 def test_a_dummy_model_has_no_unfilled_parameter_and_keeps_its_ties(tmp_path: Path) -> None:
     config = composed("model=tiny-opt")
     model = dummy_model(

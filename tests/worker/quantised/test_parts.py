@@ -16,9 +16,14 @@ from tests.helpers.composing import composed
 from tests.helpers.tiny_models import tiny_model
 from zinfer.config import ConfigError, ModelConfig
 from zinfer.job.events import EventLog
+from zinfer.model.spec import model_spec
+from zinfer.model.weights import dummy
 from zinfer.model.weights.checkpoint import WrongWeights
+from zinfer.model.weights.dummy import DummyFiller
 from zinfer.model.weights.pretrained import Opened, Read, open_checkpoint
+from zinfer.worker.quantised import packing as packing_module
 from zinfer.worker.quantised import parts
+from zinfer.worker.quantised.building import dummy_packed
 from zinfer.worker.quantised.kept import kept_weights
 from zinfer.worker.quantised.loading import StoredSlice, packed_model
 from zinfer.worker.quantised.packing import Packing, pack
@@ -211,8 +216,11 @@ def test_machines_with_other_files_are_refused_on_every_rank(
 FAMILIES = ("bloom", "llama", "mixtral", "gpt_oss", "deepseek_v3", "gpt2")
 
 
-def placed(folder: Path, part: Part | None) -> list[torch.Tensor]:
-    """Load a checkpoint; return what this rank holds of each weight, in the order of loading."""
+def placed(folder: Path, part: Part | None, weights: str) -> list[torch.Tensor]:
+    """Load a checkpoint, or make random weights for its config.json.
+
+    Return what this rank holds of each weight, in the order of loading.
+    """
     held: list[torch.Tensor] = []
 
     def place(parameter: torch.nn.Parameter) -> None:
@@ -221,18 +229,24 @@ def placed(folder: Path, part: Part | None) -> list[torch.Tensor]:
         held.append(flat[first:last].clone())
 
     dtype = composed("dtype=int4", "dtype.group_size=32", "dtype.keep=[layers.0, h.0]").dtype
-    packed_model(
-        opened_in(folder), dtype, torch.float32, place, EventLog(folder, 0, "attempt"), part=part
-    )
+    events = EventLog(folder, 0, "attempt")
+    if weights == "dummy":
+        model = ModelConfig(name="custom", source=str(folder))
+        spec = model_spec(model, compute_dtype="float32")
+        dummy_packed(model, dtype, spec, torch.float32, place, events, part=part)
+    else:
+        packed_model(opened_in(folder), dtype, torch.float32, place, events, part=part)
     return held
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "dummy"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_hold_together_what_one_would(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Load twice for each rank: what the first pass hands to the others, the second one gets."""
     monkeypatch.setattr(parts, "WHOLE_BYTES", 256)
+    monkeypatch.setattr(dummy, "POOL_NUMEL", dummy.OFFSETS + 901)  # smaller than most weights
     tiny_model(family).save_pretrained(tmp_path, max_shard_size="100KB")
     sent: list[list[torch.Tensor]] = [[], []]
 
@@ -241,7 +255,7 @@ def test_two_ranks_hold_together_what_one_would(
             sent[rank].append(mine)
             return [torch.zeros_like(mine)] * 2
 
-        placed(tmp_path, Part(rank=rank, ranks=2, gather=note))
+        placed(tmp_path, Part(rank=rank, ranks=2, gather=note), weights)
         return sent[rank]
 
     assert len(heard(0)) == len(heard(1)) > 0, "else they would wait for each other"
@@ -249,6 +263,38 @@ def test_two_ranks_hold_together_what_one_would(
     for rank in range(2):
         turns = iter(zip(*sent, strict=True))
         part = Part(rank=rank, ranks=2, gather=lambda _, turns=turns: next(turns))  # type: ignore[misc]
-        found.append(placed(tmp_path, part))
-    for one, *both in zip(placed(tmp_path, None), *found, strict=True):
+        found.append(placed(tmp_path, part, weights))
+    for one, *both in zip(placed(tmp_path, None, weights), *found, strict=True):
         assert torch.equal(torch.cat(both).view(torch.int32), one.view(torch.int32))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_rank_makes_and_packs_about_half_of_random_weights(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "WHOLE_BYTES", 256)
+    tiny_model(family).save_pretrained(tmp_path)
+    lend, quantise = DummyFiller.lend, packing_module.quantise
+    made = {"values": 0, "packed": 0}
+
+    def lending(
+        filler: DummyFiller, name: str, parameter: torch.Tensor, part: range | None = None
+    ) -> None:
+        lend(filler, name, parameter, part)
+        share = 1.0 if part is None else len(part) / len(parameter)
+        made["values"] += round(parameter.numel() * share)
+
+    def packing(block: torch.Tensor, *settings: Any, **more: Any) -> Any:
+        made["packed"] += block.numel()
+        return quantise(block, *settings, **more)
+
+    monkeypatch.setattr(DummyFiller, "lend", lending)
+    monkeypatch.setattr(packing_module, "quantise", packing)
+    placed(tmp_path, None, "dummy")
+    whole = dict(made)
+    for rank in range(2):
+        made.update(values=0, packed=0)
+        gathers = Part(rank=rank, ranks=2, gather=lambda mine: [torch.zeros_like(mine)] * 2)
+        placed(tmp_path, gathers, "dummy")
+        for kind in made:
+            assert 0.3 * whole[kind] < made[kind] < 0.65 * whole[kind], (kind, rank)

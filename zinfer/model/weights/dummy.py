@@ -74,16 +74,20 @@ class DummyFiller:
             parameter.copy_(self._values(name, parameter))
         self._count(parameter)
 
-    def lend(self, name: str, parameter: torch.Tensor) -> None:
+    def lend(self, name: str, parameter: torch.Tensor, part: range | None = None) -> None:
         """Point the parameter at such values, for weights that are copied elsewhere at once.
 
         Its own memory is then never touched, which is most of the cost: a page of fresh memory
         costs more than copying it.
+
+        Args:
+            part: indices of the first dimension that are made; None: all. The rest is left as it
+                comes.
         """
         if parameter.dim() <= 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            parameter.data = self._values(name, parameter)
+            parameter.data = self._values(name, parameter, part)
         self._count(parameter)
 
     def _count(self, parameter: torch.Tensor) -> None:
@@ -92,10 +96,13 @@ class DummyFiller:
             self._reported = self._done
             self._events.progress(min(self._done, self._total), self._total, "bytes")
 
-    def _values(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    def _values(
+        self, name: str, parameter: torch.Tensor, part: range | None = None
+    ) -> torch.Tensor:
         """Return values of the parameter's shape, valid until the next call.
 
-        They are a window of the pool, or the pool tiled into scratch memory.
+        They are a window of the pool, or the pool tiled into scratch memory. A value depends on its
+        place in the whole weight, so a part has the same values.
         """
         shape = tuple(parameter.shape)
         offset = zlib.crc32(name.encode()) % OFFSETS
@@ -103,9 +110,13 @@ class DummyFiller:
         if parameter.numel() <= pool.numel():
             return pool[: parameter.numel()].view(shape)
         flat = self._scratch_of(parameter)[: parameter.numel()]
-        for start in range(0, flat.numel(), pool.numel()):
-            part = flat[start : start + pool.numel()]
-            part.copy_(pool[: part.numel()])
+        each = flat.numel() // shape[0]
+        first, last = 0, flat.numel()
+        if part is not None:
+            first, last = part.start * each, part.stop * each
+        for tile in range(first // pool.numel() * pool.numel(), last, pool.numel()):
+            begin, end = max(first, tile), min(last, tile + pool.numel())
+            flat[begin:end].copy_(pool[begin - tile : end - tile])
         return flat.view(shape)
 
     def _scratch_of(self, parameter: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Build a model with packed weights under DeepSpeed ZeRO stage 3, one weight after the other.
 
-Each rank reads and packs what it holds. DeepSpeed alone would send every weight from rank 0 to all.
+Each rank reads, or makes, and packs what it holds. DeepSpeed alone would send every weight from
+rank 0 to all.
 """
 
 from __future__ import annotations
@@ -47,24 +48,25 @@ def build_packed(
     dtype = getattr(torch, spec.dtype)
     partition = deepspeed.zero.Init(config_dict_or_path=ds_json)
 
-    def place(parameter: torch.nn.Parameter) -> None:
+    def place_whole(parameter: torch.nn.Parameter) -> None:
         partition._convert_to_zero_parameters([parameter])
 
+    part = own_part()
+    place = partial(place_part, partition) if part else place_whole
     if opened is not None:
         searched = searched_if_asked(opened, config, spec, events)
         require_one_checkpoint(opened, searched)
-        part = own_part()
         read = packed_model(
             opened,
             config.dtype,
             dtype,
-            partial(place_part, partition) if part else place,
+            place,
             events,
             part=part,
             searched=searched,
         )
     else:
-        model = dummy_packed(config.model, config.dtype, spec, dtype, place, events)
+        model = dummy_packed(config.model, config.dtype, spec, dtype, place, events, part=part)
         read = Read(model=model, samples=None)
     return read, HfDeepSpeedConfig(ds_json)
 

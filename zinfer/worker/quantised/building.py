@@ -86,10 +86,8 @@ class PackedModel:
         packing = self._packings.get(first)
         if packing is None:
             found = self._part.slices(self.shape(first), self._kept_dtype(first))
-        elif len(packing.shape) == 2 and not packing.is_transposed:
-            found = self._part.rows(packing, self.dtype)
         else:
-            found = None
+            found = self._part.indices(packing, self.dtype)
         if found is not None:
             self._partly_read.add(first)
         return found
@@ -215,14 +213,20 @@ def dummy_packed(
     dtype: torch.dtype,
     place: Place,
     events: EventLog,
+    *,
+    part: Part | None = None,
 ) -> Any:
-    """Build the model with packed random weights: those that it has unquantised, rounded."""
-    building = PackedModel(load_hf_config(model), dtype_config, dtype, place)
+    """Build the model with packed random weights: those that it has unquantised, rounded.
+
+    Args:
+        part: the piece that this rank holds of every weight: it makes and packs little else.
+    """
+    building = PackedModel(load_hf_config(model), dtype_config, dtype, place, part=part)
     filler = DummyFiller(spec, events)
     for name in sorted(building.waiting, key=list(building.aliases).index):
         value = torch.empty(building.shape(name), dtype=dtype)
         lent = nn.Parameter(value, requires_grad=False)
-        filler.lend(name, lent)
+        filler.lend(name, lent, building.read_partly(name))
         building.put(name, lent.data)
     return building.finished()
 

@@ -45,6 +45,17 @@ class Part:
         first, last = (min(codes, each * dtype.itemsize) for each in span)
         return range(first // packing.code_bytes, -(-last // packing.code_bytes))
 
+    def indices(self, packing: Packing, dtype: torch.dtype) -> range | None:
+        """Return the indices of a packed weight's first dimension that hold a rank's rows.
+
+        None: all, for it is small, or its rows run across that dimension.
+        """
+        rows = self.rows(packing, dtype)
+        if rows is None or (len(packing.shape) == 2 and packing.is_transposed):
+            return None
+        each = packing.outputs if len(packing.shape) > 2 else 1
+        return range(rows.start // each, -(-rows.stop // each))
+
     def slices(self, shape: Sequence[int], dtype: torch.dtype) -> range | None:
         """Return the indices of the first dimension that hold this rank's piece of a plain weight.
 
