@@ -16,6 +16,7 @@ from zinfer.config import ConfigError
 from zinfer.job.events import EventLog
 from zinfer.model.quantisable import inputs_of, packed_bytes, stored_bits
 from zinfer.model.spec import model_spec
+from zinfer.model.weights.checkpoint import WrongWeights
 from zinfer.model.weights.pretrained import Opened, open_checkpoint
 from zinfer.worker.quantised import searched as searched_module
 from zinfer.worker.quantised.calibrated import pack_model
@@ -65,6 +66,31 @@ def test_a_searched_model_of_any_family_is_nearer_to_the_exact_one(
     plain = rounded(tiny_model(family), plainly_packed(exact, DTYPE), DTYPE)
     mine = rounded(tiny_model(family), packed, DTYPE)
     assert loss_of(mine, text(), exact) < 0.8 * loss_of(plain, text(), exact)
+
+
+BAD = [  # a weight, its value, what is said
+    ("model.layers.1.mlp.up_proj.weight", float("nan"), "holds NaN or infinity"),
+    ("model.layers.1.input_layernorm.weight", float("inf"), "holds NaN or infinity"),
+    ("model.embed_tokens.weight", float("nan"), "holds NaN or infinity"),
+    ("model.layers.1.mlp.up_proj.weight", 1e7, r"cannot be held in 4 bits: row 0, column 0 holds"),
+    ("lm_head.weight", -1e7, r"cannot be held in 4 bits: row 0, column 0 holds -1e\+07.*keep="),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said"), BAD)
+def test_weights_that_cannot_be_rounded_are_named(
+    name: str, value: float, said: str, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    model.save_pretrained(tmp_path)
+    packed: dict[str, torch.Tensor] = {}
+    with pytest.raises(WrongWeights, match=rf"tensor {name} {said}"):
+        pack_model(
+            opened_in(tmp_path), DTYPE, weights_of(tiny_model("llama")), text(),
+            packed.__setitem__, EventLog(tmp_path),
+        )  # fmt: skip
 
 
 def config_of(folder: Path, *overrides: str) -> Any:

@@ -14,6 +14,7 @@ from zinfer.worker.quantised.search import (
     packed,
     round_searched,
     search_scales,
+    unreachable,
     values_of,
 )
 
@@ -155,3 +156,25 @@ def test_a_symmetric_group_has_a_code_for_zero(bits: int) -> None:
     codes, scales = round_searched(weight, scheme, None)
     assert torch.equal(scales[..., 1], scales[..., 0] * -scheme.middle)
     assert (values_of(codes, scales, scheme)[:, ::2] == 0).all()
+
+
+REACHES = [  # bits, symmetric, a value in a group of zeros, whether scales in float16 reach it
+    (4, False, 15 * 65504.0, True), (4, False, 15 * 65600.0, False),
+    (4, False, -65504.0, True), (4, False, -65600.0, False),
+    (8, False, 255 * 65504.0, True), (8, False, 255 * 65600.0, False),
+    (4, True, -65504.0, True), (4, True, -65600.0, False),
+    (4, True, 57316.0, True), (4, True, 57400.0, False),
+    (8, True, 64992.0, True), (8, True, 65100.0, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "value", "is_reached"), REACHES)
+def test_values_beyond_the_scales_are_found(
+    bits: int, symmetric: bool, value: float, is_reached: bool
+) -> None:
+    scheme = Scheme(bits=bits, group_size=32, symmetric=symmetric)
+    weight = torch.zeros(3, 70)
+    weight[1, 65] = value
+    assert unreachable(weight, scheme) == (None if is_reached else (1, 65))
+    held = values_of(*round_searched(weight, scheme, None), scheme)[1, 65]
+    assert (abs(float(held) - value) <= 1e-3 * abs(value)) is is_reached

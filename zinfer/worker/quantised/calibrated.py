@@ -20,10 +20,18 @@ from zinfer.config import ConfigError, DtypeConfig
 from zinfer.job.events import EventLog
 from zinfer.model.parameters import Parameter, decoder_layers
 from zinfer.model.quantisable import inputs_of, stored_bits
+from zinfer.model.weights.checkpoint import WrongWeights
 from zinfer.model.weights.pretrained import Opened
 from zinfer.paths import PACKAGE
 from zinfer.worker.quantised.one_layer import PartReader
-from zinfer.worker.quantised.search import Inputs, Scheme, packed, round_searched, values_of
+from zinfer.worker.quantised.search import (
+    Inputs,
+    Scheme,
+    packed,
+    round_searched,
+    unreachable,
+    values_of,
+)
 
 TEXT_FILE = PACKAGE / "data" / "calibration_text.txt"
 ROWS, TOKENS = 8, 512
@@ -98,7 +106,7 @@ def pack_model(
         for parameter in weights:
             if parameter.layer is None:
                 with reader.filled(partial(_is, parameter.name)):
-                    walk.round(parameter, None)
+                    walk.round_outside(parameter)
 
 
 def _is(wanted: str, name: str) -> bool:
@@ -140,6 +148,8 @@ class _Walk:
         """Stand in for one layer's forward: read it, round it, run it, and let it go."""
         mine = [each for each in self._weights if each.name.startswith(f"{path}.")]
         with self._reader.filled(lambda name: name.startswith(f"{path}.")):
+            for parameter in mine:
+                self._require_reachable(parameter)
             with _seen_inputs(layer, path, mine) as seen:
                 forward(layer, *args, **kwargs)
             for parameter in mine:
@@ -150,23 +160,47 @@ class _Walk:
             raise _Done
         return output
 
+    def round_outside(self, parameter: Parameter) -> None:
+        """Round one weight outside the layers: nothing is known of what it reads."""
+        self._require_reachable(parameter)
+        self.round(parameter, None)
+
     def round(self, parameter: Parameter, inputs: Inputs | None) -> None:
         """Round one weight that is in memory, hand its bytes over, and leave the rounded values."""
-        bits = stored_bits(parameter, self._dtype)
-        assert bits is not None
-        scheme = Scheme(
-            bits=bits, group_size=self._dtype.group_size, symmetric=self._dtype.symmetric
-        )
+        scheme = self._scheme(parameter)
         held = self._reader.model.get_parameter(parameter.name).data
         rows = _as_rows(held, parameter)
         fits = inputs is not None and len(inputs.squares) == inputs_of(parameter)
-        codes, scales = round_searched(rows, scheme, inputs if fits else None)
+        try:
+            codes, scales = round_searched(rows, scheme, inputs if fits else None)
+        except ValueError as error:
+            raise WrongWeights(
+                f"tensor {parameter.name} cannot be fitted to what it multiplies: {error}. "
+                "Set dtype.rounding=nearest"
+            ) from error
         self._take(parameter.name, packed(codes, scales, scheme))
         values = values_of(codes, scales, scheme)[:, : rows.shape[1]]
         if parameter.is_transposed:
             values = values.view(*held.shape[:-2], held.shape[-1], held.shape[-2])
             values = values.transpose(-1, -2)
         held.copy_(values.reshape(held.shape))
+
+    def _scheme(self, parameter: Parameter) -> Scheme:
+        bits = stored_bits(parameter, self._dtype)
+        assert bits is not None
+        return Scheme(bits=bits, group_size=self._dtype.group_size, symmetric=self._dtype.symmetric)
+
+    def _require_reachable(self, parameter: Parameter) -> None:
+        """Raise WrongWeights where a value is too large for any scale in float16."""
+        scheme = self._scheme(parameter)
+        rows = _as_rows(self._reader.model.get_parameter(parameter.name).data, parameter)
+        if (place := unreachable(rows, scheme)) is not None:
+            row, column = place
+            raise WrongWeights(
+                f"tensor {parameter.name} cannot be held in {scheme.bits} bits: row {row}, column "
+                f"{column} holds {rows[row, column]:g}, which scales in float16 do not reach. "
+                f"Set dtype.keep=[{parameter.name}]"
+            )
 
 
 def _as_rows(held: torch.Tensor, parameter: Parameter) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from zinfer.model.hf import model_class
 from zinfer.model.weights.checkpoint import WrongWeights, first_names
 from zinfer.model.weights.pretrained import Opened
+from zinfer.model.weights.verified import is_finite
 from zinfer.worker.quantised.loading import stored_slices, targets_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class PartReader:
         """Read the parameters of these names, as the model names them, for a block.
 
         Raises:
-            WrongWeights: some of them are not in the checkpoint.
+            WrongWeights: some of them are not in the checkpoint, or are no numbers.
         """
         sources = [key for key, target in self._sources.items() if wanted(target.name)]
         quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -73,6 +74,9 @@ class PartReader:
         if lacking or info.conversion_errors:
             said = "; ".join(str(error) for error in info.conversion_errors.values())
             raise WrongWeights(f"{first_names(lacking)} could not be read. {said}")
+        for name, parameter in self.model.named_parameters():
+            if wanted(name) and not is_finite(parameter):
+                raise WrongWeights(f"tensor {name} holds NaN or infinity")
         try:
             yield
         finally:

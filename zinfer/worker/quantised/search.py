@@ -212,6 +212,28 @@ def _fitted(
     return scale, _minimum(scale, value - scale * code, scheme)
 
 
+def unreachable(weight: torch.Tensor, scheme: Scheme) -> tuple[int, int] | None:
+    """Return row and column of a value that no scale and minimum in float16 reach; None: none.
+
+    Args:
+        weight: [out, in] in float32.
+    """
+    missing = -weight.shape[1] % scheme.group_size
+    if missing:
+        weight = torch.cat([weight, weight[:, -1:].expand(-1, missing)], 1)
+    groups = weight.unflatten(1, (-1, scheme.group_size))
+    least, largest = groups.aminmax(dim=-1)
+    if scheme.symmetric:
+        most = LARGEST_HALF * (scheme.steps - scheme.middle) / scheme.middle
+        wrong = (-least > LARGEST_HALF) | (largest > most)
+    else:
+        wrong = (least.abs() > LARGEST_HALF) | ((largest - least) / scheme.steps > LARGEST_HALF)
+    if not wrong.any():
+        return None
+    row, group = wrong.nonzero()[0].tolist()
+    return row, group * scheme.group_size + int(groups[row, group].abs().argmax())
+
+
 def _half(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Round a scale to one that float16 holds, as it does the minimum, in float32."""
     most = LARGEST_HALF / scheme.middle if scheme.symmetric else LARGEST_HALF
