@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from zinfer.config.command_line import (
     argument_problems,
     is_completion,
+    may_choose_mode,
     normalised,
     wants_json,
 )
@@ -196,7 +199,8 @@ def compose_and_run(arguments: list[str]) -> int:
     wanted = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # Hydra then raises, and the words are ours
     try:
-        run()
+        with composing_once(arguments):
+            run()
     except KeyboardInterrupt:
         interrupted, code = True, INTERRUPTED
     except LeaveHydra:
@@ -221,6 +225,23 @@ def compose_and_run(arguments: list[str]) -> int:
     if DECIDED.get() is not None:
         return end_of_sweep(interrupted=interrupted) or code
     return Ended.outcome.exit_code if Ended.outcome is not None else code
+
+
+@contextmanager
+def composing_once(arguments: list[str]) -> Iterator[None]:
+    """Spare Hydra the trial that composes everything only to read hydra.mode, where none is set.
+
+    It takes a fifth of the time in which a configuration is refused.
+    """
+    from hydra._internal.hydra import Hydra
+
+    own = Hydra.get_mode
+    if not may_choose_mode(arguments):
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = own  # type: ignore[method-assign]
 
 
 def end_of_sweep(*, interrupted: bool) -> int:

@@ -17,6 +17,7 @@ from zinfer import __version__
 from zinfer.config.command_line import (
     WORDS,
     argument_problems,
+    may_choose_mode,
     name_of_hub_id,
     normalised,
     override_problems,
@@ -141,6 +142,49 @@ def test_flags_are_checked_before_hydra_sees_them() -> None:
     assert argument_problems(["--resolve"])
     assert not argument_problems(["--cfg", "job", "--resolve"])
     assert wants_json(["a=b", "++format=json"]) and not wants_json(["format=text"])
+
+
+@pytest.mark.parametrize(
+    ("word", "may"),
+    [
+        ("hydra.mode=MULTIRUN", True),
+        ("++hydra.mode=RUN", True),
+        ("experiment=mine", True),
+        ("+experiment=mine", True),
+        ("--config-dir=/x", True),
+        ("-cd", True),
+        ("hydra.searchpath=[file:///x]", True),
+        ("hydra/sweeper=mine", True),
+        ("batch.batch_size=2", False),
+        ("hydra.run.dir=x", False),
+    ],
+)
+def test_who_may_choose_hydras_mode(word: str, may: bool) -> None:
+    assert may_choose_mode(["model=opt-125m", word]) is may
+
+
+COUNTED = """
+import sys
+from hydra._internal.hydra import Hydra
+from zinfer.__main__ import command
+composed, own = [], Hydra.compose_config
+Hydra.compose_config = lambda *args, **named: composed.append(1) or own(*args, **named)
+command(sys.argv[1:])
+print(len(composed))
+"""
+
+
+def test_a_refused_configuration_is_composed_once(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED, "launcher.ranks=0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "launcher.ranks=0" in done.stderr
+    assert done.stdout.splitlines()[-1] == "1"
 
 
 HELP: str = yaml.safe_load((CONF / "hydra/help/zinfer.yaml").read_text())["template"]
@@ -288,6 +332,21 @@ def test_a_plan_whose_reader_left_still_leaves_its_result(tmp_path: Path) -> Non
     assert done.returncode in (0, 141)
     assert json.loads((tmp_path / "job" / "result.json").read_text())["status"] == "planned"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["hydra.mode=MULTIRUN batch.batch_size=1,2", "--config-dir=. experiment=mine"],
+)
+def test_a_sweep_may_be_asked_for_by_hydras_mode(typed: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        "      batch.batch_size: 1,2\n"
+    )
+    done = shell(tmp_path, f"zinfer {typed} task=plan model=tiny-llama tracking=none format=json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["plans"]) == 2
 
 
 @pytest.mark.slow

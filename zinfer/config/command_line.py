@@ -75,6 +75,15 @@ def wants_json(arguments: list[str]) -> bool:
     return any(argument.lstrip("+") == "format=json" for argument in arguments)
 
 
+def may_choose_mode(arguments: list[str]) -> bool:
+    """Tell if hydra.mode may be set: by name, or in a file that the user may have written."""
+    files = ("experiment=", "hydra.searchpath", "hydra=", "hydra/", "--config", "-cp", "-cn", "-cd")
+    if any("hydra.mode" in word or word.lstrip("+").startswith(files) for word in arguments):
+        return True
+    own = (Path(conf_dir()) / "config.yaml").read_text()
+    return any(line.strip().startswith("mode:") for line in own.splitlines())
+
+
 def is_completion(arguments: list[str]) -> bool:
     """Tell if a shell asks what the command line may go on with."""
     return arguments[:1] in (["-sc"], ["--shell-completion"]) and "query=bash" in arguments
