@@ -143,8 +143,8 @@ def test_planned_weight_and_kv_bytes_are_those_of_the_tensors(
         )  # the last token's is never computed
         assert metrics["kv_cache_bytes"] == held, offload
         gathered = metrics["bytes_streamed_per_step"] * NEW_TOKENS / model["weight_bytes"]
-        if offload == "none":  # in the first two passes, in which DeepSpeed notes their order
-            assert gathered == pytest.approx(2)
+        if offload == "none":  # in the first pass
+            assert gathered == pytest.approx(1)
         else:  # in each pass, a tied embedding more than once; norms in two passes only
             assert gathered > 0.9 * NEW_TOKENS, offload
 

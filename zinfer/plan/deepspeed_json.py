@@ -192,7 +192,7 @@ def gathers_in_place(config: RunConfig) -> bool:
 def model_is_leaf(config: RunConfig) -> bool:
     """Tell if the whole model is one leaf of ZeRO-3, fetched once and never released.
 
-    Then DeepSpeed has two hooks in a pass, not two for each layer or module. It is so where weights
+    Then nothing is left of ZeRO-3 in a pass (worker/engines/zero_kept.py). It is so where weights
     are gathered in place, unless a setting of the user's says what is fetched or kept.
     """
     zero = config.zero

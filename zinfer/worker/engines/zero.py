@@ -1,7 +1,7 @@
 """Run a model under DeepSpeed ZeRO stage 3, which keeps its weights on any tier.
 
-Besides it only zero_packed.py and weights/dummy.py (zero.Init) and native_ops.adopt import
-deepspeed.
+Besides it only zero_packed.py, zero_kept.py, weights/dummy.py (zero.Init) and native_ops.adopt
+import deepspeed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from zinfer.model.weights.pretrained import (
     pretrained_model,
     verify,
 )
+from zinfer.plan.deepspeed_json import model_is_leaf
 from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.worker.engines import Engine, tokenizer_for
+from zinfer.worker.engines.zero_kept import keep_gathered
 from zinfer.worker.engines.zero_packed import build_packed
 from zinfer.worker.ranks import of_all_ranks
 from zinfer.worker.skinny.choice import linear_choice
@@ -64,6 +66,8 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     model = read.model.eval()
     engine, *_ = deepspeed.initialize(model=model, config=ds_json)
     module = engine.module.eval()
+    if model_is_leaf(config):
+        keep_gathered(engine, module)
     if config.stages_in_huge_pages:
         stage_in_huge_pages(module, zero_layout(config, spec))
     if linear is not None:
