@@ -56,7 +56,11 @@ def test_linear_expert_and_embedding_weights_are_packed(
     ("overrides", "name", "bits"),
     [
         (("dtype=int4",), "lm_head.weight", 8),
-        (("dtype=int4",), "model.embed_tokens.weight", 8),
+        (("dtype=int4",), "model.embed_tokens.weight", 4),
+        (("dtype=int4", "dtype.eight_bits=[embeddings]"), "model.embed_tokens.weight", 8),
+        (("dtype=int4", "dtype.eight_bits=[embeddings]"), "lm_head.weight", 4),
+        (("dtype=int8", "dtype.keep=[head]"), "lm_head.weight", None),
+        (("dtype=int8", "dtype.keep=[head]"), "model.embed_tokens.weight", 8),
         (("dtype=int4",), "model.layers.1.self_attn.q_proj.weight", 4),
         (("dtype=int4", "dtype.eight_bits=[]"), "lm_head.weight", 4),
         (("dtype=int4", "dtype.eight_bits=[layers.1]"), "model.layers.1.mlp.up_proj.weight", 8),
@@ -74,6 +78,24 @@ def test_patterns_match_whole_parts_of_a_name(
 ) -> None:
     found = next(each for each in spec("llama-2-7b").parameters if each.name == name)
     assert stored_bits(found, composed(*overrides).dtype) == bits
+
+
+HEADS = [  # model, head, is it the embedding too
+    ("opt-1.3b", "model.decoder.embed_tokens.weight", True),
+    ("bloom-560m", "transformer.word_embeddings.weight", True),
+    ("smollm2-135m", "model.embed_tokens.weight", True),
+    ("llama-2-7b", "lm_head.weight", False),
+    ("mixtral-8x7b", "lm_head.weight", False),
+]
+
+
+@pytest.mark.parametrize(("model", "head", "is_tied"), HEADS)
+def test_only_the_output_head_has_8_bits_under_int4(model: str, head: str, is_tied: bool) -> None:
+    dtype = composed("dtype=int4").dtype
+    weights = spec(model).parameters
+    assert [each.name for each in weights if stored_bits(each, dtype) == 8] == [head]
+    embeddings = [each for each in weights if each.kind == "embedding" and each.is_head]
+    assert bool(embeddings) is is_tied
 
 
 def test_experts_that_are_stored_transposed_have_their_groups_along_the_inputs() -> None:

@@ -127,10 +127,14 @@ class DtypeConfig:
     keep: tuple[str, ...] = ()
     """Weights kept in the compute type, by parts of their names (`lm_head`, `layers.0`, `q_proj`).
 
-    `embeddings` stands for those of tokens. Routers, norms, biases and positions are always kept.
+    `embeddings` stands for those of tokens, `head` for the output head, whatever it is called.
+    Routers, norms, biases and positions are always kept.
     """
-    eight_bits: tuple[str, ...] = ("embeddings", "lm_head")
-    """Weights that int4 stores in 8 bits, by parts of their names as in `keep`."""
+    eight_bits: tuple[str, ...] = ("head",)
+    """Weights that int4 stores in 8 bits, by parts of their names as in `keep`.
+
+    An embedding that is the output head too is stored once, as the head.
+    """
     kernel: Literal["auto", "compiled", "torch", "unpack"] = "auto"
     """Code that multiplies with packed weights and, on a processor, a few rows with 16-bit ones.
 

@@ -36,6 +36,8 @@ class Parameter:
     """True in a routed expert: a token uses only experts_per_token of num_experts."""
     is_transposed: bool = False
     """True for a matrix [in, out], or experts [E, in, out]; others are [out, in]."""
+    is_head: bool = False
+    """True for the output head, also where the token embedding is the same weight."""
 
 
 def meta_model(config: PretrainedConfig, model: ModelConfig) -> PreTrainedModel:
@@ -73,6 +75,7 @@ def weight_tensors(model: PreTrainedModel, num_layers: int) -> tuple[Parameter, 
         nn.Embedding: "embedding",
     }
     layers_prefix = _layers_prefix(model, num_layers)
+    head = getattr(model.get_output_embeddings(), "weight", None)
     seen: set[int] = set()
     found = []
     for module_name, module in model.named_modules():
@@ -94,6 +97,7 @@ def weight_tensors(model: PreTrainedModel, num_layers: int) -> tuple[Parameter, 
                     else None,
                     is_expert="experts" in parents or type(module).__name__.endswith("Experts"),
                     is_transposed=_is_transposed(module, own_name, tensor.dim()),
+                    is_head=tensor is head,
                 )
             )
     return tuple(found)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = "embeddings"
 """This word in a list of patterns means every embedding of tokens, however it is named."""
+HEAD = "head"
+"""This word means the output head, however it is named, and an embedding that is the head too."""
 SCALE_BYTES = 4
 """Bytes of one group's scale and minimum, each in float16."""
 COMPUTE_BYTES = 2
@@ -58,11 +60,12 @@ def is_named(parameter: Parameter, patterns: tuple[str, ...]) -> bool:
     """Tell if a pattern matches whole parts of the weight's name.
 
     `lm_head` and `layers.0` match `lm_head.weight` and `model.layers.0.mlp.up_proj.weight`; `*`
-    stands for anything. The word `embeddings` matches every embedding.
+    stands for anything. The word `embeddings` matches every embedding, `head` the output head.
     """
     name = f".{parameter.name}."
     return any(
         (pattern == EMBEDDINGS and parameter.kind == "embedding")
+        or (pattern == HEAD and parameter.is_head)
         or fnmatchcase(name, f"*.{pattern}.*")
         for pattern in patterns
     )
