@@ -173,6 +173,12 @@ def test_nothing_in_a_foreign_event_ends_the_progress() -> None:
         (["model=opt-125m", "offload=cpu"], "run", "opt-125m offload=cpu"),
         (["tracking.uri=http://me:secret@host", "format=json"], "run", "opt-125m"),
         (["+batch.x=1", "hydra.run.dir=/tmp/a", "task=plan"], "plan", "plan opt-125m +batch.x=1"),
+        (["++hardware.x=[True,1]"], "run", "opt-125m hardware.x=[true,1]"),
+        (
+            ["profile=True", "batch.prompt_text='True story'"],
+            "run",
+            "opt-125m profile=true batch.prompt_text='True story'",
+        ),
         (["sweep.resume=false", "batch.batch_size=8"], "run", "opt-125m batch.batch_size=8"),
         (
             ["model.source=https://me:pass@host/x"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from zinfer.redact import redact
@@ -16,9 +17,16 @@ def job_label(model: str, settings: Iterable[str], task: str = "run") -> str:
     Args:
         settings: overrides as they were typed.
     """
-    shown = [setting for setting in settings if _name(setting) not in NOT_SHOWN]
+    shown = [as_typed(setting) for setting in settings if _name(setting) not in NOT_SHOWN]
     words = [*([] if task == "run" else [task]), model, *shown]
     return str(redact(" ".join(words)))
+
+
+def as_typed(override: str) -> str:
+    """Write an override as people type it: Hydra spells switches as Python does, and we add ++."""
+    name, equals, value = override.removeprefix("++").partition("=")
+    switch = re.compile(r"(?<![^,:\[{])(True|False)(?![^,\]}])")
+    return name + equals + switch.sub(lambda found: found[1].lower(), value)
 
 
 def _name(setting: str) -> str:

@@ -30,6 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from zinfer.driver.label import as_typed
 from zinfer.job.files import JOBS_FOLDER, RESULT_FILE, REUSED_FILE, STOP_FILE, SWEEP_FILE
 from zinfer.job.outcome import Json
 from zinfer.job.records import read_json, read_result, write_json
@@ -222,7 +223,7 @@ class Sweep:
             found = [text for text in overrides if text.partition("=")[0] not in self.fixed]
         else:
             found = [override for override in overrides if override in self.swept]
-        return found or list(overrides)
+        return [as_typed(override) for override in found or overrides]
 
 
 def ended_well(document: Json | None) -> bool:

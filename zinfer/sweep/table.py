@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from zinfer.driver.label import as_typed
 from zinfer.driver.tables import new_table
 from zinfer.job.outcome import Json
 from zinfer.sweep.record import Sweep, SweepJob
@@ -33,7 +34,7 @@ def plan_table(sweep: Sweep) -> Table:
     assert sweep.jobs is not None
     swept = sweep.swept
     same = (
-        " ".join(override for override in sweep.jobs[0].overrides if override not in swept)
+        " ".join(as_typed(each) for each in sweep.jobs[0].overrides if each not in swept)
         if sweep.jobs
         else ""
     )
