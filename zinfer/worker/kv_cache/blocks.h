@@ -22,8 +22,6 @@ int64_t row_bytes(int32_t kind, int64_t dim) {
     }
 }
 
-struct CodeShape;
-
 // Where the running softmax of one KV head's query heads stands.
 struct State {
     int group = 0, dim = 0, value_dim = 0;
@@ -31,10 +29,10 @@ struct State {
     const int16_t* q16 = nullptr;      // [group][dim], for codes
     const float* q16_scale = nullptr;  // [group][dim / k_group]: q = q16 * q16_scale
     const float* q_sum = nullptr;      // [group][dim / k_group]: sum of q over the group
-    const CodeShape* shape = nullptr;  // of keys, where products are of 64 codes
-    const int8_t* q8 = nullptr;        // [group][units][256]: high bytes, low bytes of q
+    const int8_t* q8 = nullptr;        // [group][2][dim]: high bytes, low bytes of q
+    const int8_t* q_spread = nullptr;  // of one head, in the order of its products
     const float* q8_scale = nullptr;   // [group]
-    const float* q_least = nullptr;    // [group][16]: what a key's minima are multiplied with
+    const float* q_least = nullptr;    // [group][8][2]: what scales and minima are multiplied with
     const uint16_t* qb = nullptr;      // [group][dim] in bfloat16
     float* scores = nullptr;           // [group][BLOCK]
     float* most = nullptr;             // [group] running maximum

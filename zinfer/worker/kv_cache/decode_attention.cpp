@@ -81,20 +81,27 @@ void soften(State& s, const Problem& p, int64_t row, int64_t head, int64_t from,
 struct Ways {
     ScoreBlock score;
     ValueBlock add;
-    int64_t (*place)(int64_t, int64_t) = nullptr;  // of an accumulator's numbers; null: in order
+    // Of an accumulator's number, given the values of a head and of a group. Null: in order.
+    int64_t (*place)(int64_t at, int64_t dim, int64_t size) = nullptr;
 };
 
 #if defined(ZINFER_VNNI)
-int64_t place8(int64_t at, int64_t size) { return code_place(at, size, false); }
-int64_t place4(int64_t at, int64_t size) { return code_place(at, size, true); }
+int64_t place8(int64_t at, int64_t dim, int64_t size) { return code_place(at, dim, size, false); }
+int64_t place4(int64_t at, int64_t dim, int64_t size) { return code_place(at, dim, size, true); }
 #endif
 #if defined(ZINFER_BF16) && defined(ZINFER_VNNI)
-int64_t place16(int64_t at, int64_t) { return bf16_place(at); }
+int64_t place16(int64_t at, int64_t, int64_t) { return bf16_place(at); }
 #endif
 
-// Attention of one KV head of one row over the tokens [from, to). State is left in acc, most,
-// total.
-void attend(const Problem& p, const Ways& ways, int64_t item, int64_t from, int64_t to, State& s) {
+// Some tokens of one KV head of one row: [from, to) of item = row * kv_heads + head.
+struct Unit {
+    int64_t item, from, to;
+};
+
+// Attention over one unit. State is left in acc, most, total. The first keys of the unit that
+// probably comes after it are fetched while its last values are worked on.
+void attend(const Problem& p, const Ways& ways, Unit unit, Unit coming, State& s) {
+    const auto [item, from, to] = unit;
     const int64_t row = item / p.kv_heads, head = item % p.kv_heads * p.group;
     const int64_t k_bytes = row_bytes(p.k_kind, p.head_dim),
                   v_bytes = row_bytes(p.v_kind, p.value_dim);
@@ -108,15 +115,17 @@ void attend(const Problem& p, const Ways& ways, int64_t item, int64_t from, int6
     const int64_t step = ks || vs ? BLOCK : BLOCK / 2;
     for (int64_t t = from; t < to; t += step) {
         const int n = (int)std::min<int64_t>(step, to - t);
-        const int64_t after = std::min(to, t + n + step);
+        const bool last = t + n == to;
+        const int64_t first = last ? (coming.item - item) * p.capacity + coming.from : t + n;
+        const int64_t count = std::min(step, last ? coming.to - coming.from : to - first);
         const char* values = v + t * v_bytes;
         if (vs) fetch(vs + t * v_pairs, vs + (t + n) * v_pairs);
-        if (ks) fetch(ks + (t + n) * k_pairs, ks + after * k_pairs);
+        if (ks) fetch(ks + first * k_pairs, ks + (first + count) * k_pairs);
         ways.score(s, k + t * k_bytes, ks ? ks + t * k_pairs : nullptr, (int)p.k_group, n,
                    Next{values, values + n * v_bytes});
         soften(s, p, row, head, t, n);
         ways.add(s, values, vs ? vs + t * v_pairs : nullptr, (int)p.v_group, v_bytes, n,
-                 Next{k + (t + n) * k_bytes, k + after * k_bytes});
+                 Next{k + first * k_bytes, k + (first + count) * k_bytes});
     }
 }
 
@@ -127,29 +136,22 @@ struct Workspace {
     Ways general, ways;
     float *q16_scale = nullptr, *q_sum = nullptr, *q8_scale = nullptr, *q_least = nullptr;
     int16_t* codes = nullptr;
-    int8_t* q8 = nullptr;
+    int8_t *q8 = nullptr, *q_spread = nullptr;
+    bool alone = false;  // one query head of codes
     uint16_t* qb = nullptr;
     int16_t places[MAX_DIM];
-#if defined(ZINFER_VNNI)
-    CodeShape shape;
-#endif
 
-    explicit Workspace(const Problem& p)
-#if defined(ZINFER_VNNI)
-        : shape(p.head_dim, p.k_scales ? p.k_group : p.head_dim, p.k_kind == BITS4)
-#endif
-    {
+    explicit Workspace(const Problem& p) {
         const int64_t g = p.group, k_groups = p.k_scales ? p.head_dim / p.k_group : 0,
                       v_groups = p.v_scales ? p.value_dim / p.v_group : 0;
         general = ways = Ways{score_of(p.k_kind, p.head_dim), value_of(p.v_kind)};
-        int64_t units = 0;
 #if defined(ZINFER_VNNI)
-        units = shape.units;
         if (p.k_kind == FLOAT32 && p.group > 1) ways.score = score_f32;
         if (p.k_scales && code_keys_fit(p.head_dim, p.k_group))
-            ways.score = p.k_kind == BITS4 ? score_vnni<true, false>
-                         : shape.merged    ? score_vnni<false, true>
-                                           : score_vnni<false, false>;
+            ways.score = p.k_kind == BITS4 ? score_vnni<true> : score_vnni<false>;
+        alone = ways.score != general.score && p.k_scales && p.group == 1 &&
+                alone_fits(p.k_group, p.k_kind == BITS4);
+        if (alone) ways.score = p.k_kind == BITS4 ? score_alone<true> : score_alone<false>;
         if (p.v_scales && code_values_fit(p.value_dim, p.v_group, p.v_kind == BITS4)) {
             ways.add = p.v_kind == BITS4 ? values_vnni<true> : values_vnni<false>;
             ways.place = p.v_kind == BITS4 ? place4 : place8;
@@ -162,7 +164,7 @@ struct Workspace {
         }
 #endif
         for (int64_t d = 0; ways.place && d < p.value_dim; d++)
-            places[d] = (int16_t)ways.place(d, p.v_group);
+            places[d] = (int16_t)ways.place(d, p.value_dim, p.v_group);
         char* at = nullptr;
         auto lay = [&](auto*& field, int64_t count) {
             field = (std::decay_t<decltype(field)>)at;
@@ -180,7 +182,8 @@ struct Workspace {
             lay(codes, k_groups ? g * p.head_dim + 32 : 0);
             lay(q8_scale, g + 16);
             lay(q_least, g * 16);
-            lay(q8, g * units * 256);
+            lay(q8, k_groups ? g * 2 * p.head_dim : 0);
+            lay(q_spread, alone ? (p.head_dim + 127) / 128 * 1024 : 0);
             lay(qb, g * p.head_dim);
         };
         lay_all(nullptr);
@@ -193,12 +196,10 @@ struct Workspace {
         state.q16_scale = q16_scale;
         state.q_sum = q_sum;
         state.q8 = q8;
+        state.q_spread = q_spread;
         state.q8_scale = q8_scale;
         state.q_least = q_least;
         state.qb = qb;
-#if defined(ZINFER_VNNI)
-        state.shape = &shape;
-#endif
     }
     Workspace(const Workspace&) = delete;
 
@@ -224,8 +225,10 @@ struct Workspace {
 #if defined(ZINFER_VNNI)
         if (ways.score != general.score) {
             for (int64_t g = 0; g < p.group; g++)
-                code_query(shape, q + g * p.head_dim, p.head_dim, p.k_group,
-                           q8 + g * shape.units * 256, q8_scale + g, q_least + g * 16);
+                code_query(q + g * p.head_dim, p.head_dim, p.k_group,
+                           p.k_kind == BITS4 ? 7.5f : 127.5f, q8 + g * 2 * p.head_dim,
+                           q8_scale + g, q_least + g * 2 * MOST_PARTS);
+            if (alone) spread_query(q8, p.head_dim, p.k_group, p.k_kind == BITS4, q_spread);
             return;
         }
 #endif
@@ -351,15 +354,22 @@ extern "C" int32_t zinfer_decode_attention(const Problem* problem) {
         for (int64_t d = 0; d < p.value_dim; d++) out[d] = acc[d] * scale / total;
     };
 
+    auto unit_at = [&](int64_t unit) {
+        const int64_t from = std::min(p.tokens, unit % splits * each);
+        const int64_t to = unit < items * splits ? std::min(p.tokens, from + each) : from;
+        return Unit{unit / splits, from, to};
+    };
+
 #pragma omp parallel num_threads(p.threads)
     {
         Workspace work(p);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t unit = 0; unit < items * splits; unit++) {
-            const int64_t item = unit / splits, from = unit % splits * each,
-                          to = std::min(p.tokens, from + each);
+            const Unit now = unit_at(unit);
+            const int64_t item = now.item;
             work.begin(p, item);
-            if (from < to) attend(p, work.ways, item, from, to, work.state);
+            if (now.from < now.to)
+                attend(p, work.ways, now, unit_at(unit + p.threads), work.state);
             work.finish(p);
             for (int64_t g = 0; g < p.group; g++) {
                 const float* acc = work.state.acc + g * p.value_dim;
