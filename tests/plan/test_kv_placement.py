@@ -16,7 +16,7 @@ from zinfer.machine.measured import DeviceAttentionTime, HostAttentionTime, Pack
 from zinfer.model.kv_layout import KvLayer
 from zinfer.plan.advice import advice_document
 from zinfer.plan.fit import fitting_changes
-from zinfer.plan.kv_placement import KvBytes, kv_bytes
+from zinfer.plan.kv_placement import KvBytes, kv_bytes, kv_problems
 from zinfer.plan.kv_seconds import kv_copy_seconds
 from zinfer.plan.kv_traffic import HOST_ATTENTION_SHARE, moved_read_bytes
 from zinfer.plan.page import kv_lines
@@ -88,6 +88,49 @@ def test_a_window_allocates_its_window_and_host_keeps_two_slots_of_each_shape() 
     assert found is not None
     assert found.host_bytes == 4 * 64 * 4 * (16 + 100)
     assert found.device_bytes == 2 * 4 * 64 * 4 * (16 + 100) + 4 * 10 * 4
+
+
+MIMO = (
+    "model=custom", "model.model_type=mimo_v2_flash", "dtype=float32", "batch.batch_size=3",
+    "batch.prompt_tokens=30", "batch.new_tokens=11",
+    *(f"+model.overrides.{name}" for name in (
+        "num_hidden_layers=2", "hidden_size=64", "num_attention_heads=4", "vocab_size=199",
+        "num_key_value_heads=2", "intermediate_size=96", "moe_intermediate_size=32",
+        "head_dim=64", "v_head_dim=32", "max_position_embeddings=64", "num_local_experts=4",
+        "n_routed_experts=4", "num_experts_per_tok=2", "sliding_window=8",
+        "layer_types=[full_attention,sliding_attention]", "mlp_layer_types=[dense,sparse]",
+    )),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bits", "key_bytes", "value_bytes"),
+    [
+        ((), 64 * 4, 32 * 4),
+        (("kv_cache.bits=8",), 64 + 2 * 4, 32 + 4),
+        (("kv_cache.key_bits=8",), 64 + 2 * 4, 32 * 4),
+        (("kv_cache.value_bits=4",), 64 * 4, 16 + 4),
+        (("kv_cache.key_bits=8", "kv_cache.value_bits=4"), 64 + 2 * 4, 16 + 4),
+    ],
+)
+def test_keys_and_values_of_other_lengths_are_counted_apart(
+    bits: tuple[str, ...], key_bytes: int, value_bytes: int
+) -> None:
+    """MiMo-V2-Flash: two KV heads with all 40 tokens, four with a window of eight."""
+    found = counted(planned(*MIMO, "kv_cache=host", "kv_cache.group_size=32", *bits))
+    a_row = (2 * 40 + 4 * 8) * (key_bytes + value_bytes)
+    assert found.host_bytes == 3 * a_row
+    assert found.device_bytes == 2 * 3 * (2 * 40 + 4 * 8) * (64 + 32) * 4
+
+
+def test_a_group_must_divide_keys_and_values_where_they_are_packed() -> None:
+    both, keys = (
+        planned(*MIMO, "kv_cache=host", f"kv_cache.{name}=8") for name in ("bits", "key_bits")
+    )
+    said = list(kv_problems(both.spec, both.config))
+    assert len(said) == 1 and "the values of " in said[0], "keys are 64 long: 64 divides them"
+    assert said[0].endswith(", 32. Set kv_cache.group_size=32")
+    assert not list(kv_problems(keys.spec, keys.config))
 
 
 def step_of(*overrides: str, **changes: Any) -> Any:
@@ -195,11 +238,15 @@ def test_a_calibrated_kernel_predicts_attention_on_the_host(
     )
 
 
-def test_growing_and_attending_on_the_device_are_predicted_layer_by_layer() -> None:
+@pytest.mark.parametrize(("slot", "read_per_s"), [(None, 1e8), (2e7, 2e7)])
+def test_attention_on_the_device_is_predicted_layer_by_layer(
+    slot: float | None, read_per_s: float
+) -> None:
+    """An older calibration has no times of slots: attention over a grown cache stands for them."""
     measured = tuple(
         DeviceAttentionTime(
             dtype="float32", shared_by=by, kv_bytes=size, grow_s=size / 1e9,
-            attend_s=size * by / 1e8, spread=0.0,
+            attend_s=size * by / 1e8, spread=0.0, slot_s=slot and size * by / slot,
         )
         for by in (1, 8)
         for size in (10**3, 10**6)
@@ -216,7 +263,7 @@ def test_growing_and_attending_on_the_device_are_predicted_layer_by_layer() -> N
     layer = 4 * spec.kv_layers[0].values_per_token * 4 * int(500 + batch.new_tokens / 2)
     both = layer / 1e9 + layer / 1e8
     assert parts["kv_cache=device"]["attention"] == pytest.approx(spec.num_layers * both)
-    attended = spec.num_layers * layer / 1e8
+    attended = spec.num_layers * layer / read_per_s
     assert parts["kv_cache=host"]["attention"] == pytest.approx(attended), "a slot does not grow"
     assert parts["kv_cache=host_attention"]["attention"] == 0
     assert kept.prediction.parts["attention"] == pytest.approx(both)

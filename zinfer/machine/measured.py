@@ -73,6 +73,18 @@ class DeviceAttentionTime:
     """Attending to them, where growing has left them."""
     spread: float
     """Of attend_s."""
+    slot_s: float | None = None
+    """Attending to them in a slot that a copy has filled, token by token, as kv_cache=host does.
+    None: not measured, as in calibrations before this was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSeconds:
+    """Seconds of one layer's decode attention, of each kind that DeviceAttentionTime has."""
+
+    grow_s: float
+    attend_s: float
+    slot_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

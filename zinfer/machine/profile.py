@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import exp, log
@@ -13,6 +13,7 @@ from zinfer.machine.measured import (
     ANY_FAMILY,
     DequantiseTime,
     DeviceAttentionTime,
+    DeviceSeconds,
     FamilyCost,
     HostAttentionTime,
     KernelTime,
@@ -152,18 +153,23 @@ class CalibrationProfile:
 
     def device_attention_s(
         self, dtype: str, shared_by: float, kv_bytes: float
-    ) -> tuple[float, float] | None:
-        """Return seconds of one layer's decode attention on the device as (growing, attending).
+    ) -> DeviceSeconds | None:
+        """Return what one layer's decode attention on the device takes.
 
         None: it was not measured. The number of query heads counts as in host_attention_s.
         """
         found = [row for row in self.device_attention if row.dtype == dtype]
         if not found or kv_bytes <= 0:
-            return (0.0, 0.0) if found else None
+            return DeviceSeconds(grow_s=0.0, attend_s=0.0, slot_s=0.0) if found else None
         rows = _as_shared(found, shared_by)
-        return (
-            _interpolate([(row.kv_bytes, row.grow_s) for row in rows], kv_bytes),
-            _interpolate([(row.kv_bytes, row.attend_s) for row in rows], kv_bytes),
+
+        def at(seconds: Callable[[DeviceAttentionTime], float]) -> float:
+            return _interpolate([(row.kv_bytes, seconds(row)) for row in rows], kv_bytes)
+
+        return DeviceSeconds(
+            grow_s=at(lambda row: row.grow_s),
+            attend_s=at(lambda row: row.attend_s),
+            slot_s=at(lambda row: row.attend_s if row.slot_s is None else row.slot_s),
         )
 
     def packing_s(self, bits: int, dtype: str, values: float) -> float:

@@ -36,6 +36,10 @@ class KvLayer:
     """
     values_per_token: int
     """Keys, values and whatever else grows with the sequence."""
+    key_dim: int | None = None
+    """Elements of one head's key; None where no heads of keys and values are kept."""
+    value_dim: int | None = None
+    """Elements of one head's value: not always as many as of a key (MiMo-V2-Flash)."""
     window: int | None = None
     """The attention window in tokens, None when the layer sees everything."""
     const_values: int = 0
@@ -205,6 +209,8 @@ def _kv_layer(layer: Any, config: PretrainedConfig, layer_index: int, beside: li
     return KvLayer(
         kind="hybrid" if has_state else _attention_kind(config, layer_index, keys.shape[1], window),
         values_per_token=values_per_token,
+        key_dim=int(keys.shape[-1]),
+        value_dim=None if values is None else int(values.shape[-1]),
         window=window,
         const_values=const_values + values_per_token * prompt_tokens,
         const_float32_values=const_float32_values,

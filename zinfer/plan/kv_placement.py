@@ -75,12 +75,17 @@ def kv_bytes(spec: ModelSpec, config: RunConfig, rows: int, *, on_gpu: bool) -> 
     on_device = rows * sum(layer.cache_bytes(tokens, size) for layer in stay)
     copied = 0
     if kv.placement == "host":
-        shapes = {(layer.values_per_token, slots(layer, tokens)) for layer in moved}
-        on_device += FETCH_SLOTS * rows * size * sum(values * count for values, count in shapes)
+        shapes = {
+            (layer.values_per_token, slots(layer, tokens), *_head_dims(layer, spec))
+            for layer in moved
+        }
+        on_device += FETCH_SLOTS * rows * size * sum(values * count for values, count, *_ in shapes)
         copied = sum(stored)
     new_token = rows * sum(stored_bytes(layer, config, size) for layer in moved)
-    query = rows * len(moved) * spec.num_attention_heads * spec.head_dim * size
-    copied += new_token + (2 * query if kv.placement == "host_attention" else 0)
+    copied += new_token
+    if kv.placement == "host_attention":  # a query is as long as a key, an output as a value
+        dims = sum(sum(_head_dims(layer, spec)) for layer in moved)
+        copied += rows * spec.num_attention_heads * dims * size
     return KvBytes(
         host_bytes=sum(stored),
         device_bytes=on_device,
@@ -109,9 +114,10 @@ def slots(layer: KvLayer, tokens: int) -> int:
 
 
 def stored_bytes(layer: KvLayer, config: RunConfig, bytes_per_element: int) -> int:
-    """Return the bytes of one token of one sequence in host memory: half its values are keys."""
+    """Return the bytes of one token of one sequence in host memory."""
     kv, values = config.kv_cache, layer.values_per_token
-    keys = values // 2
+    key_dim, value_dim = layer.key_dim or 1, layer.value_dim or layer.key_dim or 1
+    keys = values * key_dim // (key_dim + value_dim)
     parts = ((kv.bits_of_keys, keys), (kv.bits_of_values, values - keys))
     total = 0
     for bits, count in parts:
@@ -120,6 +126,12 @@ def stored_bytes(layer: KvLayer, config: RunConfig, bytes_per_element: int) -> i
         else:
             total += count * bits // 8 + count // kv.group_size * SCALE_BYTES
     return total
+
+
+def _head_dims(layer: KvLayer, spec: ModelSpec) -> tuple[int, int]:
+    """Return the elements of one head's key and of its value."""
+    key_dim = layer.key_dim or spec.head_dim
+    return key_dim, layer.value_dim or key_dim
 
 
 def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
@@ -161,32 +173,58 @@ def kv_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
         yield from _kernel_problems(spec, config)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _HeadPart:
+    """A head's keys or its values: so many elements, stored in so many bits."""
+
+    name: str
+    bits: int
+    dim: int
+
+
+def _head_parts(spec: ModelSpec, config: RunConfig) -> list[_HeadPart]:
+    """List every kind of key and value that goes to host memory, in the order of the layers."""
+    kv = config.kv_cache
+    found: list[_HeadPart] = []
+    for layer in moved_layers(spec, config):
+        key_dim, value_dim = _head_dims(layer, spec)
+        found.append(_HeadPart(name="keys", bits=kv.bits_of_keys, dim=key_dim))
+        found.append(_HeadPart(name="values", bits=kv.bits_of_values, dim=value_dim))
+    return list(dict.fromkeys(found))
+
+
 def _group_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
     """Yield why codes of this model's heads cannot have groups of this size."""
-    kv, dim = config.kv_cache, spec.head_dim
-    has_four = 4 in (kv.bits_of_keys, kv.bits_of_values)
+    size = config.kv_cache.group_size
+    packed = [part for part in _head_parts(spec, config) if part.bits < 16]
+    has_four = any(part.bits == 4 for part in packed)
     sizes = (128, 96, 80, 64, 48, 32, *range(128, SMALLEST_GROUP - 1, -1))
-    fits = [size for size in sizes if dim % size == 0 and not (has_four and size % 2)]
+    fits = [
+        each
+        for each in sizes
+        if not any(part.dim % each for part in packed) and not (has_four and each % 2)
+    ]
     advice = f"kv_cache.group_size={fits[0]}" if fits else "kv_cache.bits=16"
-    if dim % kv.group_size:
-        yield (
-            f"kv_cache.group_size={kv.group_size} does not divide the head dimension of "
-            f"{spec.name}, {dim}. Set {advice}"
-        )
-    elif has_four and kv.group_size % 2:
-        yield f"kv_cache.group_size={kv.group_size} must be even for 4 bits. Set {advice}"
+    wrong = next((part for part in packed if part.dim % size), None)
+    if wrong is not None:
+        alike = len({part.dim for part in _head_parts(spec, config)}) == 1
+        what = f"head dimension of {spec.name}" if alike else f"{wrong.name} of {spec.name}'s heads"
+        yield f"kv_cache.group_size={size} does not divide the {what}, {wrong.dim}. Set {advice}"
+    elif has_four and size % 2:
+        yield f"kv_cache.group_size={size} must be even for 4 bits. Set {advice}"
 
 
 def _kernel_problems(spec: ModelSpec, config: RunConfig) -> Iterator[str]:
     """Yield why the compiled attention kernel, which is asked for, cannot read this cache."""
-    kv, dim = config.kv_cache, spec.head_dim
-    if dim % KERNEL_DIM_MULTIPLE or dim > KERNEL_LARGEST_DIM:
-        yield (
-            f"kv_cache.kernel=compiled: {spec.name} has a head dimension of {dim}, which is no "
-            f"multiple of {KERNEL_DIM_MULTIPLE} up to {KERNEL_LARGEST_DIM}. "
-            "Set kv_cache.kernel=auto"
-        )
-    for bits in sorted({kv.bits_of_keys, kv.bits_of_values}):
+    kv, parts = config.kv_cache, _head_parts(spec, config)
+    for dim in dict.fromkeys(part.dim for part in parts):
+        if dim % KERNEL_DIM_MULTIPLE or dim > KERNEL_LARGEST_DIM:
+            yield (
+                f"kv_cache.kernel=compiled: {spec.name} has a head dimension of {dim}, which is no "
+                f"multiple of {KERNEL_DIM_MULTIPLE} up to {KERNEL_LARGEST_DIM}. "
+                "Set kv_cache.kernel=auto"
+            )
+    for bits in sorted({part.bits for part in parts}):
         if bits < 16 and kv.group_size % KERNEL_GROUP_MULTIPLE[bits]:
             yield (
                 f"kv_cache.kernel=compiled reads {bits} bits in groups of a multiple of "

@@ -87,8 +87,7 @@ def _measured_attention_s(
             )
             if found is None:
                 return None
-            grow_s, attend_s = found
-            seconds += count * (attend_s + (grow_s if place == "device" else 0.0))
+            seconds += count * (found.slot_s if place == "slot" else found.grow_s + found.attend_s)
     return seconds
 
 

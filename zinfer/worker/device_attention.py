@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def device_attention_times(dtype: str, device: torch.device) -> Iterator[dict[st
             samples = _steps_s(rows, tokens, shared_by, kind, device)
             grow_s, _ = median_and_spread([grow_s for grow_s, _ in samples])
             attend_s, spread = median_and_spread([attend_s for _, attend_s in samples])
+            slot_s, _ = median_and_spread(_slot_s(rows, tokens, shared_by, kind, device))
             yield {
                 "dtype": dtype,
                 "shared_by": shared_by,
@@ -46,6 +47,7 @@ def device_attention_times(dtype: str, device: torch.device) -> Iterator[dict[st
                 "grow_s": grow_s,
                 "attend_s": attend_s,
                 "spread": spread,
+                "slot_s": slot_s,
             }
 
 
@@ -64,12 +66,7 @@ def _steps_s(
     query = torch.randn(rows, KV_HEADS, shared_by, HEAD_DIM, device=device).to(kind)
     new = torch.randn(rows, KV_HEADS, 1, HEAD_DIM, device=device).to(kind)
     attend = torch.nn.functional.scaled_dot_product_attention
-
-    def now_s() -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
+    now_s = _clock_of(device)
     taken: list[tuple[float, float]] = []
     made.clear()
     started_s = now_s()
@@ -84,6 +81,46 @@ def _steps_s(
         if len(taken) >= 1000:
             break
     return taken[count:]
+
+
+def _slot_s(
+    rows: int, tokens: int, shared_by: int, kind: torch.dtype, device: torch.device
+) -> list[float]:
+    """Return the seconds of each attention over a slot until the budget is spent.
+
+    As kv_cache=host does: a layer's tokens are copied into one slot, [tokens, rows, heads, dim],
+    while attention reads the other. The first turn of either slot does not count.
+    """
+    shape = (2, tokens, rows, KV_HEADS, HEAD_DIM)  # keys and values
+    layer_bytes = 2 * rows * KV_HEADS * tokens * HEAD_DIM * kind.itemsize
+    count = max(2, min(MOST_LAYERS, COLD_BYTES // layer_bytes))
+    layers = [torch.full(shape, 0.01, dtype=kind, device=device) for _ in range(count)]
+    slots = [torch.full(shape, 0.01, dtype=kind, device=device) for _ in range(2)]
+    query = torch.randn(rows, KV_HEADS, shared_by, HEAD_DIM, device=device).to(kind)
+    now_s = _clock_of(device)
+    taken: list[float] = []
+    started_s = now_s()
+    while len(taken) < 5 or now_s() - started_s < BUDGET_S:
+        turn = len(taken)
+        slots[(turn + 1) % 2].copy_(layers[turn % count])
+        keys, values = slots[turn % 2].movedim(1, 3)
+        before_s = now_s()
+        torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+        taken.append(now_s() - before_s)
+        if len(taken) >= 1000:
+            break
+    return taken[2:]
+
+
+def _clock_of(device: torch.device) -> Callable[[], float]:
+    """Return a clock that waits for the device."""
+
+    def now_s() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return now_s
 
 
 def attention_read(dtype: str, device: torch.device) -> dict[str, float]:

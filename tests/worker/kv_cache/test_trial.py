@@ -25,7 +25,7 @@ def test_the_families_called_tested_are_those_of_the_tests() -> None:
     "model_type",
     ["qwen2", "olmo2", "cohere2", "granite", "stablelm", "starcoder2", "phi", "glm4", "biogpt",
      "gemma", "exaone4", "smollm3", "llama4_text", "xglm", "gpt_bigcode", "persimmon", "olmoe",
-     "jamba", "minicpm3"],
+     "jamba", "minicpm3", "mimo_v2_flash"],
 )  # fmt: skip
 def test_other_families_pass_the_trial(model_type: str, placement: str) -> None:
     real = AutoConfig.for_model(model_type).get_text_config(decoder=True)

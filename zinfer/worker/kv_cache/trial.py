@@ -110,7 +110,7 @@ def trial(real: PretrainedConfig, config: RunConfig) -> str | None:
     plain = replace(config, kv_cache=placement, batch=batch)  # what bits cost is another question
     try:
         model = _tiny_model(real)
-        ids, mask = _padded_prompts()
+        ids, mask = _padded_prompts(model.config.vocab_size)
         expected = _generated(model, ids, mask)
         cache = host_cache(model, plain, on_gpu=False)
         if not cache.on_host:
@@ -139,14 +139,15 @@ def _tiny_model(real: PretrainedConfig) -> Any:
             setattr(small, name, TINY_HEADS)
     if isinstance(getattr(small, "num_key_value_heads", None), int):
         small.num_key_value_heads = TINY_HEADS // groups
-    kinds = getattr(small, "layer_types", None)
+    kinds = _lists_of_layers(small)
     for name in LAYERS:
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, TINY_LAYERS)
     if getattr(small, "attn_layer_indices", None):
         small.attn_layer_indices = [1]
-    elif kinds and not _is_derived(small, "layer_types"):
-        small.layer_types = _few_of_each(kinds)
+    else:
+        for name, chosen in _few_of_each(kinds).items():
+            setattr(small, name, chosen)
     for name, size in TINY.items():
         value = getattr(small, name, None)
         if name == "head_dim" and hasattr(small, LATENT):
@@ -170,15 +171,34 @@ def _is_derived(config: PretrainedConfig, name: str) -> bool:
     return isinstance(getattr(type(config), name, None), property)
 
 
-def _few_of_each(kinds: list[str]) -> list[str]:
-    """Choose TINY_LAYERS layer types: each that there is, in the order in which they first come."""
-    different = list(dict.fromkeys(kinds))
-    return (different * TINY_LAYERS)[:TINY_LAYERS]
+def _lists_of_layers(config: PretrainedConfig) -> dict[str, list[str]]:
+    """Return the fields that have a word for each layer: `layer_types`, `mlp_layer_types`."""
+    counts = {getattr(config, name, None) for name in LAYERS}
+    return {
+        name: list(value)
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple)
+        and len(value) in counts
+        and all(isinstance(word, str) for word in value)
+        and not _is_derived(config, name)
+    }
 
 
-def _padded_prompts() -> tuple[torch.Tensor, torch.Tensor]:
+def _few_of_each(kinds: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Choose TINY_LAYERS layers: each kind that there is, in the order in which they first come.
+
+    Where several fields describe a layer, those of one layer stay together.
+    """
+    if not kinds:
+        return {}
+    different = list(dict.fromkeys(zip(*kinds.values(), strict=True)))
+    chosen = (different * TINY_LAYERS)[:TINY_LAYERS]
+    return {name: list(words) for name, words in zip(kinds, zip(*chosen, strict=True), strict=True)}
+
+
+def _padded_prompts(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, TINY["vocab_size"], (ROWS, PROMPT_TOKENS), generator=generator)
+    ids = torch.randint(2, vocab_size, (ROWS, PROMPT_TOKENS), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(ROWS):
         ids[row, : 3 * row], mask[row, : 3 * row] = 0, 0
