@@ -226,6 +226,13 @@ def test_every_setting_and_group_is_explained(name: str) -> None:
     assert name in explain(name)
 
 
+@pytest.mark.parametrize("name", sorted(settings()))
+def test_every_setting_has_words_of_its_own_in_the_words_of_yaml(name: str) -> None:
+    words = [line for line in explain(name).splitlines()[1:] if not line.startswith("default: ")]
+    assert words
+    assert "None" not in explain(name)
+
+
 def test_an_explanation_has_type_bounds_default_and_words() -> None:
     said = explain("launcher.ranks")
     assert "int from 1 to 1024" in said and "default: 1" in said and "data-parallel" in said

@@ -68,7 +68,9 @@ class RunConfig:
     task: Annotated[str, AfterValidator(_known_task)]
     """One of TASKS."""
     format: Literal["text", "json"]
+    """text: for people. json: one document on stdout."""
     weights: Literal["dummy", "pretrained"]
+    """dummy: random, no download. pretrained: those of the hub or a local folder."""
     profile: bool = False
     """Trace one decode step after the timing, and name its most expensive operations."""
     model: ModelConfig

@@ -64,17 +64,25 @@ class ModelConfig:
     """Choose the model, pinned so that planning and dummy weights need no network."""
 
     name: str
+    """Name of the file in conf/model."""
     hub_id: str | None = None
+    """The model on the hub: where weights=pretrained comes from."""
     tokenizer_id: str | None = None
+    """Hub id of the tokenizer. null: the source's own."""
     source: str | None = None
     """Hub id or local folder, for model=custom; wins over the pinned architecture."""
     model_type: str | None = None
+    """Name of the family in transformers, such as `llama`; null: the source's own."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Arguments of AutoConfig.for_model(model_type, ...)."""
     checkpoint_dtype: str | None = None
+    """Type in which the weights were published. dtype=auto computes in it where it can."""
     config_source: str | None = None
+    """Where the pinned values of the architecture come from, for people to check."""
     trust_remote_code: bool = False
+    """Run Python code that the model's authors put beside it. Only if you trust them."""
     gguf_file: str | None = None
+    """Name of a GGUF file in model.source that holds configuration and weights."""
     allow_pickle: bool = False
     """Read pickle checkpoints (pytorch_model.bin) too. Reading one can run code that is in it."""
 
@@ -84,21 +92,24 @@ class OffloadConfig:
     """Choose where ZeRO-3 keeps the weights between uses."""
 
     device: OffloadDevice
+    """none: on the device. cpu: in host memory. nvme: on a local disk."""
     nvme_path: str | None = None
     """Directory on a local disk. Each job works in its own folder there, and deletes it."""
     pin_memory: bool = False
+    """Page-lock the weights in host memory: copies to a GPU are faster, the memory is taken."""
     use_gds: bool = False
     """NVIDIA GPUDirect Storage: NVMe to GPU without the bounce buffer in host memory."""
     buffer_numel: Annotated[int, Limits(1, MOST_NUMEL)] | None = None
-    """Elements, not bytes, of one NVMe staging buffer. None: derived from the largest parameter.
+    """Elements, not bytes, of one NVMe staging buffer. null: derived from the largest parameter.
 
     DeepSpeed calls it `buffer_size` and counts elements too.
     """
     buffer_count: Annotated[int, Limits(2, 1 << 16)] | None = None
+    """NVMe staging buffers. null: as many as the layers need."""
     huge_pages: bool | None = None
     """Put the parts of staging buffers that decoder layers use into huge pages.
 
-    None: yes, except under zero=paper.
+    null: yes, except under zero=paper.
     """
 
     @property
@@ -112,6 +123,7 @@ class DtypeConfig:
     """Storage of the weights, and the type in which the model computes."""
 
     weights: Literal["auto", "float32", "float16", "bfloat16", "int8", "int4"]
+    """How weights are stored; auto: as the checkpoint's."""
     compute: Literal["auto", "float32", "float16", "bfloat16"]
     """auto: the checkpoint's own type, or float16 where its config names none.
 
@@ -181,19 +193,25 @@ class BatchConfig:
     batch_size: Rows
     """Rows over all ranks."""
     prompt_tokens: Tokens
+    """Tokens of each row that are read before the first new one."""
     new_tokens: Annotated[int, Limits(2, MOST_TOKENS)]
     """At least 2: the first comes from the prefill, the others from decode steps."""
     warmup: Annotated[int, Limits(0, 1 << 16)]
     """Generations before timing starts: logged apart, never in the medians."""
     repeats: Annotated[int, Limits(1, 1 << 16)]
+    """Timed generations."""
     max_repeats: Annotated[int, Limits(1, 1 << 16)] | None = None
-    """Go on after `repeats` until the median is known to target_relative_error; None: do not."""
+    """Go on after `repeats` until the median is known to target_relative_error; null: do not."""
     target_relative_error: Annotated[float, Limits(0.0001, 0.9999)] = 0.05
     """Half of the median's 95 % interval over the median."""
     prompt: Literal["synthetic", "text", "file"] = "synthetic"
+    """synthetic: random tokens. text: prompt_text, repeated. file: prompt_file."""
     prompt_text: str = "Paris is the capital city of"
+    """The text of prompt=text, repeated until it is long enough."""
     prompt_file: str | None = None
+    """A file of plain text for prompt=file; each row has its own part of it."""
     seed: Annotated[int, Limits(0, (1 << 63) - 1)] = 0
+    """Of random weights and prompts."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -208,12 +226,13 @@ class KvCacheConfig:
     bits: KvBits = 16
     """16: as computed, in whatever type that is. 8 and 4: codes with a scale for each group."""
     key_bits: KvBits | None = None
-    """Bits of keys alone, which suffer first; None: as `bits`."""
+    """Bits of keys alone, which suffer first; null: as `bits`."""
     value_bits: KvBits | None = None
+    """Bits of values alone; null: as `bits`."""
     group_size: Annotated[int, Limits(16, 1 << 10)] = 64
     """Values along the head dimension that share a scale and a minimum."""
     pin_memory: bool | None = None
-    """Page-lock the host's part, so that copies run beside the computation. None: on a GPU."""
+    """Page-lock the host's part, so that copies run beside the computation. null: on a GPU."""
     kernel: Literal["auto", "compiled", "torch"] = "auto"
     """Code of attention on the host: our C++ kernel, or PyTorch. auto: the first if it can."""
     device_layers: Annotated[int, Limits(0, 1 << 16)] = 0
@@ -239,21 +258,28 @@ class KvCacheConfig:
 class ZeroConfig:
     """Rules that derive the DeepSpeed JSON from the model.
 
-    A number that is None is derived; a number given wins (derivation=tuned only).
+    A number that is left out is derived; a number given wins (derivation=tuned only).
     """
 
     derivation: Literal["paper", "tuned"]
+    """tuned: from the largest layer and parameter of the model. paper: as published."""
     prefetch_bucket_numel: Numel | None = None
+    """Elements that are fetched ahead."""
     max_live_numel: Numel | None = None
+    """Elements that are on the device at once."""
     persistence_threshold_numel: Numel | None = None
+    """Parameters of up to so many elements stay gathered."""
     leaf_layers: bool | None = None
     """Fetch and release whole decoder layers at once, not one module after the other.
 
-    None: also the whole model as one, where one rank has all weights on its device.
+    null: also the whole model as one, where one rank has all weights on its device.
     """
     aio_block_size_bytes: Annotated[int, Limits(1, 1 << 40)] | None = None
+    """Bytes of one disk request: a power of two."""
     aio_queue_depth: Annotated[int, Limits(1, 1 << 20)] | None = None
+    """Disk requests under way at once."""
     aio_intra_op_parallelism: Threads | None = None
+    """Threads of one NVMe read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -268,27 +294,40 @@ class EngineConfig:
 class HardwareConfig:
     """Describe the machine that is planned for.
 
-    name=detect: this one. Otherwise a published box, every number with its source; None where
+    name=detect: this one. Otherwise a published box, every number with its source; null where
     nobody published it.
     """
 
     name: str
+    """detect: this machine. Else the name of a published box."""
     source: str | None = None
+    """Where the numbers of a published box come from."""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model computes. auto: on a GPU where there is one."""
     profile: str | None = None
-    """Path of a calibration profile; None: the newest one of this machine."""
+    """Path of a calibration profile; null: the newest one of this machine."""
     device_name: str | None = None
+    """Name of the GPU."""
     device_count: Annotated[int, Limits(0, 1 << 14)] | None = None
+    """GPUs of the box."""
     device_bytes: Bytes | None = None
+    """Memory of one GPU."""
     host_bytes: Bytes | None = None
+    """Host memory."""
     host_cores: Annotated[int, Limits(1, 1 << 16)] | None = None
+    """Cores that processes may use."""
     disk_bytes: Annotated[int, Limits(0, MOST_BYTES)] | None = None
+    """Free space for swapped weights."""
     device_memory_bytes_per_s: Rate | None = None
+    """Rate of the device's own memory."""
     device_flops_per_s: dict[str, Rate] = field(default_factory=dict)
     """Published dense peak per dtype name."""
     host_memory_bytes_per_s: Rate | None = None
+    """Rate of host memory."""
     host_to_device_bytes_per_s: Rate | None = None
+    """Rate of the link from host memory to the device, one direction."""
     nvme_read_bytes_per_s: Rate | None = None
+    """Rate of sequential reads from the disk."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -298,11 +337,15 @@ class TrackingConfig:
     store: Literal["auto", "sqlite", "server", "none"]
     """auto: the store of MLFLOW_TRACKING_URI where that is set, else sqlite."""
     uri: str | None = None
+    """Address of the store: http://host:5000, sqlite:////path/mlflow.db; null: the choice's own."""
     timeout_s: Annotated[float, Limits(0, 1e9, above=True)] = 60.0
     """A store that takes longer for one step is not waited for; the run is left to task=upload."""
     experiment: str = "zinfer"
+    """Name of the experiment in MLflow."""
     run_name: str | None = None
+    """Name of the run; null: the model and what was chosen."""
     tags: dict[str, str] = field(default_factory=dict)
+    """Tags of your own: tracking.tags.team=red."""
     system_metrics: bool = False
     """Sample processors, memory, disk, network and GPUs of the whole machine while the job runs."""
 
@@ -324,11 +367,12 @@ class LauncherConfig:
     stall_s: Annotated[float, Limits(0, 1e9, above=True)] | None = 600.0
     """The same after this many seconds without a token, a disk access or processor time.
 
-    For offload=nvme only, whose reads can stop for good. None: wait for ever.
+    For offload=nvme only, whose reads can stop for good. null: wait for ever.
     """
     omp_threads: Threads | None = None
-    """Threads per rank; None: the machine's cores divided by the ranks."""
+    """Threads per rank; null: the machine's cores divided by the ranks."""
     master_port: Annotated[int, Limits(1, 65535)] | None = None
+    """Port at which the ranks of one host meet; null: a free one."""
     fork_workers: bool = True
     """Fork the jobs of a sweep from a process that holds the imports.
 
@@ -351,6 +395,7 @@ class SweepConfig:
     """Behaviour of a multirun."""
 
     parent_run_id: str | None = None
+    """Run in MLflow that this sweep is a part of."""
     resume: bool = True
     """Reuse a finished run of the same configuration, code, hardware and method."""
     retry: Literal["failed", "oom", "none"] = "failed"
@@ -371,6 +416,7 @@ class SweepConfig:
     objective: str = "generated_tokens_per_s"
     """The metric that a sweeper such as Optuna is told of each job."""
     search_max_batch: Rows = 4096
+    """Try no batch larger than this."""
     search_trials: Annotated[int, Limits(2, 1 << 10)] = 16
     """Try at most so many batch sizes."""
 
@@ -380,7 +426,7 @@ class CalibrateConfig:
     """Time that task=calibrate may take."""
 
     budget_s: Annotated[float, Limits(0, 1e9, above=True)] | None = None
-    """Measure what matters most for this machine in so many seconds. None: measure everything."""
+    """Measure what matters most for this machine in so many seconds. null: measure everything."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
