@@ -12,6 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MOST_CHARACTERS = 100
 RIDDLE = re.compile(r"(What|Of|Whether|How)\b")
+NOUN = re.compile(
+    r"(?:The|An?|Its?|All|This|These|Each|Every|No|Some|Any|None|True|False)\b"
+    r"|(?!Warn\b)\w+ (?:of|->)(?= )"  # no order goes on with "of": "Number of", "Start of"
+    r"|\w*[^\Ws]s\b"  # "Bytes", "Tokens": no verb that gives an order ends so, but "Pass" does
+)
+"""Beginnings of a docstring that tell what a function is, and not what it does."""
 SOURCES = sorted(
     path for room in ("zinfer", "multirun_analysis") for path in (ROOT / room).rglob("*.py")
 )
@@ -41,6 +47,13 @@ def is_public(name: str, node: Node) -> bool:
     return not is_overload and not any(part.startswith("_") for part in name.split("."))
 
 
+def is_called(node: Node) -> bool:
+    """Tell if it is a function that people call: a property is read like an attribute."""
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not any(
+        "property" in ast.unparse(found) for found in node.decorator_list
+    )
+
+
 def problems(source: str) -> list[str]:
     """List what is wrong with the docstrings of one module."""
     found = []
@@ -53,6 +66,8 @@ def problems(source: str) -> list[str]:
         first = text.splitlines()[0]
         if RIDDLE.match(first):
             found.append(f"{name} begins with {first.split()[0]}: {first}")
+        if is_called(node) and NOUN.match(first):
+            found.append(f"{name} does not begin with a verb: {first}")
         if len(first) > MOST_CHARACTERS:
             found.append(f"{name} begins with {len(first)} characters: {first}")
     return found
@@ -71,6 +86,19 @@ def test_docstrings_exist_begin_plainly_and_fit_a_line(path: Path) -> None:
         ('"""Do."""\nclass A:\n    """Hold."""\n    def b(self): ...', "A.b has no docstring"),
         ('"""What is left."""', "module begins with What: What is left."),
         ('"""Do."""\nclass _A:\n    """Of a run."""', "_A begins with Of: Of a run."),
+        *(
+            (
+                f'"""Do."""\ndef run():\n    """{first}"""',
+                f"run does not begin with a verb: {first}",
+            )
+            for first in (
+                "The rows.",
+                "Bytes of a row.",
+                "Tokens so far.",
+                "Length of it.",
+                "Name -> x.",
+            )
+        ),
         (f'"""{"x" * 101}"""', f"module begins with 101 characters: {'x' * 101}"),
     ],
 )
@@ -83,6 +111,9 @@ def test_each_fault_of_a_docstring_is_found(source: str, wanted: str) -> None:
     [
         '"""Do."""\ndef _own(): ...',
         '"""Do."""\ndef run():\n    """Run."""\n    def inner(): ...',
+        '"""Do."""\nclass A:\n    """A."""\n    @property\n    def b(self):\n        """All."""',
+        '"""Do."""\ndef run():\n    """Pass it on."""',
+        '"""Do."""\ndef run():\n    """Warn of it."""',
         '"""Offer a door."""\nclass A:\n    """However it is."""',
     ],
 )

@@ -74,7 +74,7 @@ class Prediction:
         return self.ceiling.decode_step.binding
 
     def metrics(self, plan: MemoryPlan) -> dict[str, float]:
-        """Name -> value of what is known."""
+        """Map names to values of what is known."""
         values = {
             "predicted_load_s": self.load_s,
             "predicted_prefill_s": self.prefill_s,

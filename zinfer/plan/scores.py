@@ -56,7 +56,7 @@ def scored(
 def effective_rates(
     metrics: Mapping[str, float], predicted: Mapping[str, float]
 ) -> dict[str, float]:
-    """Bytes per second over each resource while decoding: bytes of a token times tokens/s.
+    """Return the bytes/s over each resource while decoding: bytes of a token times tokens/s.
 
     The bytes are those measured on the disk, and the plan's elsewhere: nobody counts them there.
     """

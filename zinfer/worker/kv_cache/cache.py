@@ -117,7 +117,7 @@ class HostCache(Cache):
         self.memory.forget()
 
     def bytes_held(self) -> int:
-        """Bytes of the buffers on the host and the device, and of the layers that stay there."""
+        """Count the bytes of buffers on host and device, and of the layers that stay there."""
         stay = [layer for layer in self.layers if not isinstance(layer, HostLayer)]
         tensors = [value for layer in stay for value in vars(layer).values()]
         tensors += [

@@ -236,7 +236,7 @@ def by_sdpa(
 
 
 def _weights(scores: torch.Tensor, scoring: Scoring, tokens: int) -> torch.Tensor:
-    """Softmax of float32 scores [batch, heads, tokens]."""
+    """Compute the softmax of float32 scores [batch, heads, tokens]."""
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     if scoring.bias is not None:

@@ -69,19 +69,19 @@ class HostLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def get_seq_length(self) -> int:
-        """Tokens that came so far."""
+        """Count the tokens that came so far."""
         return self.past
 
     def get_max_length(self) -> int:
-        """Tokens that the layer can attend to."""
+        """Return how many tokens the layer can attend to."""
         return self.cache.capacity if self.window is None else self.window
 
     def first_visible(self, past: int) -> int:
-        """Number of the oldest token that the next one still attends to."""
+        """Return the number of the oldest token that the next one still attends to."""
         return 0 if self.window is None else max(past - self.window + 1, 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length of the mask, and the number of its first token."""
+        """Return the length of the mask, and the number of its first token."""
         first = self.first_visible(self.past)
         return self.past - first + query_length, first
 

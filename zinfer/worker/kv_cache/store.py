@@ -107,7 +107,7 @@ class Stored:
             )  # fmt: skip
 
     def _view(self, part: torch.Tensor, slots: slice) -> torch.Tensor:
-        """Slots of a buffer as [batch, heads, tokens, ...]."""
+        """View slots of a buffer as [batch, heads, tokens, ...]."""
         if self.tokens_first:
             return part[slots].movedim(0, 2)
         return part[:, :, slots]
