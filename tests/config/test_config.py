@@ -101,6 +101,7 @@ REFUSED = [  # overrides, what the sentence says, what it tells to type
     (("model=custom",), "model.source is not set", "model.source=/path/to/a/folder"),
     (("tracking=server",), "has no tracking.uri", "tracking.uri=http"),
     (("tracking.uri=ftp://x",), "no store of kind ftp", "tracking=sqlite"),
+    ((f"tracking.uri={__file__}",), "is a file", f"tracking.uri=sqlite:///{__file__}"),
     (("tracking.uri=box:5000",), "no store of kind box", "tracking.uri=http://box:5000"),
     (("batch.prompt=file",), "no batch.prompt_file", "batch.prompt_file=/path"),
     (

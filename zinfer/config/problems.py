@@ -357,6 +357,12 @@ def _tracking(config: RunConfig) -> Iterator[Problem]:
 
 def _store(uri: str) -> Iterator[Problem]:
     scheme = urlsplit(uri).scheme
+    if not scheme and given_file(uri).is_file():
+        yield Problem(
+            f"tracking.uri={redact(uri)} is a file, and a path without a scheme names a folder of "
+            f"runs. If it is a database, set tracking.uri=sqlite:///{redact(uri)}",
+            ("tracking.uri",),
+        )
     if not scheme or _is_store(scheme):
         return
     host = redact(urlsplit(uri if "://" in uri else f"//{uri}").netloc)

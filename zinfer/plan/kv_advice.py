@@ -173,8 +173,10 @@ def _beside(entry: PlacedKv, fastest: PlacedKv) -> str:
     """Say how another placement compares with the fastest."""
     if not entry.run.fits:
         return f"{entry.override} does not fit"
-    if entry.tokens_per_s is None or _rate(fastest) <= SAME_SPEED * _rate(entry):
-        return f"{entry.override} is as fast" if entry.tokens_per_s else f"{entry.override} unknown"
+    if entry.tokens_per_s is None:
+        return f"the speed of {entry.override} is unknown"
+    if _rate(fastest) <= SAME_SPEED * _rate(entry):
+        return f"{entry.override} is as fast"
     binding = binding_words(entry.run.prediction.binding_resource)
     return f"{entry.override} {format_seconds(entry.decode_step_s)}, {binding}"
 

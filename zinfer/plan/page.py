@@ -157,11 +157,12 @@ def fewer_bits_lines(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     over = options[0]["over"]
     yield f"weights in fewer bits, over {over} (tokens/s {rates}; stored bytes; perplexity):"
     for entry in options:
-        gain = "unknown" if entry["gain"] is None else format_times(entry["gain"])
+        gain = entry["gain"]
+        speed = "speed unknown" if gain is None else f"{format_times(gain)} as fast"
         stored = f"{format_bytes(entry['stored_bytes'])} ({entry['stored_share']:.2f} of it)"
         text = f"perplexity {_times(entry)}" if entry["is_own_quality"] else "perplexity unknown"
         yield (
-            f"  {entry['override']:<13}{gain + ' as fast':<21}{stored:<27}{text}"
+            f"  {entry['override']:<13}{speed:<21}{stored:<27}{text}"
             f"{'' if entry['fits'] else '; does not fit'}"
             f"{'; this run' if entry['is_this_run'] else ''}"
         )
