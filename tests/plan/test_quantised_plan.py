@@ -13,7 +13,11 @@ from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.quantisable import stored_bits
 from zinfer.model.quantisable import stored_numel as own_stored_numel
 from zinfer.plan import dtype_advice
-from zinfer.plan.ceiling import stored_products, touched_weight_bytes
+from zinfer.plan.ceiling import (
+    stored_products,
+    touched_weight_bytes,
+    unpacked_weight_bytes,
+)
 from zinfer.plan.dtype_advice import fewer_bits, measured_quality
 from zinfer.plan.page import fewer_bits_lines
 from zinfer.plan.planned import Planned
@@ -88,6 +92,29 @@ def test_unquantised_weights_are_read_as_before() -> None:
     assert touched_weight_bytes(run.spec, run.config, 1) == 2 * (
         run.spec.num_parameters - lookups_and_norms
     )
+
+
+def test_a_gpu_writes_and_reads_a_copy_of_packed_weights_and_a_processor_none() -> None:
+    """So packed weights are slower where a GPU has all of them, and faster where they stream."""
+    packed = ("model=llama-2-7b", "dtype=int4", "hardware=h100_2nvme")
+    run = planned(*packed, "offload=none")
+    multiplied = run.spec.num_parameters - 32_000 * 4096 - 65 * 4096
+    copied = unpacked_weight_bytes(run.spec, run.config, 1)
+    assert copied == multiplied * 2 * 2
+    moved = run.prediction.ceiling.decode_step.demand.device_memory_bytes
+    assert moved == pytest.approx(touched_weight_bytes(run.spec, run.config, 1) + copied, rel=0.03)
+    on_cpu = planned("model=llama-2-7b", "dtype=int4", "offload=none", CPU)
+    assert on_cpu.prediction.ceiling.decode_step.demand.device_memory_bytes < moved / 4
+
+    def gain(*words: str) -> float:
+        ours, plain = (
+            planned(*words, "hardware=h100_2nvme", "model=llama-2-7b", dtype).prediction.ceiling.decode_step
+            for dtype in ("dtype=int4", "dtype=bfloat16")
+        )
+        assert ours.ceiling_s and plain.ceiling_s
+        return plain.ceiling_s / ours.ceiling_s
+
+    assert gain("offload=none") < 1 < 3 < gain("offload=cpu")
 
 
 def with_packed_kernel(times: float) -> CalibrationProfile:

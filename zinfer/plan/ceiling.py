@@ -276,6 +276,26 @@ def touched_weight_bytes(spec: ModelSpec, config: RunConfig, tokens: int) -> flo
     return dense + head + experts * touched_experts(spec, tokens)
 
 
+def unpacked_weight_bytes(spec: ModelSpec, config: RunConfig, tokens: int) -> float:
+    """Return the bytes that a pass writes and reads again to unpack packed weights on a GPU.
+
+    There PyTorch makes a copy in the compute type at each use (docs/quantised.md). It also makes
+    temporary copies, which are not counted: what is left is a bound.
+    """
+    products, size = stored_products(spec, config), ITEMSIZE_BYTES[spec.dtype]
+
+    def copied(matrices: Mapping[Matrix, float]) -> float:
+        return sum(
+            2.0 * matrix.numel * size * count
+            for matrix, count in matrices.items()
+            if matrix.bits is not None
+        )
+
+    head = copied({products.head: 1}) if products.head else 0.0
+    experts = copied(products.experts) * touched_experts(spec, tokens)
+    return copied(products.dense) + head + experts
+
+
 def _pass_demand(
     spec: ModelSpec,
     config: RunConfig,
@@ -294,6 +314,8 @@ def _pass_demand(
     aliased = hardware.device_is_host
     link = 0 if resident or aliased else on_host / config.launcher.ranks
     weights = touched_weight_bytes(spec, config, rows * new)
+    if not aliased:
+        weights += unpacked_weight_bytes(spec, config, rows * new)
     kv = kv_traffic(spec, config, rows, new=new, context=context, aliased=aliased)
     on_host = 0
     if config.kv_cache.placement == "host_attention" and new == 1 and not aliased:

@@ -166,6 +166,8 @@ def fewer_bits_lines(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"{'' if entry['fits'] else '; does not fit'}"
             f"{'; this run' if entry['is_this_run'] else ''}"
         )
+    if any(entry["gain"] is not None and entry["gain"] < 1 for entry in options):
+        yield "  less than 1 times as fast: unpacking at each use costs more than fewer bytes save"
     yield from _other_models(options)
 
 
