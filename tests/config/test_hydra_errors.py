@@ -1,4 +1,4 @@
-"""What Hydra cannot compose is said in our words, with what to type; that is obeyed here."""
+"""Refusals of what Hydra cannot compose: in our words, with what to type, which is obeyed here."""
 
 from __future__ import annotations
 
@@ -75,7 +75,12 @@ def test_each_is_answered_with_what_to_type(typed: str, says: str) -> None:
 def test_the_advice_composes(typed: str, says: str) -> None:
     found = re.search(r"(?:Set |as text: )(.+?)(?: alone)?$", says)
     others = [word for word in typed.split(" ") if word.startswith("model=")]
-    zinfer.compose(overrides=[*others, *(shlex.split(found[1]) if found else [])])
+    words = [*others, *(shlex.split(found[1]) if found else [])]
+    config = zinfer.compose(overrides=words)
+    for word in words:
+        if word.startswith("model="):
+            assert config.model.name == word.removeprefix("model=")
+    assert config.model.name, "a whole configuration"
 
 
 @pytest.mark.parametrize(
