@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from multirun_analysis.plans import GRID_ROLE
 from multirun_analysis.progress import READING, Progress
@@ -14,6 +11,7 @@ from multirun_analysis.runs import MEASURE, ReportError
 from multirun_analysis.sweeps import SWEEP_ROLE, reused_ids
 from zinfer.redact import redact
 from zinfer.tracking.names import COMMIT_TAG
+from zinfer.tracking.reading import open_to_read
 from zinfer.tracking.uri import sqlite_path
 
 if TYPE_CHECKING:
@@ -166,7 +164,7 @@ def run_count(uri: str, experiment_ids: list[str]) -> int | None:
         return None
     marks = ", ".join("?" * len(experiment_ids))
     wanted = f"lifecycle_stage = 'active' AND experiment_id IN ({marks})"
-    with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as store:
+    with open_to_read(path) as store:
         query = f"SELECT count(*) FROM runs WHERE {wanted}"
         (count,) = store.execute(query, experiment_ids).fetchone()
     return int(count)

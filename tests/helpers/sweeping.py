@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from zinfer.tracking.reading import open_to_read
 
 PACKAGE = Path(__file__).parents[2]
 MISBEHAVING = str(Path(__file__).parents[1] / "misbehaving")
@@ -74,7 +74,7 @@ def statuses(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 def runs(folder: Path) -> list[dict[str, Any]]:
     """Read every run of the folder's store: status in MLflow, tags, number of repeats logged."""
-    with closing(sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True)) as store:
+    with open_to_read(folder / "mlflow.db") as store:
         found = []
         for run_id, status in store.execute(
             "SELECT run_uuid, status FROM runs ORDER BY start_time"

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from zinfer.job.outcome import EndedBy, Json, Status
 from zinfer.tracking.names import KEY_TAG, ROLE_TAG
 from zinfer.tracking.parent import JOBS_TAG
+from zinfer.tracking.reading import open_to_read
 from zinfer.tracking.uri import sqlite_path
 
 HEADLINE = "generated_tokens_per_s"
@@ -100,18 +100,12 @@ def ended_runs(uri: str, experiment: str) -> list[EarlierRun]:
         return []
 
 
-def open_read_only(path: Path) -> contextlib.closing[sqlite3.Connection]:
-    """Open a sqlite file to read it, while others write to it."""
-    connection = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=60)
-    return contextlib.closing(connection)
-
-
 def _from_sqlite(path: Path, experiment: str) -> Iterator[EarlierRun]:
     runs = f"""
         SELECT runs.run_uuid FROM runs JOIN experiments USING (experiment_id)
         WHERE experiments.name = ? AND runs.lifecycle_stage = 'active' AND runs.status IN {ENDED}
     """
-    with open_read_only(path) as store:
+    with open_to_read(path) as store:
         order = store.execute(f"{runs} ORDER BY runs.end_time", (experiment,)).fetchall()
         tags = _by_run(store, f"tags WHERE key IN {TAGS} AND run_uuid IN ({runs})", experiment)
         metrics = _by_run(
@@ -148,7 +142,7 @@ def runs_of_newest_sweep(uri: str, experiment: str) -> list[str] | None:
     """
     jobs = f"SELECT value FROM tags WHERE key LIKE ? AND run_uuid IN ({newest})"
     try:
-        with open_read_only(path) as store:
+        with open_to_read(path) as store:
             tags = store.execute(jobs, (f"{JOBS_TAG}%", ROLE_TAG, experiment)).fetchall()
     except sqlite3.Error:
         return None
