@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from multirun_analysis.configuration import CIRCUMSTANCES, RATE, Configuration
@@ -79,12 +79,18 @@ def stability_notes(runs: Sequence[Run]) -> list[str]:
     ):
         found = [run for run in runs if run.status == "ok" and run.stability == verdict]
         if found:
-            reasons = Counter(
-                run.tags.get("zinfer.stability_reason") or "no reason was logged" for run in found
-            )
-            said = "; ".join("; ".join(reason for reason, _ in reasons.most_common(3)).splitlines())
-            notes.append(f"{counted(len(found), 'run')} {verdict}: {said}. {advice}")
+            notes.append(f"{counted(len(found), 'run')} {verdict}. {advice}")
+            notes += [_named_reason(run) for run in found[:NAMED]]
+        if len(found) > NAMED:
+            rest = f"{len(found) - NAMED} more {verdict}"
+            notes.append(f"{rest}: the table of warnings has their reasons.")
     return notes
+
+
+def _named_reason(run: Run) -> str:
+    """Return a run's name and why it says that its numbers moved."""
+    reason = run.tags.get("zinfer.stability_reason") or "no reason was logged"
+    return f"{run.name}: {'; '.join(reason.splitlines())}."
 
 
 def quality_notes(runs: Sequence[Run]) -> list[str]:
