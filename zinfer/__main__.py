@@ -111,6 +111,7 @@ def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outc
     """
     from zinfer.config import ConfigError, parse_config
     from zinfer.config.tasks import task_of
+    from zinfer.config.unread import unread_settings
     from zinfer.driver.finishing import do_task, finish
     from zinfer.driver.refusals import refusal
     from zinfer.driver.terminal import Terminal
@@ -123,6 +124,8 @@ def run_single(composed: DictConfig, job_dir: Path, settings: list[str]) -> Outc
     from zinfer.driver.label import job_label
 
     terminal.name = job_label(config.model.name, settings, config.task)
+    for warning in unread_settings(config, settings):
+        terminal.warning(warning)
     if task_of(config).takes_search and config.sweep.search == "best_batch":
         from zinfer.sweep.search import search_best_batch
 

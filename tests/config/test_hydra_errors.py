@@ -54,6 +54,26 @@ REFUSED = [
         "tracking.tags.a=[1 cannot be read: a quote or bracket in it has no partner. Add the "
         """partner, or give the value as text: 'tracking.tags.a="[1"'""",
     ),
+    (
+        "tracking.run_name=ünïon",
+        "tracking.run_name=ünïon cannot be read: ü ï must stand in quotes. "
+        """Set 'tracking.run_name="ünïon"'""",
+    ),
+    (
+        "model.source=/home/jürgen/model model=custom",
+        "model.source=/home/jürgen/model cannot be read: ü must stand in quotes. "
+        """Set 'model.source="/home/jürgen/model"'""",
+    ),
+    (
+        "dtype.keep=[ä,layers.0]",
+        "dtype.keep=[ä,layers.0] cannot be read: ä must stand in quotes. "
+        """Set 'dtype.keep=["ä","layers.0"]'""",
+    ),
+    (
+        "tracking.tags.a=b#1;c",
+        "tracking.tags.a=b#1;c cannot be read: # ; must stand in quotes. "
+        """Set 'tracking.tags.a="b#1;c"'""",
+    ),
     ("=3", "=3 names no setting. Try zinfer --help"),
     ("tracking.tags=3", "tracking.tags=3 is not a mapping. Set tracking.tags.KEY=3"),
     (

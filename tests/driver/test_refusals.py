@@ -9,6 +9,7 @@ import pytest
 from tests.helpers.composing import composed
 from zinfer.driver.disks import describe_disk, unlike_nvme
 from zinfer.driver.refusals import unusable_nvme_path
+from zinfer.redact import redact
 
 
 def problems(path: str, job_dir: Path) -> list[str]:
@@ -39,6 +40,26 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (problem,) = problems(str(tmp_path / "file" / "x"), tmp_path / "job")
     assert "is not a folder" in problem
+
+
+@pytest.mark.parametrize("below", ["", "/x"])
+def test_a_file_that_is_named_like_a_password_is_shown(below: str, tmp_path: Path) -> None:
+    """`passwd: VALUE` is hidden as a secret: the sentence must not have that form."""
+    (tmp_path / "passwd").touch()
+    (problem,) = problems(f"{tmp_path}/passwd{below}", tmp_path / "job")
+    assert redact(problem) == problem
+    assert problem.startswith(f"offload.nvme_path={tmp_path}/passwd{below} is ")
+
+
+@pytest.mark.parametrize("path", ["/proc", "/proc/new", "/sys"])
+def test_a_folder_in_which_none_can_be_made_is_refused(path: str, tmp_path: Path) -> None:
+    (problem,) = problems(path, tmp_path / "job")
+    assert f"offload.nvme_path={path}: " in problem and ". Set offload.nvme_path=" in problem
+
+
+def test_looking_if_a_folder_can_be_made_leaves_nothing(tmp_path: Path) -> None:
+    assert problems(str(tmp_path), tmp_path / "job") == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

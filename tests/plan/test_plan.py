@@ -276,3 +276,23 @@ def test_a_grid_is_planned_in_one_process_and_tracked(tmp_path: Path) -> None:
 def test_every_resource_and_the_fixed_cost_have_words() -> None:
     assert set(BINDING_WORDS) == {*RESOURCES, "fixed_cost"}
     assert binding_words(None) == "-"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cores", "instead"),
+    [
+        (("launcher.omp_threads=9999",), 2, "launcher.omp_threads=2"),
+        (("launcher.omp_threads=3", "launcher.ranks=2", "batch.batch_size=2"), 4, "omp_threads=2"),
+        (("launcher.ranks=64", "batch.batch_size=64"), 2, "launcher.ranks=2"),
+        (("launcher.ranks=2", "batch.batch_size=2"), 2, None),
+        (("launcher.omp_threads=2",), 2, None),
+        (("launcher.omp_threads=64",), None, None),
+    ],
+)
+def test_threads_that_wait_for_each_other_are_said(
+    overrides: tuple[str, ...], cores: int | None, instead: str | None
+) -> None:
+    run = planned("model=tiny-llama", "hardware.accelerator=cpu", *overrides, host_cores=cores)
+    said = [each for each in plan_warnings(run) if "wait for each other" in each]
+    assert len(said) == (instead is not None)
+    assert all(each.endswith(instead) for each in said if instead)

@@ -269,3 +269,32 @@ def test_patterns_that_name_no_weight_are_said() -> None:
     assert said("dtype.keep=[embeddings,layers.0,down_proj,lm*]") == []
     tied = planned("model=smollm2-135m", "dtype=int4", "offload=none", CPU)
     assert not [each for each in plan_warnings(tied) if "names no weight" in each]
+
+
+NARROW = ("model.overrides.hidden_size=8", "model.overrides.word_embed_proj_dim=8",
+          "model.overrides.ffn_dim=8", "model.overrides.num_attention_heads=2")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "because"),
+    [
+        (("dtype=int4", "dtype.keep=['*']"), "dtype.keep=[*] keeps all that could be packed"),
+        (("dtype=int8", "dtype.keep=[embeddings,layers]"), "dtype.keep=[embeddings,layers] keeps"),
+        (("dtype=int4", *NARROW), "in groups of 64 none of them would get smaller"),
+        (("dtype=int8", "dtype.keep=[embeddings]"), None),
+        (("dtype=int4",), None),
+        (("dtype=bfloat16",), None),
+    ],
+)
+def test_weights_of_which_none_is_packed_are_said(
+    overrides: tuple[str, ...], because: str | None
+) -> None:
+    run = planned("model=tiny-opt", "offload=none", CPU, *overrides)
+    said = [each for each in plan_warnings(run) if "packs no weight of tiny-opt" in each]
+    assert len(said) == (because is not None)
+    assert all(because in each and "Set dtype=bfloat16" in each for each in said if because)
+
+
+def test_an_empty_pattern_is_shown_as_one() -> None:
+    run = planned("model=tiny-opt", "dtype=int4", "offload=none", CPU, "dtype.keep=['']")
+    assert any('dtype.keep=[""] names no weight' in each for each in plan_warnings(run))

@@ -97,6 +97,21 @@ def test_the_reference_is_made_once_and_bad_text_is_tagged(
     assert scored["8 bits"]["quality"]["verdict"] == "ok"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_weights_without_a_reference_are_refused_before_they_are_timed(
+    ranks: int, demo_model: Path, built_ops: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    unscored = ("dtype=int8", "quality.tokens=88", f"launcher.ranks={ranks}", "batch.batch_size=2")
+    (refused,) = results(folder, *SETTINGS, *unscored)
+    assert refused["status"] == "refused" and not refused.get("metrics")
+    (problem,) = refused["problems"]
+    assert "Set dtype=bfloat16 once and leave the rest as it is" in problem
+    assert '"verify"' in (events := (folder / "0" / "events.jsonl").read_text())
+    assert '"generate"' not in events
+
+
 def scores_in(
     dtype: torch.dtype, folder: Path, log: Path, reference: Scores | None = None
 ) -> Scores:

@@ -13,6 +13,11 @@ from zinfer.config.command_line import no_choice, override_problems, overrides_i
 
 OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """Errors of a disk, which need not name a file."""
+NOT_UNQUOTED = r"[^\w\s/\-\\+.$%*@?|,:=()\[\]{}'\"]|[^\x00-\x7f]"
+"""A character that is of no word and no mark in Hydra's grammar: `#`, `;`, letters beyond ASCII.
+
+Source: hydra/grammar/OverrideLexer.g4.
+"""
 
 
 def composition_problems(error: Exception, arguments: list[str]) -> list[str] | None:
@@ -61,13 +66,35 @@ def _unreadable(error: Exception) -> str | None:
         return f"{error.override} is not setting=value. Set {name or 'SETTING'}=VALUE"
     if key != name:
         return f"{key} is not the name of a setting. Set {name}={value}"
-    # Hydra takes a backslash for a mark only where a quote follows those that stand together.
-    text = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), value)
-    quoted = shlex.quote(f'{name}="{text}"')
+    if marks := _only_in_quotes(value):
+        words = re.fullmatch(r"\[([^][{}'\"]*)\]", value)
+        items = [word.strip() for word in words[1].split(",")] if words else []
+        text = f"[{','.join(map(_quoted, items))}]" if words else _quoted(value)
+        return (
+            f"{typed} cannot be read: {marks} must stand in quotes. "
+            f"Set {shlex.quote(f'{name}={text}')}"
+        )
+    quoted = shlex.quote(f"{name}={_quoted(value)}")
     return (
         f"{typed} cannot be read: a quote or bracket in it has no partner. "
         f"Add the partner, or give the value as text: {quoted}"
     )
+
+
+def _only_in_quotes(value: str) -> str:
+    """Return the characters of a value that Hydra reads in quotes only, where it has none."""
+    if "'" in value or '"' in value:
+        return ""
+    return " ".join(dict.fromkeys(re.findall(NOT_UNQUOTED, value)))
+
+
+def _quoted(text: str) -> str:
+    """Write a text in Hydra's double quotes.
+
+    It takes a backslash for a mark only where a quote follows those that stand together.
+    """
+    inside = re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), text)
+    return f'"{inside}"'
 
 
 def _misused(said: str, arguments: list[str]) -> str | None:

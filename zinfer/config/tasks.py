@@ -28,6 +28,8 @@ class Task:
     (config, job_dir, terminal, forked=..., stopped=...) -> Outcome."""
     worker: str | None = None
     """Worker's side: `module:function`, called with (config, job_dir, events); None: no worker."""
+    reads_model: bool = False
+    """It is of one model, whose settings it reads."""
     loads_model: bool = False
     """A model's weights are loaded and its generations timed."""
     uses_swap: bool = False
@@ -46,6 +48,7 @@ TASKS = {
             summary="load the model, time its generations, log the result",
             command="zinfer.driver.run:run_job",
             worker="zinfer.worker.run:run_task",
+            reads_model=True,
             loads_model=True,
             uses_swap=True,
             loads_ops=True,
@@ -56,6 +59,7 @@ TASKS = {
             summary="show memory, ceiling and DeepSpeed JSON; no weights, no accelerator",
             command="zinfer.driver.run:run_job",
             worker="zinfer.worker.run:run_task",
+            reads_model=True,
         ),
         Task(
             name="calibrate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,16 +79,18 @@ def unusable_nvme_path(config: RunConfig, job_dir: Path | None) -> list[str]:
     """Refuse an nvme_path that is not there and whose parent is not there either, or read-only.
 
     A mistyped path would else become a folder on the root disk, and that disk would be measured.
+    Permissions do not tell all: in /proc, or on a full disk, no folder can be made either.
     """
-    from zinfer.job.swap import DEFAULT_FOLDER
+    from zinfer.job.swap import CLAIM_PREFIX, DEFAULT_FOLDER
 
     path = Path(str(config.offload.nvme_path)).expanduser().absolute()
     if path.name == DEFAULT_FOLDER and (job_dir is None or path.parent == job_dir.absolute()):
         return []  # the default, inside the job's own folder
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     if not existing.is_dir():
+        is_none = "is" if existing == path else f"is in {existing}, which is"
         return [
-            f"offload.nvme_path={path}: {existing} is not a folder. "
+            f"offload.nvme_path={path} {is_none} not a folder. "
             "Set offload.nvme_path=/path/to/a/folder/on/a/local/disk"
         ]
     if existing not in (path, path.parent):
@@ -99,5 +102,12 @@ def unusable_nvme_path(config: RunConfig, job_dir: Path | None) -> list[str]:
         return [
             f"offload.nvme_path={path}: {existing} is not writable. "
             "Set offload.nvme_path=/path/to/a/folder/that/you/own"
+        ]
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=CLAIM_PREFIX, dir=existing))
+    except OSError as error:
+        return [
+            f"offload.nvme_path={path}: no folder can be made in {existing} ({error.strerror}). "
+            "Set offload.nvme_path=/path/to/a/folder/on/a/local/disk"
         ]
     return []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from zinfer.config import DtypeConfig, RunConfig
 from zinfer.config.engines import engine_of
-from zinfer.model.quantisable import is_named, is_packable
+from zinfer.model.quantisable import is_named, is_packable, stored_bits
 from zinfer.model.spec import ModelSpec
 from zinfer.plan.advice import WORTHWHILE, gain_of, with_offload
 from zinfer.plan.deepspeed_json import min_buffer_count
@@ -53,6 +54,8 @@ def plan_warnings(run: Planned) -> list[str]:
         *_beyond_training(run),
         *dtype_warnings(run),
         *_patterns_of_nothing(run),
+        *_packs_nothing(run),
+        *_more_threads_than_cores(run),
         *_kv_placement(run),
         *_no_kv(run.spec),
     ]
@@ -175,10 +178,44 @@ def _patterns_of_nothing(run: Planned) -> Iterator[str]:
     for name, patterns in asked.items():
         unused = [each for each in patterns if not any(is_named(one, (each,)) for one in packable)]
         if unused and packable:
+            shown = ",".join(each or '""' for each in unused)
             yield (
-                f"{name}=[{','.join(unused)}] names no weight of {run.spec.name} that could be "
+                f"{name}=[{shown}] names no weight of {run.spec.name} that could be "
                 f"packed. Name whole parts, with * for anything: {packable[-1].name}"
             )
+
+
+def _packs_nothing(run: Planned) -> Iterator[str]:
+    """Warn of a run that says int8 or int4 and stores every weight as it is computed with."""
+    dtype, weights = run.config.dtype, run.spec.parameters
+    if run.config.quantiser != "zinfer" or any(stored_bits(each, dtype) for each in weights):
+        return
+    plain = f"dtype={run.spec.dtype}"
+    if any(stored_bits(each, replace(dtype, keep=())) for each in weights):
+        because = f"dtype.keep=[{','.join(dtype.keep)}] keeps all that could be packed"
+        instead = f"{plain}, or a shorter dtype.keep"
+    else:
+        because = f"in groups of {dtype.group_size} none of them would get smaller"
+        instead = plain
+    yield f"dtype={dtype.weights} packs no weight of {run.spec.name}: {because}. Set {instead}"
+
+
+def _more_threads_than_cores(run: Planned) -> Iterator[str]:
+    """Warn of threads that wait for each other."""
+    launcher, cores = run.config.launcher, run.hardware.host_cores
+    threads = launcher.ranks * (launcher.omp_threads or 1)
+    if not cores or threads <= cores or not run.hardware.device_is_host:
+        return
+    fitting = max(1, cores // launcher.ranks)
+    instead = (
+        f"launcher.omp_threads={fitting}"
+        if (launcher.omp_threads or 1) > fitting
+        else f"launcher.ranks={cores}"
+    )
+    yield (
+        f"{threads} threads on {cores} cores wait for each other: each of "
+        f"launcher.ranks={launcher.ranks} has {launcher.omp_threads or 1}. Set {instead}"
+    )
 
 
 def _kv_placement(run: Planned) -> Iterator[str]:

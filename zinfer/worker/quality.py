@@ -256,6 +256,20 @@ def score(planned: Planned, engine: Engine, pieces: Pieces, events: EventLog) ->
     return replace(quality, seconds=time.perf_counter() - started_s, reference=how)
 
 
+def require_reference(planned: Planned, engine: Engine, pieces: Pieces) -> None:
+    """Refuse, before anything is timed, quantised weights that have no reference. All ranks ask.
+
+    Raises:
+        NoReference: no unquantised run of these weights has left one.
+    """
+    if planned.config.dtype.bits is None:
+        return
+    path, _ = kept_in(planned, engine, pieces)
+    kept = read_scores(path, (ROWS, pieces.new_tokens - 1)) if path else None
+    if _of_first_rank(kept is None, engine.ranks):
+        raise NoReference([no_reference(planned.spec.dtype)])
+
+
 def keep_scores(path: Path, scores: Scores, key: dict[str, object], events: EventLog) -> None:
     """Write the reference for the runs to come; this one has ended well even where that fails."""
     try:
@@ -271,7 +285,7 @@ def no_reference(dtype: str) -> str:
     """Say what a run with quantised weights lacks before it can be scored."""
     return (
         "quality.enabled=true: no unquantised run of these weights has left its scores yet. "
-        f"Set dtype={dtype} once, or quality.enabled=false"
+        f"Set dtype={dtype} once and leave the rest as it is, or quality.enabled=false"
     )
 
 

@@ -65,7 +65,7 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     """Run one benchmark in the order it happens. Return None for task=plan.
 
     Raises:
-        ConfigError, DoesNotFit: nothing was loaded.
+        ConfigError, DoesNotFit: nothing was timed.
     """
     planned = prepare(config, job_dir, events)
     if not task_of(config).loads_model:
@@ -74,6 +74,10 @@ def work(config: RunConfig, job_dir: Path, events: EventLog) -> Metrics | None:
     limit_s = config.launcher.stall_s if config.offload.device == "nvme" else None
     with watched(limit_s, events):
         loaded = load_engine(planned, events)
+        if pieces is not None and config.quality.enabled is True:
+            from zinfer.worker.quality import require_reference
+
+            require_reference(planned, loaded.engine, pieces)
         measured, said = measure(planned, loaded, job_dir, events)
         quality = None if pieces is None else scored_text(planned, loaded, pieces, events)
     return report(planned, measured, said, quality, events)
