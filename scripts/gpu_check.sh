@@ -18,7 +18,7 @@ section environment
 nvidia-smi --query-gpu=name,memory.total,power.limit,driver_version --format=csv || { echo "no GPU here"; exit 1; }
 "$python" - <<'PY'
 from importlib.metadata import version
-for name in ("torch", "transformers", "deepspeed", "hydra-core"):
+for name in ("torch", "triton", "transformers", "deepspeed", "hydra-core"):
     print(name, version(name))
 PY
 
@@ -28,6 +28,10 @@ timed "async_io and pin_memory" 420 "$python" -m zinfer.machine.native_ops build
 section "tests/gpu"
 timed tests 600 "$python" -m pytest -q -p no:cacheprovider tests/gpu 2>&1 | tee "$out/tests.log" | tail -n 15
 
+section "packed products by the Triton kernel"
+timed "packed products" 600 "$python" -m pytest -q -p no:cacheprovider tests/worker/quantised/test_triton_products.py 2>&1 \
+  | tee "$out/packed.log" | tail -n 15
+
 section "main job"
 for model in opt-1.3b opt-6.7b; do
   for offload in none cpu nvme; do
@@ -35,6 +39,12 @@ for model in opt-1.3b opt-6.7b; do
     (cd "$out" && timed "$name" 300 "$python" -m zinfer "model=$model" "offload=$offload" offload.nvme_path="$disk" dtype=float16 batch=paper \
       batch.batch_size=4 tracking=none format=json >"$out/$name.json" 2>"$out/$name.log") || tail -n 3 "$out/$name.log"
   done
+done
+
+for kernel in auto torch; do    # int4 by the Triton kernel, and unpacked at each use
+  name=opt-1.3b-int4-$kernel
+  (cd "$out" && timed "$name" 300 "$python" -m zinfer model=opt-1.3b offload=none dtype=int4 "dtype.kernel=$kernel" batch=paper \
+    batch.batch_size=4 tracking=none format=json >"$out/$name.json" 2>"$out/$name.log") || tail -n 3 "$out/$name.log"
 done
 
 section results
@@ -54,4 +64,6 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("opt-*.json")):
     planned = (run.get("plan") or {}).get("tiers", {}).get("device", {}).get("per_rank_bytes")
     print(f"{path.stem:18} {run['status']:12} {number('load_s'):>8} {number('prefill_s'):>10} {number('decode_step_s', 4):>14} "
           f"{number('generated_tokens_per_s', 1):>9} {gib(m.get('peak_device_allocated_bytes')):>13} {gib(planned):>8}")
+    if run.get("packed"):
+        print(f"{'':18} packed weights: {run['packed']['kernel']}, {run['packed']['why']}")
 PY

@@ -32,6 +32,9 @@ from zinfer.paths import cache_dir
 PRIVATE = Path(tempfile.mkdtemp(prefix="zinfer-test-cache-"))
 SHARED_FOLDERS = ("models", "model_specs")
 
+# Without a GPU, kernels in Triton are interpreted. Triton asks this when it is imported.
+if native_ops.accelerator_name() != "cuda":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.update(native_ops.worker_environment())
 for name in SHARED_FOLDERS:
     shared = cache_dir() / name

@@ -94,18 +94,72 @@ def test_unquantised_weights_are_read_as_before() -> None:
     )
 
 
-def test_a_gpu_writes_and_reads_a_copy_of_packed_weights_and_a_processor_none() -> None:
-    """So packed weights are slower where a GPU has all of them, and faster where they stream."""
-    packed = ("model=llama-2-7b", "dtype=int4", "hardware=h100_2nvme")
-    run = planned(*packed, "offload=none")
-    multiplied = run.spec.num_parameters - 32_000 * 4096 - 65 * 4096
-    copied = unpacked_weight_bytes(run.spec, run.config, 1)
-    assert copied == multiplied * 2 * 2
-    moved = run.prediction.ceiling.decode_step.demand.device_memory_bytes
-    assert moved == pytest.approx(touched_weight_bytes(run.spec, run.config, 1) + copied, rel=0.03)
-    on_cpu = planned("model=llama-2-7b", "dtype=int4", "offload=none", CPU)
-    assert on_cpu.prediction.ceiling.decode_step.demand.device_memory_bytes < moved / 4
+GPU_PLAN = ("model=llama-2-7b", "dtype=int4", "offload=none", "hardware=h100_2nvme")
+HEAD = 32_000 * 4096
 
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "new", "copies_head", "copies_layers"),
+    [
+        ((), 1, 1, False, False),
+        ((), 64, 1, False, False),
+        ((), 65, 1, True, True),
+        ((), 1, 100, False, True),  # of a prefill the head multiplies one token a row
+        (("dtype.kernel=compiled",), 65, 100, False, False),
+        (("dtype.kernel=torch",), 1, 1, True, True),
+        (("dtype.kernel=unpack",), 1, 1, True, True),
+    ],
+)
+def test_a_gpu_copies_the_packed_weights_that_the_kernel_does_not_multiply(
+    overrides: tuple[str, ...], rows: int, new: int, copies_head: bool, copies_layers: bool
+) -> None:
+    run = planned(*GPU_PLAN, *overrides)
+    layers = run.spec.num_parameters - 2 * HEAD - 65 * 4096
+    copied = layers * copies_layers + HEAD * copies_head
+    assert unpacked_weight_bytes(run.spec, run.config, rows, new) == copied * 2 * 2
+
+
+def test_experts_are_copied_where_each_has_many_tokens() -> None:
+    """Of 8 experts a token meets 2: of 100 tokens 25 meet each, of 1000 250."""
+    run = planned("model=mixtral-8x7b", "dtype=int4", "offload=none", "hardware=h100_2nvme")
+    experts = 32 * 3 * 8 * 4096 * 14_336
+    outside = run.spec.num_parameters - experts - 2 * HEAD - 65 * 4096 - 32 * 8 * 4096
+    assert unpacked_weight_bytes(run.spec, run.config, 1, 100) == outside * 4
+    assert unpacked_weight_bytes(run.spec, run.config, 1, 1000) == pytest.approx(
+        (outside + experts) * 4, rel=1e-6
+    )
+
+
+def test_a_plan_for_a_gpu_says_what_packed_weights_gain_with_the_kernel_and_without() -> None:
+    run = planned(*GPU_PLAN)
+    moved = run.prediction.ceiling.decode_step.demand.device_memory_bytes
+    assert moved == pytest.approx(touched_weight_bytes(run.spec, run.config, 1), rel=0.03)
+    eight, four = fewer_bits(run)
+    assert 3 < (four.gain or 0) < 3.6 and 0.4 < (four.gain_unpacked or 0) < 0.5
+    lines = list(fewer_bits_lines([vars(eight), vars(four)]))
+    assert lines[3].startswith(
+        "  by zinfer's Triton kernel; where the GPU refuses it and unpacks: "
+    )
+    assert lines[3].endswith(f"dtype=int4 {four.gain_unpacked:.2f} times")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*GPU_PLAN, "dtype.kernel=torch"),
+        (*GPU_PLAN, "offload=cpu"),  # the link takes longer than either
+        ("model=llama-2-7b", "dtype=int4", "offload=none", CPU),
+    ],
+)
+def test_where_the_kernel_makes_no_difference_a_plan_does_not_name_it(
+    overrides: tuple[str, ...],
+) -> None:
+    found = list(fewer_bits(planned(*overrides)))
+    assert [entry.gain_unpacked for entry in found] == [None, None]
+    assert "Triton" not in "".join(fewer_bits_lines([vars(entry) for entry in found]))
+
+
+def test_a_gpu_that_unpacks_is_slower_with_all_weights_on_it_and_faster_when_they_stream() -> None:
     def gain(*words: str) -> float:
         given = (*words, "hardware=h100_2nvme", "model=llama-2-7b")
         ours, plain = (
@@ -115,7 +169,9 @@ def test_a_gpu_writes_and_reads_a_copy_of_packed_weights_and_a_processor_none() 
         assert ours and plain
         return plain / ours
 
-    assert gain("offload=none") < 1 < 3 < gain("offload=cpu")
+    by_torch = "dtype.kernel=torch"
+    assert gain("offload=none", by_torch) < 1 < 3 < gain("offload=cpu", by_torch)
+    assert 3 < gain("offload=none")
 
 
 def with_packed_kernel(times: float) -> CalibrationProfile:

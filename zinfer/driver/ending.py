@@ -87,6 +87,7 @@ class Watched:
             profile=self.result.get("profile"),
             weights=self.result.get("weights"),
             linear=self.result.get("linear"),
+            packed=self.result.get("packed"),
             **fields,
         )
 

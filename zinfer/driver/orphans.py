@@ -165,6 +165,7 @@ def outcome_in(job_dir: Path, job: JobRecord, result: Json) -> Outcome:
         profile=result.get("profile"),
         weights=result.get("weights"),
         linear=result.get("linear"),
+        packed=result.get("packed"),
         environment=environment_in(job_dir),
         job_dir=str(job_dir),
     )

@@ -78,6 +78,8 @@ class Outcome:
     """A verified checkpoint: number of tensors and bytes used, sha256 of its headers."""
     linear: Json | None = None
     """What multiplied a few rows with 16-bit weights, and why; None: PyTorch, without a choice."""
+    packed: Json | None = None
+    """What multiplied packed weights, and why; None: there were none of ours."""
     traceback: str | None = None
     """The worker's last traceback."""
     run_id: str | None = None
@@ -115,6 +117,7 @@ class Outcome:
             "profile": self.profile,
             "weights": self.weights,
             "linear": self.linear,
+            "packed": self.packed,
             "warnings": list(self.warnings),
             "generated": self.generated,
         }

@@ -23,6 +23,13 @@ from zinfer.plan.kv_placement import moved_layers
 from zinfer.plan.kv_traffic import kv_traffic
 from zinfer.plan.zero_layout import ZeroLayout, stored_numel, zero_layout
 
+ROWS_PACKED_ON_GPU = 64
+"""Up to so many rows a GPU multiplies with packed weights as they lie; beyond, it unpacks them.
+
+GemLite's Triton kernels, which are measured, end their own for few rows there: `get_matmul_type`
+in gemlite/core.py (github.com/mobiusml/gemlite).
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
@@ -276,24 +283,32 @@ def touched_weight_bytes(spec: ModelSpec, config: RunConfig, tokens: int) -> flo
     return dense + head + experts * touched_experts(spec, tokens)
 
 
-def unpacked_weight_bytes(spec: ModelSpec, config: RunConfig, tokens: int) -> float:
+def unpacked_weight_bytes(spec: ModelSpec, config: RunConfig, rows: int, new: int) -> float:
     """Return the bytes that a pass writes and reads again to unpack packed weights on a GPU.
 
-    There PyTorch makes a copy in the compute type at each use (docs/quantised.md). It also makes
-    temporary copies, which are not counted: what is left is a bound.
+    PyTorch makes a copy in the compute type at each use, of what no kernel multiplies packed
+    (docs/quantised.md). It also makes temporary copies, which are not counted: what is left is a
+    bound. Whether a GPU runs the kernel is not known before its trial in a run.
+
+    Args:
+        new: tokens of each row that the pass computes. The head multiplies one of them.
     """
     products, size = stored_products(spec, config), ITEMSIZE_BYTES[spec.dtype]
+    most = {"auto": ROWS_PACKED_ON_GPU, "compiled": rows * new}.get(config.dtype.kernel, 0)
+    touched = touched_experts(spec, rows * new)
+    of_an_expert = rows * new * (spec.experts_per_token or 0) / touched if touched else 0.0
 
-    def copied(matrices: Mapping[Matrix, float]) -> float:
+    def copied(matrices: Mapping[Matrix, float], multiplied: float) -> float:
         return sum(
             2.0 * matrix.numel * size * count
             for matrix, count in matrices.items()
-            if matrix.bits is not None
+            if matrix.bits is not None and multiplied > most
         )
 
-    head = copied({products.head: 1}) if products.head else 0.0
-    experts = copied(products.experts) * touched_experts(spec, tokens)
-    return copied(products.dense) + head + experts
+    head = copied({products.head: 1}, rows) if products.head else 0.0
+    return (
+        copied(products.dense, rows * new) + head + copied(products.experts, of_an_expert) * touched
+    )
 
 
 def _pass_demand(
@@ -315,7 +330,7 @@ def _pass_demand(
     link = 0 if resident or aliased else on_host / config.launcher.ranks
     weights = touched_weight_bytes(spec, config, rows * new)
     if not aliased:
-        weights += unpacked_weight_bytes(spec, config, rows * new)
+        weights += unpacked_weight_bytes(spec, config, rows, new)
     kv = kv_traffic(spec, config, rows, new=new, context=context, aliased=aliased)
     on_host = 0
     if config.kv_cache.placement == "host_attention" and new == 1 and not aliased:

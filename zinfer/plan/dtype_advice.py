@@ -23,7 +23,8 @@ from zinfer.units import format_times
 
 NOTICED_GAIN = 1.25
 """A phase that another dtype would make so many times as fast is worth a sentence."""
-
+NOTICED_KERNEL = 1.01
+"""A kernel that makes less of a difference to a run need not be named."""
 
 QUALITY_FILE = PACKAGE / "data" / "quantised_quality.json"
 
@@ -41,6 +42,8 @@ class FewerBits:
     """Ratio of tokens/s to the same run unquantised; of ceilings where nothing is calibrated."""
     is_predicted: bool
     """The gain comes from calibrated kernels, not from the ceilings alone."""
+    gain_unpacked: float | None
+    """The same at best, where a GPU refuses our kernel and unpacks. None: no kernel is counted."""
     stored_bytes: int
     stored_share: float
     """Bytes of the stored weights over those unquantised."""
@@ -79,12 +82,31 @@ def fewer_bits(run: Planned) -> Iterator[FewerBits]:
             is_this_run=run.config.dtype.weights == weights,
             gain=at_best if predicted is None else predicted,
             is_predicted=predicted is not None,
+            gain_unpacked=None if predicted else _gain_unpacked(config, plain),
             stored_bytes=other.plan.weight_stored_bytes,
             stored_share=other.plan.weight_stored_bytes / plain.plan.weight_stored_bytes,
             fits=other.fits,
             quality=quality,
             is_own_quality=any(row["model"] == run.config.model.name for row in quality),
         )
+
+
+def _gain_unpacked(config: RunConfig, plain: Planned) -> float | None:
+    """Return the gain of packed weights that a GPU unpacks at each use. None: no other than ours.
+
+    Args:
+        plain: the same run unquantised.
+    """
+    if plain.hardware.device_is_host or config.dtype.kernel not in ("auto", "compiled"):
+        return None
+    unpacking = config.changed(dtype={"kernel": "torch"})
+    ours, theirs = (
+        plan_run(each, plain.hardware, plain.spec).prediction.ceiling.generated_tokens_per_s
+        for each in (config, unpacking)
+    )
+    if ours is None or theirs is None or ours < NOTICED_KERNEL * theirs:
+        return None
+    return ratio(theirs, plain.prediction.ceiling.generated_tokens_per_s)
 
 
 def _unquantised(run: Planned) -> Planned:

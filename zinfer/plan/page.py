@@ -166,6 +166,10 @@ def fewer_bits_lines(options: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f"{'' if entry['fits'] else '; does not fit'}"
             f"{'; this run' if entry['is_this_run'] else ''}"
         )
+    unpacked = [entry for entry in options if entry["gain_unpacked"] is not None]
+    if unpacked:
+        gains = ", ".join(f"{each['override']} {each['gain_unpacked']:.2f}" for each in unpacked)
+        yield f"  by zinfer's Triton kernel; where the GPU refuses it and unpacks: {gains} times"
     if any(entry["gain"] is not None and entry["gain"] < 1 for entry in options):
         yield "  less than 1 times as fast: unpacking at each use costs more than fewer bytes save"
     yield from _other_models(options)

@@ -35,6 +35,8 @@ PROFILE_TAG = "zinfer.profile"
 """The most expensive operations of a decode step, one a line."""
 LINEAR_TAG, LINEAR_REASON_TAG = "zinfer.linear_kernel", "zinfer.linear_kernel_reason"
 """compiled, torch or mixed: what multiplied a few rows with 16-bit weights; and why."""
+PACKED_TAG, PACKED_REASON_TAG = "zinfer.packed_kernel", "zinfer.packed_kernel_reason"
+"""compiled, triton, torch, unpack or mixed: what multiplied packed weights; and why."""
 WEIGHTS_TAG, OVERRIDES_TAG = "zinfer.weights_sha256", "zinfer.overrides"
 
 HEADLINE = "generated_tokens_per_s"

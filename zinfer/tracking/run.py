@@ -286,6 +286,8 @@ def log_outcome(
         names.PROFILE_TAG: profile_lines(outcome) or None,
         names.LINEAR_TAG: (outcome.linear or {}).get("kernel"),
         names.LINEAR_REASON_TAG: linear_reason(outcome),
+        names.PACKED_TAG: (outcome.packed or {}).get("kernel"),
+        names.PACKED_REASON_TAG: (outcome.packed or {}).get("why"),
         names.WEIGHTS_TAG: (outcome.weights or {}).get("sha256"),
         names.WARNINGS_TAG: "\n".join(outcome.warnings) or None,
     }

@@ -16,6 +16,7 @@ from zinfer.worker.surroundings import Surroundings
 if TYPE_CHECKING:
     from zinfer.model.weights.verified import VerifiedWeights
     from zinfer.worker.kv_cache.session import KvUse
+    from zinfer.worker.quantised.choice import PackedChoice
     from zinfer.worker.skinny.choice import LinearChoice
 
 PERCENTILES = {50: 1, 90: 10, 95: 20, 99: 100}
@@ -41,6 +42,8 @@ class Measured:
     verified: VerifiedWeights | None = None
     linear: LinearChoice | None = None
     """What multiplied a few rows with 16-bit weights; None: PyTorch, without a choice."""
+    packed: PackedChoice | None = None
+    """What multiplied packed weights; None: there were none of ours."""
     profile: list[dict[str, Any]] | None = None
     """The most expensive operations of a decode step; None where none was profiled."""
 

@@ -127,6 +127,10 @@ def load_engine(planned: Planned, events: EventLog) -> Loaded:
     load_s = time.perf_counter() - started_s
     if engine.linear is not None:
         load_s -= engine.linear.seconds
+    if engine.packed is not None:
+        load_s -= engine.packed.seconds
+        if engine.rank == 0 and engine.device.type != "cpu":
+            events.write("note", message=engine.packed.sentence())
     if engine.verified is not None:
         load_s -= engine.verified.seconds + engine.verified.rounding_s
     elif planned.config.weights == "pretrained":
@@ -168,6 +172,7 @@ def measure(
         surroundings=generation.surroundings,
         verified=engine.verified,
         linear=engine.linear,
+        packed=engine.packed,
         profile=profiled,
     )
     return measured, _what_was_said(engine.tokenizer, prompts, rows_of_all(ranks))
@@ -254,6 +259,7 @@ def report(
             profile=measured.profile,
             weights=measured.verified.document() if measured.verified else None,
             linear=measured.linear.document() if measured.linear else None,
+            packed=measured.packed.document() if measured.packed else None,
         )
     return metrics
 

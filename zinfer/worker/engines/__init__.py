@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from zinfer.model.weights.verified import VerifiedWeights
+    from zinfer.worker.quantised.choice import PackedChoice
     from zinfer.worker.skinny.choice import LinearChoice
 
 
@@ -35,6 +36,8 @@ class Engine:
 
     linear: LinearChoice | None = None
     """What multiplies a few rows with 16-bit weights; None: PyTorch, without a choice."""
+    packed: PackedChoice | None = None
+    """What multiplies packed weights; None: there are none of ours."""
     gathered_bytes: Callable[[], int] | None = None
     """Returns the bytes of weights that were gathered for use so far; None: they never leave."""
 

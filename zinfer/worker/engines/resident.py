@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from zinfer.model.weights.dummy import dummy_model
 from zinfer.model.weights.pretrained import open_checkpoint, pretrained_model, verify
 from zinfer.worker.engines import Engine, tokenizer_for
 from zinfer.worker.quantised.building import dummy_packed
+from zinfer.worker.quantised.choice import packed_choice
 from zinfer.worker.quantised.loading import packed_model
 from zinfer.worker.quantised.searched import searched_if_asked
+from zinfer.worker.ranks import of_all_ranks
 
 
 def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: EventLog) -> Engine:
@@ -29,6 +32,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         else "cpu"
     )
+    packed = packed_choice(config, spec, device, partial(of_all_ranks, ranks=ranks))
     dtype = getattr(torch, spec.dtype)
     quantised = config.dtype if config.quantiser else None
     place = mover(device)
@@ -65,6 +69,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
             parameter.numel() * parameter.element_size() for parameter in model.parameters()
         ),
         verified=verified,
+        packed=packed,
     )
 
 

@@ -37,6 +37,7 @@ from zinfer.plan.zero_layout import ZeroLayout, zero_layout
 from zinfer.worker.engines import Engine, tokenizer_for
 from zinfer.worker.engines.zero_kept import keep_gathered
 from zinfer.worker.engines.zero_packed import build_packed
+from zinfer.worker.quantised.choice import packed_choice
 from zinfer.worker.ranks import of_all_ranks
 from zinfer.worker.skinny.choice import linear_choice
 from zinfer.worker.skinny.modules import use_own_products
@@ -58,6 +59,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
     device = torch.device(accelerator.current_device_name())
     share = partial(of_all_ranks, ranks=comm.get_world_size())
     linear = linear_choice(config, spec, on_cpu=device.type == "cpu", share=share)
+    packed = packed_choice(config, spec, device, share)
     dtype = getattr(torch, spec.dtype)
     opened = None if config.weights == "dummy" else open_checkpoint(config.model, dtype, events)
     build = build_packed if config.quantiser == "zinfer" else build_plain
@@ -95,6 +97,7 @@ def load(config: RunConfig, spec: ModelSpec, ds_json: dict[str, Any], events: Ev
         verified=verified,
         gathered_bytes=count_gathers(module),
         linear=linear,
+        packed=packed,
     )
 
 

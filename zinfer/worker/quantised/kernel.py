@@ -4,6 +4,7 @@ The packed layout is that of kv_cache/codes.py, in groups along the input dimens
 A few rows are multiplied packed, by our own C++ kernel: it reads each weight once and is as fast
 as memory. With many rows arithmetic is the limit. Where PyTorch's is faster, weights are unpacked,
 a part at a time, and PyTorch multiplies. docs/quantised.md has the measurements.
+A GPU's few rows are multiplied packed by a kernel in Triton (gpu.py).
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from zinfer.plan.ceiling import ROWS_PACKED_ON_GPU
 from zinfer.worker.kv_cache.codes import dequantise
 from zinfer.worker.libraries import KINDS
-from zinfer.worker.quantised import native
+from zinfer.worker.quantised import gpu, native
 from zinfer.worker.quantised.native import in_rows, like, product_of
 
 Kernel = Literal["auto", "compiled", "torch", "unpack"]
 """Ways to multiply, as `dtype.kernel` names them.
 
-`auto` takes the compiled kernel where it suits; `torch` unpacks with PyTorch, because PyTorch's own
-packed products take other schemes (docs/quantised.md); `unpack` makes a plain matrix, compiled
-where that is possible, however few rows there are.
+`auto` takes the compiled kernel where it suits: ours in C++, or on a GPU in Triton. `torch` unpacks
+with PyTorch, because PyTorch's own packed products take other schemes (docs/quantised.md). `unpack`
+makes a plain matrix, compiled where that is possible, however few rows there are.
 """
+GPU = "cuda"
+"""The type of device whose packed products are Triton's. Tests let a processor stand in."""
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 UNPACKED_NUMEL = 1 << 22
 """Weights that are unpacked at a time: they stay in the cache until they are multiplied."""
@@ -56,7 +60,8 @@ def multiply(
         bits: 8 or 4.
         group_size: inputs that share a scale.
         bias: [out] or None.
-        kernel: which way; "auto" takes the compiled kernel up to `native.packed_rows`.
+        kernel: which way; "auto" takes the compiled kernel up to `native.packed_rows`, on a GPU up
+            to ROWS_PACKED_ON_GPU.
         activation_bits: 16 or 8; only where the compiled kernel multiplies packed weights.
 
     Returns:
@@ -65,6 +70,8 @@ def multiply(
     Raises:
         ValueError: kernel="compiled" and the compiled kernel cannot multiply these.
     """
+    if x.device.type == GPU:
+        return _on_gpu(x, codes, scales, bits, group_size, bias, kernel)
     problem = "" if kernel == "torch" else unsupported(x, codes, scales, bits, group_size)
     if problem and kernel == "compiled":
         raise ValueError(f"dtype.kernel=compiled: {problem}. Set dtype.kernel=auto")
@@ -87,6 +94,25 @@ def multiply(
     refused = lib.zinfer_packed_product(ctypes.byref(product))
     assert refused == 0, "sizes are checked by unsupported"
     return y
+
+
+def _on_gpu(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None,
+    kernel: Kernel,
+) -> torch.Tensor:
+    """Multiply a few rows by the kernel in Triton where it proves itself, and others unpacked."""
+    is_few = kernel == "compiled" or (kernel == "auto" and x.shape[0] <= ROWS_PACKED_ON_GPU)
+    problem = gpu.refused(x.device, x.dtype, bits, group_size) if is_few else ""
+    if problem and kernel == "compiled":
+        raise ValueError(f"dtype.kernel=compiled: {problem}. Set dtype.kernel=auto")
+    if problem or not is_few:
+        return by_unpacking(x, codes, scales, bits=bits, group_size=group_size, bias=bias)
+    return gpu.kernel().multiply(x, codes, scales, bits=bits, group_size=group_size, bias=bias)
 
 
 def unsupported(
