@@ -34,12 +34,29 @@ inline float half_to_float(uint16_t bits) {
 #endif
 }
 
-// Add up the numbers of a vector.
+// Add up the numbers of a vector, or find the largest, half with half.
 template <class V>
 inline float sum(V value) {
-    float total = 0;
-    for (size_t i = 0; i < sizeof value / 4; i++) total += value[i];
-    return total;
+#if defined(__AVX512F__)
+    if constexpr (sizeof value == 64) return _mm512_reduce_add_ps((__m512)value);
+#endif
+    float part[sizeof value / 4];
+    std::memcpy(part, &value, sizeof value);
+    for (size_t half = sizeof value / 8; half; half /= 2)
+        for (size_t i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+template <class V>
+inline float largest(V value) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof value == 64) return _mm512_reduce_max_ps((__m512)value);
+#endif
+    float part[sizeof value / 4];
+    std::memcpy(part, &value, sizeof value);
+    for (size_t half = sizeof value / 8; half; half /= 2)
+        for (size_t i = 0; i < half; i++)
+            part[i] = part[i] < part[i + half] ? part[i + half] : part[i];
+    return part[0];
 }
 #if defined(__AVX2__)
 inline __m256 eight_of(__m256 value) { return value; }

@@ -34,7 +34,7 @@ struct State {
     const float* q8_scale = nullptr;   // [group]
     const float* q_least = nullptr;    // [group][8][2]: what scales and minima are multiplied with
     const uint16_t* qb = nullptr;      // [group][dim] in bfloat16
-    float* scores = nullptr;           // [group][BLOCK]
+    float* scores = nullptr;           // [group][BLOCK]; anything behind a block's tokens
     float* most = nullptr;             // [group] running maximum
     float* total = nullptr;            // [group] running sum of exponentials
     float* acc = nullptr;              // [group][value_dim]
@@ -73,7 +73,7 @@ void score_floats(State& s, const char* keys, const uint16_t*, int, int n, Next 
             }
             float eight[8];
             sums8(a, eight);
-            std::memcpy(s.scores + t, eight, sizeof(float) * std::min(ROWS, n - t));
+            std::memcpy(s.scores + t, eight, sizeof eight);
         }
         return;
     }
@@ -102,8 +102,7 @@ void score_floats(State& s, const char* keys, const uint16_t*, int, int n, Next 
                 float eight[8];
                 sums8(&a[h][0], eight);
                 for (int e = 0; e < 2; e++)
-                    std::memcpy(s.scores + (g + h + e) * BLOCK + t, eight + 4 * e,
-                                sizeof(float) * std::min(4, n - t));
+                    std::memcpy(s.scores + (g + h + e) * BLOCK + t, eight + 4 * e, 16);
             }
         }
         for (; g < s.group; g++) {
@@ -232,7 +231,7 @@ void score_codes(State& s, const char* keys, const uint16_t* scales, int size, i
             next.rows(bytes * ROWS);
             float to[1][ROWS];
             score_tile<C, FOUR, 1, ROWS>(s, row, scale, size, 0, to);
-            std::memcpy(s.scores + t, to, sizeof(float) * std::min(ROWS, n - t));
+            std::memcpy(s.scores + t, to, sizeof to);
         }
         return;
     }
@@ -250,13 +249,12 @@ void score_codes(State& s, const char* keys, const uint16_t* scales, int size, i
             float to[2][4];
             score_tile<C, FOUR, 2, 4>(s, row, scale, size, g, to);
             for (int h = 0; h < 2; h++)
-                std::memcpy(s.scores + (g + h) * BLOCK + t, to[h],
-                            sizeof(float) * std::min(4, n - t));
+                std::memcpy(s.scores + (g + h) * BLOCK + t, to[h], sizeof to[h]);
         }
         if (g < s.group) {
             float to[1][4];
             score_tile<C, FOUR, 1, 4>(s, row, scale, size, g, to);
-            std::memcpy(s.scores + g * BLOCK + t, to[0], sizeof(float) * std::min(4, n - t));
+            std::memcpy(s.scores + g * BLOCK + t, to[0], sizeof to[0]);
         }
     }
 }

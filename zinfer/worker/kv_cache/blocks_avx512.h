@@ -26,6 +26,12 @@ constexpr float MOST16 = 32512.f;  // 127 * 256: the high byte stays within -127
 
 inline float sum_of_lanes(vf value) { return _mm512_reduce_add_ps((__m512)value); }
 
+// The same vector in a register: else the compiler reads it from memory for each of its products.
+inline __m512 held(__m512 value) {
+    asm("" : "+v"(value));
+    return value;
+}
+
 // Sixteen sums of sixteen vectors, in their order.
 inline __m512 sums16(const __m512* v) {
     __m512 pair[8], four[4];
@@ -44,12 +50,12 @@ inline __m512 sums16(const __m512* v) {
 }
 
 // Write four heads' scores of four tokens.
-inline void store_scores(State& s, __m512 sums, int g, int t, int n) {
-    alignas(64) float all16[16];
-    _mm512_store_ps(all16, sums);
-    for (int h = 0; h < 4; h++)
-        std::memcpy(s.scores + (g + h) * BLOCK + t, all16 + 4 * h,
-                    sizeof(float) * std::min(4, n - t));
+inline void store_scores(State& s, __m512 sums, int g, int t) {
+    float* to = s.scores + g * BLOCK + t;
+    _mm_storeu_ps(to, _mm512_castps512_ps128(sums));
+    _mm_storeu_ps(to + BLOCK, _mm512_extractf32x4_ps(sums, 1));
+    _mm_storeu_ps(to + 2 * BLOCK, _mm512_extractf32x4_ps(sums, 2));
+    _mm_storeu_ps(to + 3 * BLOCK, _mm512_extractf32x4_ps(sums, 3));
 }
 
 // Bytes to prefetch at each of `steps` equal steps.
@@ -309,12 +315,13 @@ inline __m512i strip_products(const uint8_t* from, int64_t bytes, int left, __mm
     return _mm512_add_epi32(high, products_of(codes, q));
 }
 
-// Scores of `n` tokens whose keys are codes, for one query head.
-template <bool FOUR>
-void score_alone(State& s, const char* keys, const uint16_t* scales, int size, int n, Next next) {
+// Scores of `n` tokens whose keys are codes, for one query head. PARTS groups of 64 values, which
+// the compiler then knows, or of any sizes where it is 0.
+template <bool FOUR, int PARTS>
+void score_alone(State& s, const char* keys, const uint16_t* scales, int any, int n, Next next) {
     constexpr int CODES = FOUR ? 2 : 1;
-    const int64_t bytes = s.dim / CODES, span = size / CODES, strips = (bytes + 63) / 64;
-    const int parts = s.dim / size;
+    const int size = PARTS ? 64 : any, parts = PARTS ? PARTS : s.dim / size;
+    const int64_t bytes = parts * size / CODES, span = size / CODES, strips = (bytes + 63) / 64;
     const int64_t share = share_of(next, (n + TILE - 1) / TILE * 4);
     const __m512 unit = _mm512_set1_ps(*s.q8_scale);
     Halves of[MAX_DIM / 64];
@@ -368,23 +375,36 @@ void score_alone(State& s, const char* keys, const uint16_t* scales, int size, i
     }
 }
 
+// The code of `score_alone` for a size of keys.
+template <bool FOUR>
+ScoreBlock alone_for(int64_t dim, int64_t size) {
+    if (size == 64 && dim == 128) return score_alone<FOUR, 2>;
+    if (size == 64 && dim == 64) return score_alone<FOUR, 1>;
+    return score_alone<FOUR, 0>;
+}
+ScoreBlock alone_of(bool four, int64_t dim, int64_t size) {
+    return four ? alone_for<true>(dim, size) : alone_for<false>(dim, size);
+}
+
 // Sums of H heads and 16 / H tokens, still spread over sixteen lanes: f[head * tokens + token].
-template <int H>
+template <int H, int DIM>
 inline void score_tile_f32(const State& s, const float* const* row, int g, __m512* f, Next& next,
                            int64_t share) {
     constexpr int T = 16 / H < 4 ? 16 / H : 4;
     for (int i = 0; i < T * H; i++) f[i] = _mm512_setzero_ps();
-    for (int d = 0; d < s.dim; d += 16) {
+    const int dim = DIM ? DIM : s.dim;
+    const float* queries = s.q + (int64_t)g * dim;
+    for (int d = 0; d < dim; d += 16, queries += 16) {
         next.rows(share);
         __m512 key[T];
 #pragma GCC unroll 4
         for (int i = 0; i < T; i++) {
             key[i] = _mm512_loadu_ps(row[i] + d);
-            __builtin_prefetch(row[i] + d + 8 * s.dim, 0, 3);  // two tiles on, into the first cache
+            __builtin_prefetch(row[i] + d + 8 * dim, 0, 3);  // two tiles on, into the first cache
         }
 #pragma GCC unroll 8
         for (int h = 0; h < H; h++) {
-            const __m512 q = _mm512_loadu_ps(s.q + (int64_t)(g + h) * s.dim + d);
+            const __m512 q = held(_mm512_loadu_ps(queries + h * dim));
 #pragma GCC unroll 4
             for (int i = 0; i < T; i++) f[T * h + i] = _mm512_fmadd_ps(q, key[i], f[T * h + i]);
         }
@@ -392,6 +412,7 @@ inline void score_tile_f32(const State& s, const float* const* row, int g, __m51
 }
 
 // Scores of `n` tokens whose keys are float32, for several query heads.
+template <int DIM>
 void score_f32(State& s, const char* keys, const uint16_t*, int, int n, Next next) {
     const int eights = s.group / 8, fours = s.group % 8 / 4, ones = s.group % 4;
     const int64_t share = share_of(next, (n + 3) / 4 * (s.dim / 16) * (2 * eights + fours + ones));
@@ -403,18 +424,18 @@ void score_f32(State& s, const char* keys, const uint16_t*, int, int n, Next nex
         int g = 0;
         for (; g + 8 <= s.group; g += 8)
             for (int two = 0; two < 4; two += 2) {
-                score_tile_f32<8>(s, row + two, g, f, next, share);
+                score_tile_f32<8, DIM>(s, row + two, g, f, next, share);
                 alignas(64) float sums[16];
                 _mm512_store_ps(sums, sums16(f));
                 for (int h = 0; h < 8; h++)
                     std::memcpy(s.scores + (g + h) * BLOCK + t + two, sums + 2 * h, 8);
             }
         for (; g + 4 <= s.group; g += 4) {
-            score_tile_f32<4>(s, row, g, f, next, share);
-            store_scores(s, sums16(f), g, t, n);
+            score_tile_f32<4, DIM>(s, row, g, f, next, share);
+            store_scores(s, sums16(f), g, t);
         }
         for (; g < s.group; g++) {
-            score_tile_f32<1>(s, row, g, f, next, share);
+            score_tile_f32<1, DIM>(s, row, g, f, next, share);
             for (int i = 0; i < std::min(4, n - t); i++)
                 s.scores[g * BLOCK + t + i] = _mm512_reduce_add_ps(f[i]);
         }
@@ -641,11 +662,14 @@ inline void add_strip(State& s, const uint8_t* from, int64_t bytes, int64_t stri
     }
 }
 
-// acc += weights times values that are codes; acc lies in the order of `code_place`.
-template <bool FOUR>
-void values_vnni(State& s, const char* values, const uint16_t* scales, int size, int64_t bytes,
-                 int n, Next next) {
-    const int parts = s.value_dim / size, padded = (n + TILE - 1) / TILE * TILE;
+// acc += weights times values that are codes; acc lies in the order of `code_place`. PARTS groups
+// of 64 values, which the compiler then knows, or of any sizes where it is 0.
+template <bool FOUR, int PARTS>
+void values_vnni(State& s, const char* values, const uint16_t* scales, int any, int64_t, int n,
+                 Next next) {
+    const int size = PARTS ? 64 : any, parts = PARTS ? PARTS : s.value_dim / size;
+    const int64_t bytes = parts * size / (FOUR ? 2 : 1);
+    const int padded = (n + TILE - 1) / TILE * TILE;
     alignas(64) float by[MOST_PARTS][BLOCK], least[MOST_PARTS][BLOCK];
     __m512 most[MOST_PARTS] = {};
     for (int t = 0; t < n; t += TILE) {
@@ -697,6 +721,17 @@ void values_vnni(State& s, const char* values, const uint16_t* scales, int size,
         }
     }
 }
+
+// The code of `values_vnni` for a size of values.
+template <bool FOUR>
+ValueBlock code_values_for(int64_t dim, int64_t size) {
+    if (size == 64 && dim == 128) return values_vnni<FOUR, 2>;
+    if (size == 64 && dim == 64) return values_vnni<FOUR, 1>;
+    return values_vnni<FOUR, 0>;
+}
+ValueBlock code_values_of(bool four, int64_t dim, int64_t size) {
+    return four ? code_values_for<true>(dim, size) : code_values_for<false>(dim, size);
+}
 #endif
 
 #if defined(ZINFER_BF16) && defined(ZINFER_VNNI)
@@ -715,18 +750,20 @@ inline bool bf16_query(const float* q, int64_t dim, uint16_t* to) {
     return lost == 0;
 }
 
-template <int H>
+template <int H, int DIM>
 inline void score_tile_bf16(const State& s, const uint16_t* const* row, int g, __m512* f,
                             Next& next, int64_t share) {
     for (int i = 0; i < 4 * H; i++) f[i] = _mm512_setzero_ps();
-    for (int d = 0; d < s.dim; d += 32) {
+    const int dim = DIM ? DIM : s.dim;
+    const uint16_t* queries = s.qb + (int64_t)g * dim;
+    for (int d = 0; d < dim; d += 32, queries += 32) {
         next.rows(share);
         __m512bh key[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) key[i] = bf16_load(row[i] + d);
 #pragma GCC unroll 4
         for (int h = 0; h < H; h++) {
-            const __m512bh q = bf16_load(s.qb + (int64_t)(g + h) * s.dim + d);
+            const __m512bh q = (__m512bh)held((__m512)bf16_load(queries + h * dim));
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) f[4 * h + i] = _mm512_dpbf16_ps(f[4 * h + i], q, key[i]);
         }
@@ -734,6 +771,7 @@ inline void score_tile_bf16(const State& s, const uint16_t* const* row, int g, _
 }
 
 // Scores of `n` tokens whose keys are bfloat16, for several query heads.
+template <int DIM>
 void score_bf16(State& s, const char* keys, const uint16_t*, int, int n, Next next) {
     const int64_t share = share_of(next, (n + 3) / 4 * (s.dim / 32) * (s.group / 4 + s.group % 4));
     for (int t = 0; t < n; t += 4) {
@@ -743,11 +781,11 @@ void score_bf16(State& s, const char* keys, const uint16_t*, int, int n, Next ne
             row[i] = (const uint16_t*)keys + (int64_t)std::min(t + i, n - 1) * s.dim;
         int g = 0;
         for (; g + 4 <= s.group; g += 4) {
-            score_tile_bf16<4>(s, row, g, f, next, share);
-            store_scores(s, sums16(f), g, t, n);
+            score_tile_bf16<4, DIM>(s, row, g, f, next, share);
+            store_scores(s, sums16(f), g, t);
         }
         for (; g < s.group; g++) {
-            score_tile_bf16<1>(s, row, g, f, next, share);
+            score_tile_bf16<1, DIM>(s, row, g, f, next, share);
             for (int i = 0; i < std::min(4, n - t); i++)
                 s.scores[g * BLOCK + t + i] = _mm512_reduce_add_ps(f[i]);
         }

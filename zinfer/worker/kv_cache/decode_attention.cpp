@@ -111,8 +111,8 @@ void attend(const Problem& p, const Ways& ways, Unit unit, Unit coming, State& s
                   v_pairs = p.v_scales ? 2 * p.value_dim / p.v_group : 0;
     const uint16_t* ks = p.k_scales ? p.k_scales + item * p.capacity * k_pairs : nullptr;
     const uint16_t* vs = p.v_scales ? p.v_scales + item * p.capacity * v_pairs : nullptr;
-    // A block of keys and one of values fit the first cache together.
-    const int64_t step = ks || vs ? BLOCK : BLOCK / 2;
+    // Floats that several heads share are 2 to 3 % faster in smaller blocks.
+    const int64_t step = ks || vs || p.group == 1 ? BLOCK : BLOCK / 2;
     for (int64_t t = from; t < to; t += step) {
         const int n = (int)std::min<int64_t>(step, to - t);
         const bool last = t + n == to;
@@ -146,14 +146,15 @@ struct Workspace {
                       v_groups = p.v_scales ? p.value_dim / p.v_group : 0;
         general = ways = Ways{score_of(p.k_kind, p.head_dim), value_of(p.v_kind)};
 #if defined(ZINFER_VNNI)
-        if (p.k_kind == FLOAT32 && p.group > 1) ways.score = score_f32;
+        if (p.k_kind == FLOAT32 && p.group > 1)
+            ways.score = p.head_dim == 128 ? score_f32<128> : score_f32<0>;
         if (p.k_scales && code_keys_fit(p.head_dim, p.k_group))
             ways.score = p.k_kind == BITS4 ? score_vnni<true> : score_vnni<false>;
         alone = ways.score != general.score && p.k_scales && p.group == 1 &&
                 alone_fits(p.k_group, p.k_kind == BITS4);
-        if (alone) ways.score = p.k_kind == BITS4 ? score_alone<true> : score_alone<false>;
+        if (alone) ways.score = alone_of(p.k_kind == BITS4, p.head_dim, p.k_group);
         if (p.v_scales && code_values_fit(p.value_dim, p.v_group, p.v_kind == BITS4)) {
-            ways.add = p.v_kind == BITS4 ? values_vnni<true> : values_vnni<false>;
+            ways.add = code_values_of(p.v_kind == BITS4, p.value_dim, p.v_group);
             ways.place = p.v_kind == BITS4 ? place4 : place8;
         }
 #endif
@@ -218,7 +219,8 @@ struct Workspace {
             bool exact = true;
             for (int64_t g = 0; g < p.group; g++)
                 exact &= bf16_query(q + g * p.head_dim, p.head_dim, qb + g * p.head_dim);
-            ways.score = exact ? score_bf16 : general.score;
+            const ScoreBlock fast = p.head_dim == 128 ? score_bf16<128> : score_bf16<0>;
+            ways.score = exact ? fast : general.score;
         }
 #endif
         if (!p.k_scales) return;

@@ -87,12 +87,6 @@ inline vf codes_of_4(const void* from, bool high) {
 }
 #endif
 
-inline float largest(vf value) {
-    float most = value[0];
-    for (int i = 1; i < W; i++) most = std::max(most, value[i]);
-    return most;
-}
-
 // exp(x) for x <= 0, relative error 2e-7. Coefficients: Cephes, expf.c.
 inline vf exp_of(vf x) {
     const vf magic = all(12582912.f);
