@@ -59,10 +59,10 @@ class Limits:
         return value
 
     def nearest(self, value: float) -> float | None:
-        """Return the bound to try instead; None where a bound of zero would mean nothing."""
+        """Return the bound to try instead; None where only what lies above it is right."""
         if value > self.most:
             return self.most
-        return None if self.above else max(self.least, 1)
+        return None if self.above else self.least
 
 
 def shown(number: float) -> str:
