@@ -289,6 +289,45 @@ def test_packing_is_predicted_for_the_prompt_and_for_each_new_token(bits: str, h
     assert step == pytest.approx(halves * a_token / 1e6 + plain)
 
 
+@pytest.mark.parametrize(
+    ("bits", "measured_bits", "halves"),
+    [
+        (("kv_cache.bits=8",), (8,), (8, 8)),
+        (("kv_cache.key_bits=8", "kv_cache.value_bits=4"), (8, 4), (8, 4)),
+        (("kv_cache.key_bits=8",), (8,), (8, 16)),
+        (("kv_cache.bits=8",), (), None),
+        (("kv_cache.key_bits=8", "kv_cache.value_bits=4"), (8,), None),
+    ],
+)
+def test_unpacking_into_slots_is_predicted_layer_by_layer(
+    bits: tuple[str, ...], measured_bits: tuple[int, ...], halves: tuple[int, ...] | None
+) -> None:
+    """A calibration that lacks one of the two counts all as a copy, as older ones do."""
+    values_per_s = {8: 1e8, 4: 3e7}
+    measured = tuple(
+        PackingTime(
+            bits=wanted, dtype="float32", values=values, seconds=values / values_per_s[wanted],
+            spread=0.0,
+        )
+        for wanted in measured_bits
+        for values in (10, 10**6)
+    )  # fmt: skip
+    run = planned(
+        *TINY, "hardware.accelerator=cpu", "offload=none", "kv_cache=host", *bits,
+        "kv_cache.group_size=16", "batch.prompt_tokens=100", profile=profile(),
+    )  # fmt: skip
+    found = profile(host_unpacking=measured)
+    plain, stored = moved_read_bytes(run.spec, run.config, run.config.batch.batch_size, 100)
+    step = kv_copy_seconds(run.spec, run.config, found, 1, 100)
+    assert step is not None
+    if halves is None:
+        assert step["kv cache to the device"] == pytest.approx((plain + stored) / 10e9)
+        return
+    rates = values_per_s | {16: 10e9 / 2 / 4}  # float32, read and written
+    half = plain / 2 / 4
+    assert step["kv cache to the device"] == pytest.approx(sum(half / rates[b] for b in halves))
+
+
 LLAMA = ("model=llama-2-70b", "batch=paper", "dtype=int4", "dtype.compute=float16",
          "hardware=a6000", "offload=cpu", "batch.batch_size=200")  # fmt: skip
 

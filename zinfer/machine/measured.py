@@ -104,11 +104,11 @@ class HostAttentionTime:
 
 @dataclass(frozen=True, kw_only=True)
 class PackingTime:
-    """Time to pack keys or values of one layer into codes, on the processor."""
+    """Time to pack keys or values of one layer into codes on the processor, or to unpack them."""
 
     bits: int
     dtype: str
-    """Type of what is packed."""
+    """Type of the values."""
     values: int
     seconds: float
     spread: float

@@ -67,6 +67,9 @@ class CalibrationProfile:
     """Empty in older profiles: then shares of `host_read` are taken."""
     host_packing: tuple[PackingTime, ...] = ()
     """Empty in older profiles: then packing is not predicted."""
+    host_unpacking: tuple[PackingTime, ...] = ()
+    """From where codes live into a slot of kv_cache=host. Empty in older profiles: then it counts
+    as a copy."""
     attention: dict[str, Rate]
     """dtype -> bytes of keys and values that a decode step's attention reads in a second."""
     attention_flops: dict[str, Rate]
@@ -174,12 +177,11 @@ class CalibrationProfile:
 
     def packing_s(self, bits: int, dtype: str, values: float) -> float:
         """Return seconds of packing so many values into codes; 0 where it was not measured."""
-        points = sorted(
-            (row.values, row.seconds)
-            for row in self.host_packing
-            if (row.bits, row.dtype) == (bits, dtype)
-        )
-        return _interpolate(points, values) if points and values > 0 else 0.0
+        return _packing_s(self.host_packing, bits, dtype, values) or 0.0
+
+    def unpacking_s(self, bits: int, dtype: str, values: float) -> float | None:
+        """Return seconds of unpacking so many codes into a slot; None: it was not measured."""
+        return _packing_s(self.host_unpacking, bits, dtype, values)
 
     @cached_property
     def _kernel_tables(self) -> dict[tuple[str, bool], Table]:
@@ -229,6 +231,16 @@ def _as_shared(rows: Sequence[Attended], shared_by: float) -> list[Attended]:
     nearest = min({row.shared_by for row in rows}, key=lambda by: abs(log(by / shared_by)))
     found = [row for row in rows if row.shared_by == nearest]
     return sorted(found, key=lambda row: row.kv_bytes)
+
+
+def _packing_s(rows: Iterable[PackingTime], bits: int, dtype: str, values: float) -> float | None:
+    """Return seconds of so many values; None where these bits were not measured in this dtype."""
+    points = sorted(
+        (row.values, row.seconds) for row in rows if (row.bits, row.dtype) == (bits, dtype)
+    )
+    if not points:
+        return None
+    return _interpolate(points, values) if values > 0 else 0.0
 
 
 Table = list[tuple[int, list[tuple[int, float]]]]

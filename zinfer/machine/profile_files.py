@@ -108,7 +108,8 @@ def profile_from_document(fields: dict[str, Any]) -> CalibrationProfile:
     values["host_attention"] = tuple(
         HostAttentionTime(**row) for row in values.get("host_attention", ())
     )
-    values["host_packing"] = tuple(PackingTime(**row) for row in values.get("host_packing", ()))
+    for name in ("host_packing", "host_unpacking"):
+        values[name] = tuple(PackingTime(**row) for row in values.get(name, ()))
     values["nvme"] = tuple(
         NvmeRate(**{**row, "rate": Rate(**row["rate"])}) for row in values["nvme"]
     )

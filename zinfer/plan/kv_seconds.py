@@ -135,9 +135,30 @@ def _copied_in_host_memory(
         return {KV_TO_HOST: _stored_s(spec, config, profile, plain)}
     token, _ = moved_read_bytes(spec, config, config.batch.batch_size, 1)
     kept = {KV_TO_HOST: _stored_s(spec, config, profile, token)}
-    if config.kv_cache.placement == "host":  # read as stored, written to the slot as computed
-        return kept | {KV_TO_DEVICE: (stored + plain) / profile.host_copy.median}
+    if config.kv_cache.placement == "host":
+        return kept | {KV_TO_DEVICE: _fetched_s(spec, config, profile, plain, stored)}
     return kept | {HOST_ATTENTION: _attended_s(spec, config, profile, stored)}
+
+
+def _fetched_s(
+    spec: ModelSpec, config: RunConfig, profile: CalibrationProfile, plain: float, stored: float
+) -> float:
+    """Return the seconds in which all layers are read as stored and written to slots as computed.
+
+    Half of `plain` are keys. Codes are unpacked layer by layer, where that was measured.
+    """
+    layers = max(1, sum(1 for _ in moved_layers(spec, config)))
+    values = plain / 2 / ITEMSIZE_BYTES[spec.dtype] / layers
+    seconds = 0.0
+    for bits in (config.kv_cache.bits_of_keys, config.kv_cache.bits_of_values):
+        if bits == 16:
+            seconds += plain / profile.host_copy.median
+            continue
+        unpacking_s = profile.unpacking_s(bits, spec.dtype, values)
+        if unpacking_s is None:
+            return (stored + plain) / profile.host_copy.median
+        seconds += layers * unpacking_s
+    return seconds
 
 
 def _stored_s(

@@ -31,7 +31,7 @@ from zinfer.worker.device_attention import (
     device_attention_times,
 )
 from zinfer.worker.imports import import_everything
-from zinfer.worker.kv_cache.rates import host_attention_times, packing_times
+from zinfer.worker.kv_cache.rates import host_attention_times, packing_times, unpacking_times
 from zinfer.worker.quantised.rates import BITS, packed_times
 
 ROWS = (1, 2, 3, 4, 8, 16, 64, 256, 1024)
@@ -92,6 +92,8 @@ def kernels_task(config: RunConfig, job_dir: Path, events: EventLog) -> None:
     events.phase("attention on the host")
     found["host_attention"] = [row for dtype in dtypes for row in host_attention_times(dtype)]
     found["host_packing"] = [row for dtype in dtypes for row in packing_times(dtype)]
+    if device.type == "cpu":  # an accelerator unpacks by itself: not measured
+        found["host_unpacking"] = [row for dtype in dtypes for row in unpacking_times(dtype)]
     events.phase("NVMe")
     native_ops.adopt(native_ops.all_ops())
     found |= nvme_rates(own_swap_folder(config.offload.nvme_path, job_dir), events)

@@ -29,7 +29,7 @@ from zinfer.worker.kv_cache.kernel import (
     library,
     unsupported,
 )
-from zinfer.worker.kv_cache.rates import host_attention_times, packing_times
+from zinfer.worker.kv_cache.rates import host_attention_times, packing_times, unpacking_times
 
 ROWS, SPARE = 2, 3
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -287,6 +287,18 @@ def test_calibration_times_every_way_of_storing_keys_and_values() -> None:
         assert all(time.seconds > 0 for time in sizes)
     whole = next(time for time in times if time.bits == 16)
     assert whole.kv_bytes == 2 * 2 * 16 * 64 * 128
+
+
+@pytest.mark.slow
+def test_calibration_times_unpacking_into_slots() -> None:
+    times = [PackingTime(**fields) for fields in unpacking_times("bfloat16")]
+    assert {(time.bits, time.values) for time in times} == set(
+        itertools.product((8, 4), (64 * 2048, 2048 * 2048, 8192 * 2048))
+    )
+    found = profile(host_unpacking=tuple(times))
+    assert profile_from_document(document_of(found)) == found
+    assert found.unpacking_s(4, "bfloat16", 2048 * 2048) == pytest.approx(times[4].seconds)
+    assert found.unpacking_s(8, "float32", 2048) is None, "it was not measured"
 
 
 @pytest.mark.slow

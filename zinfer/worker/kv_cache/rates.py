@@ -1,4 +1,4 @@
-"""Time decode attention on the host and packing of codes on this machine, as a run does them."""
+"""Time decode attention on the host, packing and unpacking of codes, as a run does them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from zinfer.units import MIB
 from zinfer.worker.kv_cache.codes import quantise, quantise_into
 from zinfer.worker.kv_cache.kernel import HostAttention, Rows, Scoring
+from zinfer.worker.kv_cache.memory import Memory
+from zinfer.worker.kv_cache.store import Format, Shape, Stored
 
 BITS = (16, 8, 4)
 SHARED_BY = (1, 8)
@@ -26,6 +28,10 @@ WEIGHT_SIZE = 1024
 BUDGET_S, MOST_COPIES = 0.05, 48
 PACKED_TOKENS = ((1, 1), (16, 1), (4, 256))
 """(rows, tokens) that are packed: new tokens of a decode step, and a prompt."""
+UNPACKED_TOKENS = ((1, 64), (4, 512), (8, 1024))
+"""(rows, tokens) that are unpacked: a short layer, one beyond the processor's caches, and one whose
+allocations the C library returns to the system each time."""
+MOST_LAYERS = 12
 
 
 def host_attention_times(dtype: str) -> Iterator[dict[str, Any]]:
@@ -77,6 +83,45 @@ def packing_times(dtype: str) -> Iterator[dict[str, Any]]:
                 quantise_into(made, codes, scales, bits, GROUP_SIZE)
 
             seconds, spread = median_and_spread(samples_s(pack, cpu, budget_s=BUDGET_S / 2))
+            yield {
+                "bits": bits,
+                "dtype": dtype,
+                "values": made.numel(),
+                "seconds": seconds,
+                "spread": spread,
+            }
+
+
+def unpacking_times(dtype: str) -> Iterator[dict[str, Any]]:
+    """Time how long one layer's keys, or values, take to be unpacked into a slot.
+
+    As kv_cache=host does: layers take turns, so that none is found in the processor's caches
+    unless it would be in a step, and two slots take turns too.
+
+    Yields:
+        The fields of a machine.measured.PackingTime.
+    """
+    from zinfer.worker.calibrate_kernels import median_and_spread, samples_s
+
+    kind, cpu = getattr(torch, dtype), torch.device("cpu")
+    for bits in BITS[1:]:
+        for rows, tokens in UNPACKED_TOKENS:
+            shape = Shape(batch=rows, heads=QUERY_HEADS, capacity=tokens, dim=HEAD_DIM)
+            how = Format(bits=bits, group_size=GROUP_SIZE)
+            made = torch.randn(rows, QUERY_HEADS, tokens, HEAD_DIM).to(kind)
+            count = max(2, min(MOST_LAYERS, COLD_BYTES // (made.numel() * bits // 8)))
+            layers = [
+                Stored(Memory(pin=False), shape, kind, how, tokens_first=True) for _ in range(count)
+            ]
+            for layer in layers:
+                layer.write(made, 0, torch.Tensor.copy_)
+            slots = [torch.zeros(tokens, rows, QUERY_HEADS, HEAD_DIM, dtype=kind) for _ in range(2)]
+
+            def unpack(turn: int, layers: Any = layers, slots: Any = slots) -> None:
+                slot = slots[turn % 2]
+                layers[turn % len(layers)].read(0, len(slot), slot)
+
+            seconds, spread = median_and_spread(samples_s(unpack, cpu, budget_s=BUDGET_S))
             yield {
                 "bits": bits,
                 "dtype": dtype,
