@@ -30,7 +30,7 @@ from zinfer.paths import cache_dir
 from zinfer.units import format_bytes
 
 WEIGHTS, MADE = "packed.safetensors", "made.json"
-VERSION = 2
+VERSION = 3
 """Changes when the search makes other codes of the same weights, or files another form."""
 PIECES = 64
 """A weight has so many checksums, each of as many bytes: any number of ranks shares them well."""

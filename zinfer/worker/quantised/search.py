@@ -24,10 +24,11 @@ RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Parts of a group's range that are tried for its codes to span."""
 REFITS = 1
 """Times that scale and minimum are fitted to the codes which they led to."""
-DAMPING = 0.01
-"""Added to the diagonal, as a part of its mean, so that the matrix can be inverted.
+DAMPING = 0.3
+"""Added to the diagonal, as a part of its mean.
 
-Source: GPTQ's percdamp.
+The inputs of a short text tell little of how other inputs hang together; this makes columns rely
+less on each other. GPTQ's percdamp is 0.01, on sixty times as much text. docs/rounding.md has both.
 """
 MOST_DAMPING = 1.0
 COLUMNS = 128
