@@ -66,11 +66,7 @@ inline Range range_of(const float* x, int64_t size) {
         high = value > high ? value : high;
         odd += value - value;  // NaN for NaN and infinities
     }
-    Range range{low[0], high[0]};
-    for (int i = 1; i < W; i++) {
-        range.least = low[i] < range.least ? low[i] : range.least;
-        range.most = high[i] > range.most ? high[i] : range.most;
-    }
+    Range range{-largest(-low), largest(high)};
     const float strange = sum(odd);
     for (int64_t i = 0; strange != strange && i < size; i++)
         if (x[i] != x[i]) return Range{NAN, NAN};
@@ -117,23 +113,26 @@ inline void codes_of(const float* x, int64_t size, const Steps& steps, float mos
     }
 }
 
-template <class E>
+template <class E, int GROUP, int BITS>
 void pack_group(const typename E::T* from, const Packing& p, uint8_t* codes, uint16_t* scales) {
-    alignas(64) float x[MOST_GROUP];
-    for (int64_t i = 0; i < p.group; i += W) store(x + i, E::get(from + i));
-    const Steps steps = steps_of(range_of(x, p.group), p.bits, p.symmetric);
+    const int64_t group = GROUP ? GROUP : p.group;
+    const int32_t bits = BITS ? BITS : p.bits;
+    alignas(64) float x[GROUP ? GROUP : MOST_GROUP];
+    for (int64_t i = 0; i < group; i += W) store(x + i, E::get(from + i));
+    const Steps steps = steps_of(range_of(x, group), bits, p.symmetric);
     scales[0] = steps.stored_scale;
     scales[1] = steps.stored_least;
-    if (p.bits == 8) return codes_of(x, p.group, steps, 255.f, codes);
-    alignas(64) uint8_t whole[MOST_GROUP];
-    codes_of(x, p.group, steps, 15.f, whole);
-    const int64_t half = p.group / 2;
+    if (bits == 8) return codes_of(x, group, steps, 255.f, codes);
+    alignas(64) uint8_t whole[GROUP ? GROUP : MOST_GROUP];
+    codes_of(x, group, steps, 15.f, whole);
+    const int64_t half = group / 2;
     for (int64_t i = 0; i < half; i++) codes[i] = whole[i] | (uint8_t)(whole[i + half] << 4);
 }
 
-template <class E>
+template <class E, int GROUP, int BITS>
 void pack_tile(const Packing& p, int64_t outer, int64_t from, int64_t to) {
-    const int64_t groups = p.dim / p.group, code_bytes = p.group * p.bits / 8;
+    const int64_t group = GROUP ? GROUP : p.group, groups = p.dim / group;
+    const int64_t code_bytes = group * (BITS ? BITS : p.bits) / 8;
     for (int64_t t = from; t < to; t++)  // the heads of a token lie together, as a model makes them
         for (int64_t m = 0; m < p.middle; m++) {
             auto at = [&](const int64_t* stride) {
@@ -143,8 +142,16 @@ void pack_tile(const Packing& p, int64_t outer, int64_t from, int64_t to) {
             uint8_t* codes = p.codes + at(p.code_strides);
             uint16_t* scales = p.scales + at(p.scale_strides);
             for (int64_t g = 0; g < groups; g++)
-                pack_group<E>(values + g * p.group, p, codes + g * code_bytes, scales + 2 * g);
+                pack_group<E, GROUP, BITS>(values + g * group, p, codes + g * code_bytes,
+                                           scales + 2 * g);
         }
+}
+
+// The code of `pack_tile`: the compiler knows the usual size of groups, and the bits with it.
+template <class E>
+auto tile_of(const Packing& p) {
+    if (p.group != 64) return pack_tile<E, 0, 0>;
+    return p.bits == 8 ? pack_tile<E, 64, 8> : pack_tile<E, 64, 4>;
 }
 
 }  // namespace
@@ -155,9 +162,9 @@ extern "C" int32_t zinfer_pack_codes(const Packing* packing) {
     if (p.group < 16 || p.group % 16 || p.group > MOST_GROUP || p.dim % p.group ||
         (p.bits != 8 && p.bits != 4))
         return 1;
-    const auto pack = p.kind == 0   ? pack_tile<Float32>
-                      : p.kind == 1 ? pack_tile<BFloat16>
-                                    : pack_tile<Float16>;
+    const auto pack = p.kind == 0   ? tile_of<Float32>(p)
+                      : p.kind == 1 ? tile_of<BFloat16>(p)
+                                    : tile_of<Float16>(p);
     const int64_t tiles = (p.inner + TILE - 1) / TILE;
     const int64_t numel = p.outer * p.middle * p.inner * p.dim;
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1) if (numel > ALONE)
