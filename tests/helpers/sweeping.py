@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ TINY = (
     "sweep.reuse_disturbed=true", "sweep.report=false",
 )  # fmt: skip
 """A job of a second. Its runs are reused also where the machine that tests has other work."""
+BUSY = 3
+"""Times as long as on a quiet machine is waited for what must come: others may compute, too."""
 
 
 def environment(*, misbehaving: bool = False, **variables: str) -> dict[str, str]:
@@ -137,10 +140,10 @@ def swap_folders(folder: Path) -> list[Path]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Return the condition's value once it is true. AssertionError after so many seconds."""
-    deadline_s = time.monotonic() + seconds
+    """Return the condition's value once it is true. AssertionError after BUSY times `seconds`."""
+    deadline_s = time.monotonic() + BUSY * seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline_s, f"no {what} after {seconds} s"
+        assert time.monotonic() < deadline_s, f"no {what} after {BUSY * seconds} s"
         time.sleep(0.02)
     return value
 
@@ -150,8 +153,23 @@ def events_of(folder: Path, name: str) -> list[Path]:
     return [
         path
         for path in files_named(folder / "multirun", "events.jsonl")
-        if f'"{name}"' in path.read_text()
+        if f'"{name}"' in text_of(path)
     ]
+
+
+def text_of(path: Path) -> str:
+    """Read a file that others may move or delete meanwhile; empty where it is gone."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder in which others write."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.01)
 
 
 def nothing_is_left(folder: Path) -> None:

@@ -40,7 +40,7 @@ def test_an_interrupted_sweep_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     process = start(tmp_path, *fixed, misbehaving=True)
     wait_until(lambda: len(events_of(tmp_path, "sample")) == 2, 90, "sample of the second job")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(120) == 130
     assert "To run those 2, and only those" in (tmp_path / "stderr").read_text()
     again = run(tmp_path, *fixed, "format=json")
     assert statuses(again) == ["ok", "ok", "ok"], again.stderr

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,7 @@ def test_interrupted_sweep_ends_and_goes_on_where_it_was(tmp_path: Path) -> None
     process = start(tmp_path, "-m", *TINY, "offload=nvme", seeds, misbehaving=True)
     wait_until(lambda: len(events_of(tmp_path, "sample")) == 2, 90, "sample of the second job")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130  # how fast: bench/bench_sweep.py
+    assert process.wait(120) == 130  # how fast: bench/bench_sweep.py
     nothing_is_left(tmp_path)
     assert [(found["zinfer.status"], found["mlflow"]) for found in job_runs(tmp_path)] == [
         ("ok", "FINISHED"),
@@ -222,8 +223,9 @@ def test_a_worker_server_that_dies_costs_one_job(tmp_path: Path) -> None:
     worker = json.loads(files_named(tmp_path, "workers.json")[0].read_text())[0]["pid"]
     server = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(server, signal.SIGKILL)
-    os.kill(worker, signal.SIGKILL)
-    assert process.wait(120) == 1
+    with suppress(ProcessLookupError):  # it may have ended with its server
+        os.kill(worker, signal.SIGKILL)
+    assert process.wait(300) == 1
     done = subprocess.CompletedProcess([], 1, (tmp_path / "stdout").read_text())
     assert statuses(done) == ["killed", "ok"]
     nothing_is_left(tmp_path)

@@ -149,7 +149,7 @@ def test_two_that_ask_together_make_them_once(
 
     def slowly(take: Take) -> None:
         has_begun.set()
-        assert may_end.wait(10)
+        assert may_end.wait(60)
         make(take)
 
     found: list[Kept] = []
@@ -160,14 +160,14 @@ def test_two_that_ask_together_make_them_once(
 
     first = threading.Thread(target=lambda: found.append(kept_weights(KEY, SIZES, slowly, events)))
     first.start()
-    assert has_begun.wait(10)
+    assert has_begun.wait(60)
     second = threading.Thread(target=wait)
     second.start()
     while not waited:
         time.sleep(0.01)
     may_end.set()
     for thread in (first, second):
-        thread.join(10)
+        thread.join(60)
     assert len(found) == 2 and make.times == 1
     assert_all_there(found[1])
 
