@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.command_lines import Ran, run_all
 from tests.helpers.tiny_models import tiny_model
 
 SETTINGS = (
@@ -42,22 +43,43 @@ def jobs_of(folder: Path, *overrides: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in results]
 
 
+PLACEMENTS = "kv_cache=device,host,host_attention"
+
+
 def swept(folder: Path, source: Path, *overrides: str) -> list[dict[str, Any]]:
     """Run one checkpoint with every placement."""
-    placements = "kv_cache=device,host,host_attention"
     return jobs_of(
-        folder, "model=custom", f"model.source={source}", placements, *overrides, *SETTINGS
+        folder, "model=custom", f"model.source={source}", PLACEMENTS, *overrides, *SETTINGS
     )
 
 
+FAMILIES = ("llama", "bloom", "gpt_oss")
+
+
+@pytest.fixture(scope="module")
+def everywhere(
+    checkpoints: dict[str, Path], built_ops: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """Run each family under every engine, offload target and placement: twelve jobs each."""
+    root = tmp_path_factory.mktemp("everywhere")
+    sources = ",".join(str(checkpoints[family]) for family in FAMILIES)
+    jobs: dict[str, list[dict[str, Any]]] = {family: [] for family in FAMILIES}
+    for name, engine in (("zero", "offload=none,cpu,nvme"), ("resident", "engine=resident")):
+        found = jobs_of(
+            root / name, "model=custom", f"model.source={sources}", engine, PLACEMENTS, *SETTINGS
+        )
+        each = len(found) // len(FAMILIES)
+        for number, family in enumerate(FAMILIES):
+            jobs[family] += found[number * each : (number + 1) * each]
+    return jobs
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "bloom", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_and_bytes_are_right_under_every_engine_and_offload(
-    family: str, checkpoints: dict[str, Path], built_ops: list[str], tmp_path: Path
+    family: str, everywhere: dict[str, list[dict[str, Any]]]
 ) -> None:
-    source = checkpoints[family]
-    jobs = swept(tmp_path / "zero", source, "offload=none,cpu,nvme")
-    jobs += swept(tmp_path / "resident", source, "engine=resident")
+    jobs = everywhere[family]
     assert len(jobs) == 12
     for job in jobs:
         assert job["generated"]["token_ids"] == jobs[0]["generated"]["token_ids"]
@@ -96,23 +118,33 @@ def test_quantised_caches_take_the_bytes_that_were_planned(
         assert job["metrics"]["kv_host_bytes"] == tokens * heads * layers * rows * a_head
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (("kv_cache=host", "kv_cache.bits=3"), "kv_cache.bits=3"),
-        (("kv_cache.bits=8",), "kv_cache.bits is set, but kv_cache=device"),
-        (("kv_cache=host_attention", "kv_cache.device_layers=9"), "has 3 layers"),
-        (("kv_cache=host", "kv_cache.bits=8", "kv_cache.group_size=48"), "head dimension"),
-        (("kv_cache=host", "kv_cache.group_size=8"), "kv_cache.group_size=8 is too small"),
-        (("kv_cache=elsewhere",), "elsewhere"),
-    ],
-)
+REFUSED = [
+    (("kv_cache=host", "kv_cache.bits=3"), "kv_cache.bits=3"),
+    (("kv_cache.bits=8",), "kv_cache.bits is set, but kv_cache=device"),
+    (("kv_cache=host_attention", "kv_cache.device_layers=9"), "has 3 layers"),
+    (("kv_cache=host", "kv_cache.bits=8", "kv_cache.group_size=48"), "head dimension"),
+    (("kv_cache=host", "kv_cache.group_size=8"), "kv_cache.group_size=8 is too small"),
+    (("kv_cache=elsewhere",), "elsewhere"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Ran, Path]]:
+    """Ask for each: what was said, and the folder in which it was asked."""
+    folders = {says: tmp_path_factory.mktemp("refused") for _, says in REFUSED}
+    commands = [
+        (["model=tiny-llama", "tracking=none", *overrides], folders[says])
+        for overrides, says in REFUSED
+    ]
+    return dict(zip(folders, zip(run_all(commands), folders.values(), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("says", [says for _, says in REFUSED])
 def test_what_cannot_be_is_refused_before_anything_is_loaded(
-    overrides: tuple[str, ...], says: str, tmp_path: Path
+    says: str, answers: dict[str, tuple[Ran, Path]]
 ) -> None:
-    command = [sys.executable, "-m", "zinfer", "model=tiny-llama", "tracking=none", *overrides]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
+    done, folder = answers[says]
+    assert done.code == 2, done.stderr
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    assert '"import"' not in "".join(path.read_text() for path in tmp_path.rglob("events.jsonl"))
+    assert '"import"' not in "".join(path.read_text() for path in folder.rglob("events.jsonl"))
