@@ -191,3 +191,16 @@ def test_noise_is_no_event(line: bytes) -> None:
 def test_a_file_that_is_no_result_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(text)
     assert read_result(tmp_path / "result.json") is None
+
+
+@pytest.mark.parametrize("cache", ["/proc/none", "{}/file", "{}/file/below"])
+def test_a_job_needs_no_cache_folder(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZINFER_CACHE", cache.format(tmp_path))
+    for _ in range(2):
+        with attempt_in(tmp_path / "job"):
+            (tmp_path / "job" / "events.jsonl").touch()
+    assert abandoned_folders() == []
+    assert (tmp_path / "job" / "earlier" / "1" / "events.jsonl").exists()

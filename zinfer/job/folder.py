@@ -291,7 +291,8 @@ def other_jobs_at_work(attempt: str | None) -> int:
 
 def forget(folder: Path) -> None:
     """Remove the note of this folder: it needs no further care."""
-    _note_of(folder).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # without a cache there is no note
+        _note_of(folder).unlink(missing_ok=True)
 
 
 def _note(folder: Path, kind: FolderKind) -> None:

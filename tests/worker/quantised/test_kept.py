@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -219,3 +220,34 @@ def test_a_folder_that_cannot_be_written_is_said(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ConfigError, match=r"cannot be written.*dtype\.rounding=nearest"):
         kept_weights(KEY, SIZES, Maker(), events)
+
+
+@pytest.mark.parametrize("place", ["", "quantised", "quantised/NAME"])
+def test_a_file_where_a_folder_should_be_is_said(place: str, cache: Path, events: EventLog) -> None:
+    """`NAME` is the folder of the weights themselves."""
+    name = kept_weights(KEY, SIZES, Maker(), events).folder.name
+    shutil.rmtree(cache.parent)
+    (path := cache.parent / place.replace("NAME", name)).parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with pytest.raises(ConfigError, match=r"cannot be written.*Set .*ZINFER_CACHE"):
+        kept_weights(KEY, SIZES, Maker(), events)
+    assert path.read_bytes() == b""
+
+
+def test_another_file_that_cannot_be_read_is_not_taken_for_the_cache(
+    cache: Path, tmp_path: Path, events: EventLog
+) -> None:
+    def read_source(take: Take) -> None:
+        (tmp_path / "model.safetensors").read_bytes()
+
+    with pytest.raises(FileNotFoundError):
+        kept_weights(KEY, SIZES, read_source, events)
+
+
+def test_damage_is_not_to_be_downloaded_again(
+    cache: Path, tmp_path: Path, events: EventLog
+) -> None:
+    found = kept_weights(KEY, SIZES, Maker(), events)
+    os.truncate(found.folder / WEIGHTS, 3000)
+    assert_all_there(kept_weights(KEY, SIZES, Maker(), events))
+    assert "is cut short" in said(tmp_path) and "Download" not in said(tmp_path)

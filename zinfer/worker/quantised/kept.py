@@ -132,7 +132,7 @@ def _whole(folder: Path, sizes: Mapping[str, int], events: EventLog) -> Kept | N
         begins = {name: 8 + len(raw) + row["data_offsets"][0] for name, row in header.items()}
         counts = {name: len(each) for name, each in checksums.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).removesuffix(". Download it again")
         events.warning(f"{folder} is damaged ({said}). The packed weights are made again")
     else:
         if held == sizes and counts == {name: _pieces(size) for name, size in sizes.items()}:
@@ -230,19 +230,22 @@ def _spoken(folder: Path, size: int) -> Iterator[None]:
     """Turn what a file system refuses into a sentence.
 
     Raises:
-        ConfigError: no space, or no permission.
+        ConfigError: no space, no permission, or a file where a folder should be.
     """
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise ConfigError([_no_space(folder.parent, size)]) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        named = Path(str(error.filename or ""))
+        here = named.is_relative_to(cache_dir())
+        if here or isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            which = f"{named}: " if here and named != folder.parent else ""
             raise ConfigError(
                 [
                     f"dtype.rounding=searched keeps its weights in {folder.parent}, which cannot "
-                    f"be written ({error.strerror}). Set the environment variable ZINFER_CACHE to "
-                    "a folder of yours, or dtype.rounding=nearest"
+                    f"be written ({which}{error.strerror}). Set the environment variable "
+                    "ZINFER_CACHE to a folder of yours, or dtype.rounding=nearest"
                 ]
             ) from error
         raise
