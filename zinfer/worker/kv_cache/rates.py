@@ -28,9 +28,10 @@ WEIGHT_SIZE = 1024
 BUDGET_S, MOST_COPIES = 0.05, 48
 PACKED_TOKENS = ((1, 1), (16, 1), (4, 256))
 """(rows, tokens) that are packed: new tokens of a decode step, and a prompt."""
-UNPACKED_TOKENS = ((1, 64), (4, 512), (8, 1024))
-"""(rows, tokens) that are unpacked: a short layer, one beyond the processor's caches, and one whose
-allocations the C library returns to the system each time."""
+UNPACKED_TOKENS = ((1, 64), (1, 512), (4, 512), (8, 1024))
+"""(rows, tokens) that are unpacked: a short layer, one that caches hold with its floats, one beyond
+them, and one whose allocations the C library returns to the system each time: 1, 1, 2, 9 ns each.
+"""
 MOST_LAYERS = 12
 
 
