@@ -80,6 +80,19 @@ def test_without_libaio_only_nvme_is_refused(
     assert native_ops.missing_requirements(native_ops.ops_needed("cpu")) == []
 
 
+@pytest.mark.parametrize("variable", ["ZINFER_CACHE", "TORCH_EXTENSIONS_DIR"])
+@pytest.mark.parametrize("folder", ["/proc/none", "{}/file", "{}/file/below"])
+def test_a_folder_in_which_nothing_can_be_compiled_is_named_with_its_variable(
+    folder: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv(variable, folder.format(tmp_path))
+    problems = native_ops.missing_requirements(native_ops.ops_needed("nvme"))
+    assert f"{folder.format(tmp_path)}" in problems[0] and "cannot be written (" in problems[0]
+    assert problems[0].endswith(f"Set the environment variable {variable} to a folder of yours")
+
+
 def test_libaio_unpacked_elsewhere_is_found_and_passed_on(
     empty_ops_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

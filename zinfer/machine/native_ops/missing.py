@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from zinfer.machine.native_ops.folder import accelerator_name, built, torch_cuda_version
+from zinfer.machine.native_ops.folder import (
+    accelerator_name,
+    built,
+    extensions_dir,
+    torch_cuda_version,
+)
 from zinfer.machine.native_ops.requirements import (
     compiler,
     cuda_home,
@@ -30,6 +38,14 @@ def missing_requirements(ops: Sequence[str]) -> list[str]:
         return []
     what = f"DeepSpeed's {' and '.join(missing)} must be compiled first, and"
     problems = []
+    if (reason := _unwritable(extensions_dir())) is not None:
+        variable = (
+            "TORCH_EXTENSIONS_DIR" if "TORCH_EXTENSIONS_DIR" in os.environ else "ZINFER_CACHE"
+        )
+        problems.append(
+            f"{what} {extensions_dir()} cannot be written ({reason}). "
+            f"Set the environment variable {variable} to a folder of yours"
+        )
     if compiler() is None:
         problems.append(
             f"{what} no C++ compiler was found on the PATH. Install it: {install_command('g++')}"
@@ -55,3 +71,13 @@ def missing_requirements(ops: Sequence[str]) -> list[str]:
         )
         problems.append(f"{lacks} Install it: {install_command('libaio-dev')}. {elsewhere}")
     return problems
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Say why nothing can be made in a folder, which may be made for it; None: it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(dir=folder))
+    except OSError as error:
+        return error.strerror
+    return None
