@@ -70,7 +70,7 @@ def in_a_fork(folder: Path, overrides: list[str]) -> int:
             become_a_rank()
             torch.save(answer(folder, overrides), folder / "answer.pt")
             code = 0
-        except BaseException:
+        except Exception:
             traceback.print_exc()
         finally:
             sys.stderr.flush()

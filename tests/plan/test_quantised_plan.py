@@ -120,7 +120,7 @@ def test_a_gpu_copies_the_packed_weights_that_the_kernel_does_not_multiply(
 
 
 def test_experts_are_copied_where_each_has_many_tokens() -> None:
-    """Of 8 experts a token meets 2: of 100 tokens 25 meet each, of 1000 250."""
+    # A token meets 2 of 8 experts: of 100 tokens 25 meet each, of 1000 250.
     run = planned("model=mixtral-8x7b", "dtype=int4", "offload=none", "hardware=h100_2nvme")
     experts = 32 * 3 * 8 * 4096 * 14_336
     outside = run.spec.num_parameters - experts - 2 * HEAD - 65 * 4096 - 32 * 8 * 4096

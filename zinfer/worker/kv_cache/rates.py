@@ -70,7 +70,7 @@ def packing_times(dtype: str) -> Iterator[dict[str, Any]]:
     Yields:
         The fields of a machine.measured.PackingTime.
     """
-    from zinfer.worker.calibrate_kernels import median_and_spread, samples_s
+    from zinfer.worker.calibrate_kernels import samples_s
 
     cpu = torch.device("cpu")
     for bits in BITS[1:]:
@@ -83,14 +83,7 @@ def packing_times(dtype: str) -> Iterator[dict[str, Any]]:
                 codes, scales = place
                 quantise_into(made, codes, scales, bits, GROUP_SIZE)
 
-            seconds, spread = median_and_spread(samples_s(pack, cpu, budget_s=BUDGET_S / 2))
-            yield {
-                "bits": bits,
-                "dtype": dtype,
-                "values": made.numel(),
-                "seconds": seconds,
-                "spread": spread,
-            }
+            yield _packing_time(made, bits, samples_s(pack, cpu, budget_s=BUDGET_S / 2))
 
 
 def unpacking_times(dtype: str) -> Iterator[dict[str, Any]]:
@@ -102,7 +95,7 @@ def unpacking_times(dtype: str) -> Iterator[dict[str, Any]]:
     Yields:
         The fields of a machine.measured.PackingTime.
     """
-    from zinfer.worker.calibrate_kernels import median_and_spread, samples_s
+    from zinfer.worker.calibrate_kernels import samples_s
 
     kind, cpu = getattr(torch, dtype), torch.device("cpu")
     for bits in BITS[1:]:
@@ -122,14 +115,21 @@ def unpacking_times(dtype: str) -> Iterator[dict[str, Any]]:
                 slot = slots[turn % 2]
                 layers[turn % len(layers)].read(0, len(slot), slot)
 
-            seconds, spread = median_and_spread(samples_s(unpack, cpu, budget_s=BUDGET_S))
-            yield {
-                "bits": bits,
-                "dtype": dtype,
-                "values": made.numel(),
-                "seconds": seconds,
-                "spread": spread,
-            }
+            yield _packing_time(made, bits, samples_s(unpack, cpu, budget_s=BUDGET_S))
+
+
+def _packing_time(values: torch.Tensor, bits: int, seconds: list[float]) -> dict[str, Any]:
+    """Return the fields of a machine.measured.PackingTime."""
+    from zinfer.worker.calibrate_kernels import median_and_spread
+
+    middle, spread = median_and_spread(seconds)
+    return {
+        "bits": bits,
+        "dtype": str(values.dtype).removeprefix("torch."),
+        "values": values.numel(),
+        "seconds": middle,
+        "spread": spread,
+    }
 
 
 def _copies(
