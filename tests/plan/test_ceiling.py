@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.planning import planned
-from zinfer.plan.ceiling import (
-    Ceiling,
-    implied_bandwidth_bytes_per_s,
-    matrix_products,
-    pass_flops,
-    touched_experts,
-)
+from zinfer.plan.ceiling import Ceiling, implied_bandwidth_bytes_per_s
+from zinfer.plan.products import matrix_products, pass_flops, touched_experts
 
 
 def bound(*overrides: str) -> Ceiling:

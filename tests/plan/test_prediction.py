@@ -8,9 +8,9 @@ import pytest
 
 from tests.helpers.planning import planned, profile
 from zinfer.machine.measured import DequantiseTime
-from zinfer.plan.ceiling import matrix_products, touched_experts
 from zinfer.plan.planned import plan_run
 from zinfer.plan.product_seconds import quantised_matrices, tokens_of_experts
+from zinfer.plan.products import matrix_products, touched_experts
 from zinfer.plan.scores import scored, speed_warnings
 
 TINY = ("model=tiny-llama", "dtype=float32", "hardware.accelerator=cpu")

@@ -13,14 +13,10 @@ from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.quantisable import stored_bits
 from zinfer.model.quantisable import stored_numel as own_stored_numel
 from zinfer.plan import dtype_advice
-from zinfer.plan.ceiling import (
-    stored_products,
-    touched_weight_bytes,
-    unpacked_weight_bytes,
-)
 from zinfer.plan.dtype_advice import fewer_bits, measured_quality
 from zinfer.plan.page import fewer_bits_lines
 from zinfer.plan.planned import Planned
+from zinfer.plan.products import stored_products, touched_weight_bytes, unpacked_weight_bytes
 from zinfer.plan.tiers import ItemKind
 from zinfer.plan.warnings import plan_warnings
 

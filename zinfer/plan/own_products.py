@@ -12,7 +12,7 @@ from collections import Counter
 from zinfer.config import RunConfig
 from zinfer.model.quantisable import stored_bits
 from zinfer.model.spec import ModelSpec
-from zinfer.plan.ceiling import is_linear, weight_roles
+from zinfer.plan.products import is_linear, weight_roles
 
 SIXTEEN_BITS = ("bfloat16", "float16")
 MOST_ROWS = 32

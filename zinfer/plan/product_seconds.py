@@ -8,8 +8,8 @@ from math import comb
 from zinfer.config import RunConfig
 from zinfer.machine.profile import CalibrationProfile
 from zinfer.model.spec import ModelSpec
-from zinfer.plan.ceiling import Matrix, stored_products, touched_experts
 from zinfer.plan.own_products import is_worth_it, own_rows
+from zinfer.plan.products import Matrix, stored_products, touched_experts
 
 FEW_TOKENS = 64
 """Tokens of a pass up to which it matters how they are spread over the experts."""

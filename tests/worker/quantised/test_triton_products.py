@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import padded_prompts, tiny_model
 from zinfer.config import ConfigError
 from zinfer.job.events import EventLog
 from zinfer.model.spec import model_spec
-from zinfer.plan.ceiling import ROWS_PACKED_ON_GPU
+from zinfer.plan.products import ROWS_PACKED_ON_GPU
 from zinfer.worker.engines.resident import load
 from zinfer.worker.kv_cache.codes import dequantise, quantise
 from zinfer.worker.quantised import choice, gpu, kernel

@@ -12,7 +12,7 @@ import torch
 from zinfer.config import ConfigError, RunConfig
 from zinfer.model.quantisable import stored_bits
 from zinfer.model.spec import ModelSpec
-from zinfer.plan.ceiling import ROWS_PACKED_ON_GPU
+from zinfer.plan.products import ROWS_PACKED_ON_GPU
 from zinfer.worker.quantised import gpu, native
 
 Shared = Callable[[Any], list[Any]]

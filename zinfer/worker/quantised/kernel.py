@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from zinfer.plan.ceiling import ROWS_PACKED_ON_GPU
+from zinfer.plan.products import ROWS_PACKED_ON_GPU
 from zinfer.worker.kv_cache.codes import dequantise
 from zinfer.worker.libraries import KINDS
 from zinfer.worker.quantised import gpu, native
